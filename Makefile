@@ -1,0 +1,48 @@
+# Everything starts from nothing: each goal makes .venv first; a second call finds the stamp and installs nothing.
+# PYTHON chooses the interpreter (3.10 or later): make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help venv test test-slow lint format demo wheel clean
+
+help:
+	@echo "make venv       .venv with leapalign (editable), exact versions from constraints.txt, and the tools for tests"
+	@echo "make demo       align the embedded pipeline with the embedded reward: minutes on two CPU cores"
+	@echo "make test       the tests; make test-slow: those that take minutes as well"
+	@echo "make lint       ruff and pyright; make format: let ruff rewrite"
+	@echo "make wheel      the wheel, in dist/"
+
+venv: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+test: venv
+	$(BIN)/python -m pytest
+
+test-slow: venv
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: venv
+	$(BIN)/leapalign demo
+
+wheel: venv
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
