@@ -1,0 +1,10 @@
+"""Direct-gradient methods, one file each, and the objective they share. Imports no torch."""
+
+from leapalign.methods.alignprop import AlignProp
+from leapalign.methods.draft import DRaFT
+from leapalign.methods.draft_lv import DRaFTLV
+from leapalign.methods.drtune import DRTune
+from leapalign.methods.leapalign import LeapAlign
+from leapalign.methods.refl import ReFL
+
+__all__ = ["AlignProp", "DRTune", "DRaFT", "DRaFTLV", "LeapAlign", "ReFL"]

@@ -1,0 +1,46 @@
+"""AlignProp (arXiv 2310.03739): DRaFT's chain, truncated at a depth that is drawn anew each time.
+
+depth ~ U{0..T}; T forwards. Depth 0 has no gradient: the surrogate says so, and the update is to be skipped and
+counted.
+Departures: full fine-tuning or LoRA is the run's choice, not the method's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from leapalign.errors import UserError
+from leapalign.flow.rollout import Velocity, grid_steps, rollout
+from leapalign.methods.base import Noise, Surrogate, uniform_integer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class AlignPropDraws(NamedTuple):
+    """depth: how many of the last steps are differentiated, 0..T."""
+
+    depth: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignProp:
+    """Randomly truncated backpropagation through the sampling chain."""
+
+    name: ClassVar[str] = "alignprop"
+
+    def draw(self, num_steps: int, rng: torch.Generator, noise: Noise) -> AlignPropDraws:
+        """depth ~ U{0..T}."""
+        return AlignPropDraws(uniform_integer(0, num_steps, rng))
+
+    def __call__(self, velocity: Velocity, x: Tensor, sigmas: Tensor, draws: AlignPropDraws) -> Surrogate:
+        """T forwards, the last `depth` with graph; the reward sees the chain's x_0."""
+        num_steps = grid_steps(sigmas, x)
+        if not 0 <= draws.depth <= num_steps:
+            raise UserError(f"AlignProp: got depth {draws.depth}, expected 0..{num_steps}; draw again for this grid")
+        x_0 = rollout(velocity, x, sigmas, graph_steps=draws.depth)
+        return Surrogate(
+            x_hat=x_0, weight=x.new_ones(len(x)), x_0=x_0.detach(), metrics={"depth": x.new_tensor(draws.depth)}
+        )

@@ -1,0 +1,83 @@
+"""What every direct-gradient method is: explicit draws in, a surrogate out (arXiv 2604.15311, Algorithm 1).
+
+A method rolls the noise out with its few differentiated forwards *inside* the rollout, and returns a surrogate: the
+latent that the reward sees, holding the graph through which the reward's gradient goes back to the weights.
+Modules of this package import no torch, so that command-line help stays fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias, TypeVar
+
+from leapalign.errors import UserError
+from leapalign.flow.rollout import Velocity
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Noise: TypeAlias = "Callable[[int], Tensor]"
+Draws = TypeVar("Draws")
+
+
+class Method(Protocol[Draws]):
+    """A frozen dataclass of settings that is called as a function.
+
+    `draw` makes every random choice of one call from `rng` (and, for noise, from `noise(n)` -> standard normal
+    [n, B, ...]), so that a call is a function of its arguments. `__call__` takes the noise x_T [B, ...] and an
+    ascending grid [T + 1].
+    """
+
+    name: ClassVar[str]
+
+    def draw(self, num_steps: int, rng: torch.Generator, noise: Noise) -> Draws: ...
+
+    def __call__(self, velocity: Velocity, x: Tensor, sigmas: Tensor, draws: Draws) -> Surrogate: ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Surrogate:
+    """What a method hands to the objective; N = copies * B rows, in blocks of B (row n belongs to sample n % B)."""
+
+    x_hat: Tensor  # [N, ...]: its value is what the reward sees, its graph is the method
+    weight: Tensor  # [N], without graph
+    copies: int = 1  # DRaFT-LV: 1 + n; the loss sums over the copies
+    x_0: Tensor | None = None  # [B, ...] the real rollout's image, without graph; None where the rollout stops early
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # 0-dim (draws) or [B] (distances), without graph
+
+    @property
+    def has_gradient(self) -> bool:
+        """False where the draw left no differentiated step (DRTune, AlignProp): skip the update and count it."""
+        return self.x_hat.requires_grad
+
+    def backward(self, grad: Tensor) -> None:
+        """Pull the loss's gradient at x_hat, [N, ...], through the method's graph into the weights' .grad.
+
+        Does nothing where there is no graph.
+        """
+        if self.has_gradient:
+            self.x_hat.backward(grad.to(self.x_hat.dtype))  # the reward may have run in another dtype
+
+
+def uniform_integer(low: int, high: int, rng: torch.Generator) -> int:
+    """One integer from {low..high}, both included."""
+    import torch
+
+    return int(torch.randint(low, high + 1, (), generator=rng, device=rng.device))
+
+
+def early_stop_range(num_steps: int, fraction: float) -> int:
+    """m of Algorithm 1: t_min ~ U{1..m}. The paper's 11 of 25 steps (App. E), scaled to T steps and at least 1."""
+    return max(1, round(fraction * num_steps))
+
+
+def check_fraction(owner: str, field_name: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise UserError(f"{owner}: got {field_name}={value}, expected a share of the T steps in (0, 1]; try {11 / 25}")
+
+
+def check_positive(owner: str, field_name: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"{owner}: got {field_name}={value}, expected at least 1; use {field_name}=1 or more")

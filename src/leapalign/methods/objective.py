@@ -1,0 +1,116 @@
+"""The hinge objective and its gradient at the latent (arXiv 2604.15311, Eqs. 11 and 13).
+
+    loss = sum_n w_n l_n / B,   l_n = sum_i weight_i max(0, lambda_i - r_i(x_n))
+
+The gradient is taken at the latent first, in chunks whose graphs are freed one by one, so that the reward's graph and
+the model's never live together; `surrogate.backward(result.grad)` then pulls it through the model.
+
+Departures: Algorithm 1 prints -w grad r; the text (Eq. 11) and ReFL use the hinge, and so do we. Several rewards are
+our addition. DRaFT-LV's copies are summed, as Algorithm 1 does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+from leapalign.errors import UserError
+from leapalign.methods.base import Surrogate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Score: TypeAlias = "Callable[[Tensor, list[int]], Mapping[str, Tensor]]"
+"""score(latents [n, ...], rows) -> {name: rewards [n]}, differentiable; rows[i] is the sample of latents[i]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hinge:
+    """One reward's part in the loss: weight * max(0, threshold - r)."""
+
+    threshold: float  # lambda, Eq. 11, in the reward's own scale
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LatentGradient:
+    """The objective at one surrogate. Tensors are without graph, and float32 at least."""
+
+    loss: Tensor  # 0-dim; summed over micro-batches of one batch_size it is the batch's loss
+    grad: Tensor  # [N, ...] d loss / d x_hat
+    rewards: dict[str, Tensor]  # [N] each
+    hinges: dict[str, Tensor]  # [N] each: max(0, lambda - r), without weights
+
+    @property
+    def reward(self) -> Tensor:
+        """[N]: the reward, or the plain sum where there are several."""
+        return sum(self.rewards.values())  # type: ignore[return-value]
+
+    @property
+    def below(self) -> Tensor:
+        """[N] bool: rows that still have a gradient, because some reward is below its threshold (NaN counts)."""
+        return sum((h != 0).int() for h in self.hinges.values()) > 0  # type: ignore[return-value]
+
+    @property
+    def has_gradient(self) -> bool:
+        """False where every sample lies above every threshold: skip the update and count it."""
+        return bool(self.below.any())
+
+
+def latent_gradient(
+    surrogate: Surrogate, score: Score, terms: Mapping[str, Hinge], chunk: int = 0, batch_size: int = 0
+) -> LatentGradient:
+    """Score the surrogate's latents and return the loss with its gradient there.
+
+    `chunk`: latents scored at once (0 = all). `batch_size`: the samples of the whole batch, by which the loss is
+    divided (0 = the surrogate's own B); give the sum over micro-batches, and their gradients add up to the batch's.
+    Raises UserError where a reward is missing, has another shape than [n], or carries no graph.
+    """
+    import torch
+
+    batch = len(surrogate.x_hat) // surrogate.copies
+    parts = []
+    for rows in _chunks(len(surrogate.x_hat), chunk):
+        latents = surrogate.x_hat[rows].detach().requires_grad_()  # a leaf: the model's graph stays out of it
+        with torch.enable_grad():
+            rewards = _checked(score(latents, [n % batch for n in range(rows.start, rows.stop)]), terms, len(latents))
+            hinges = {name: (terms[name].threshold - r).relu() for name, r in rewards.items()}  # Eq. 11
+            losses = sum(terms[name].weight * h for name, h in hinges.items())
+            loss = (surrogate.weight[rows] * losses).sum() / (batch_size or batch)  # Eq. 13
+        (grad,) = torch.autograd.grad(loss, latents)  # frees the chunk's graph; no weight of the reward gets a .grad
+        parts.append((loss.detach(), grad, _detached(rewards), _detached(hinges)))
+    losses, grads, rewards, hinges = zip(*parts)
+    return LatentGradient(
+        loss=torch.stack(losses).sum(), grad=torch.cat(grads), rewards=_joined(rewards), hinges=_joined(hinges)
+    )
+
+
+def _chunks(count: int, size: int) -> Iterator[slice]:
+    size = size or count
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
+
+
+def _checked(rewards: Mapping[str, Tensor], terms: Mapping[str, Hinge], count: int) -> dict[str, Tensor]:
+    """The rewards that have a term, in float32 at least."""
+    import torch
+
+    if not terms or rewards.keys() != terms.keys():
+        raise UserError(f"objective: score gave {sorted(rewards)}, terms are for {sorted(terms)}; use the same names")
+    for name, r in rewards.items():
+        if r.shape != (count,):
+            raise UserError(f"reward {name}: got shape {list(r.shape)} for {count} latents, expected [{count}]")
+        if not r.requires_grad:
+            raise UserError(f"reward {name}: it carries no gradient; direct-gradient methods need a differentiable one")
+    return {name: r.to(torch.promote_types(r.dtype, torch.float32)) for name, r in rewards.items()}
+
+
+def _detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach() for name, t in tensors.items()}
+
+
+def _joined(parts: tuple[dict[str, Tensor], ...]) -> dict[str, Tensor]:
+    import torch
+
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
