@@ -1,0 +1,45 @@
+"""Latents to pixels under gradient, a few images at a time: only one chunk's graph exists at any moment.
+
+Each chunk is one `torch.utils.checkpoint` segment: the forward keeps the latents alone, the backward rebuilds one
+chunk's graph, uses it and frees it. The gradient does not depend on the chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def straight_through_clamp(x: Tensor) -> Tensor:
+    """Value: x clamped to [0, 1]. Gradient: of x, also outside, where a clamp would return zero and stay stuck."""
+    # the detached part is the value, the bracket is zero and carries the graph
+    return x.clamp(0, 1).detach() + (x - x.detach())
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """`AutoencoderKL` and its latents' normalisation; weights frozen, arithmetic in float32."""
+
+    vae: nn.Module
+    scale: float  # latents = (encoded - shift) * scale
+    shift: float
+    chunk: int  # images at a time; 0 = all
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        chunks = latents.split(self.chunk or len(latents))
+        return torch.cat([self._checkpointed(z) for z in chunks])  # [N, 3, H, W]
+
+    def _checkpointed(self, z: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and z.requires_grad):
+            return self._pixels(z)
+        # the decoder draws nothing, so there is no random state to keep
+        return cast("Tensor", checkpoint(self._pixels, z, use_reentrant=False, preserve_rng_state=False))
+
+    def _pixels(self, z: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, enabled=False):  # half precision shows as blocks and bands in pixels
+            decoded: Tensor = self.vae.decode(z.float() / self.scale + self.shift, return_dict=False)[0]
+        return straight_through_clamp(decoded * 0.5 + 0.5)

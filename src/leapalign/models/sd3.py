@@ -1,0 +1,146 @@
+"""Stable Diffusion 3 and 3.5 (arXiv:2403.03206) through diffusers' own classes: any StableDiffusion3Pipeline folder.
+
+Departures from the pipeline's `__call__`: the two branches of the guidance are two forwards instead of one of twice
+the batch, and latents and guidance stay in float32 under bfloat16. With float32 both are below rounding.
+
+By construction the last block's `attn.add_q_proj` and `attn.norm_added_q` have exactly zero gradient: the text
+queries of that block are computed and thrown away (`context_pre_only`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from leapalign.errors import UserError
+from leapalign.models.base import Text
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from leapalign.models.folder import PipelineFolder
+    from leapalign.models.pipeline import PipelineModel
+
+TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SD3:
+    """A StableDiffusion3Pipeline folder or hub id; text_encoder_3 may be absent."""
+
+    name: ClassVar[str] = "sd3"
+
+    path: str
+    height: int = 1024  # pixels
+    width: int = 1024  # pixels
+    guidance_scale: float = 7.0  # at most 1: no guidance, one branch
+    cfg_grad: Literal["both", "cond"] = "both"  # gradient through both branches or the prompt's alone; same value
+    negative_prompt: str = ""
+    max_sequence_length: int = 256  # T5 tokens; 0 only without T5, and then leaves out its padding of zeros
+    decode_chunk: int = 1  # images decoded at a time; 0 = all
+
+    def load(self, device: str, dtype: str) -> PipelineModel:
+        """Open the folder. Raises UserError on a folder, size or length that cannot work."""
+        from leapalign.models import pipeline as pipe
+        from leapalign.models.folder import open_folder
+        from leapalign.models.text import PromptCache
+
+        precision = pipe.parse_dtype(dtype)
+        folder = open_folder(
+            self.path, "StableDiffusion3Pipeline", ("transformer", "vae", "scheduler", *TEXT_PARTS[:4])
+        )
+        _check_sequence_length(self.max_sequence_length, "text_encoder_3" in folder.parts)
+        policy, scheduler = pipe.load_policy(folder, device), pipe.load_scheduler(folder)
+        decoder = pipe.load_decoder(folder, device, self.decode_chunk)
+        shape = _latent_shape(self, policy.config, pipe.vae_factor(decoder.vae))
+        return pipe.PipelineModel(
+            policy=policy,
+            folder=folder,
+            prompts=PromptCache(lambda: _text_encoder(folder, policy, self.max_sequence_length, precision), device),
+            decoder=decoder,
+            latent_shape=shape,
+            guidance=pipe.Guidance(self.guidance_scale, self.cfg_grad == "both", self.negative_prompt),
+            predict=lambda module, x, sigma, text: predict(module, x, sigma * _train_steps(scheduler), text),
+            grid=lambda num_steps: sigma_grid(scheduler, num_steps, shape, policy.config.patch_size),
+            device=device,
+            dtype=precision,
+        )
+
+
+def predict(policy: nn.Module, x: Tensor, time: Tensor, text: Text) -> Tensor:
+    """One branch: x [B, C, h, w], time in the scheduler's units (0 to 1000) -> v [B, C, h, w]."""
+    return policy(
+        hidden_states=x,
+        timestep=time.expand(len(x)),
+        encoder_hidden_states=text.tokens,
+        pooled_projections=text.pooled,
+        return_dict=False,
+    )[0]
+
+
+def sigma_grid(scheduler: Any, num_steps: int, latent_shape: tuple[int, int, int], patch: int) -> Tensor:
+    """As the pipeline asks for it: by number of steps, so that the scheduler applies its static shift twice."""
+    from diffusers.pipelines.stable_diffusion_3 import pipeline_stable_diffusion_3 as sd3
+
+    config, mu = scheduler.config, {}
+    if config.get("use_dynamic_shifting"):
+        image_tokens = (latent_shape[1] // patch) * (latent_shape[2] // patch)
+        lengths = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        shifts = config.get("base_shift", 0.5), config.get("max_shift", 1.16)
+        mu = {"mu": sd3.calculate_shift(image_tokens, *lengths, *shifts)}
+    sd3.retrieve_timesteps(scheduler, num_steps, **mu)
+    return scheduler.sigmas
+
+
+def _train_steps(scheduler: Any) -> int:
+    return scheduler.config.num_train_timesteps
+
+
+def _latent_shape(config: SD3, policy: Any, factor: int) -> tuple[int, int, int]:
+    from leapalign.models.pipeline import check_size
+
+    check_size(config.height, config.width, factor * policy.patch_size)
+    height, width = config.height // factor, config.width // factor
+    most = policy.pos_embed_max_size
+    if most and max(height, width) > most * policy.patch_size:
+        pixels = most * policy.patch_size * factor
+        raise UserError(
+            f"{config.height} x {config.width} is beyond the position table: at most {pixels} pixels a side"
+        )
+    return policy.in_channels, height, width
+
+
+def _check_sequence_length(length: int, with_t5: bool) -> None:
+    least = 1 if with_t5 else 0
+    if not least <= length <= 512:
+        raise UserError(f"max_sequence_length {length}: expected {least} to 512 {'with' if with_t5 else 'without'} T5")
+
+
+def _text_encoder(folder: PipelineFolder, policy: Any, length: int, dtype: Any) -> Any:
+    """Loads the text encoders; returns prompt -> Text, by the pipeline's own `encode_prompt`."""
+    from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
+
+    from leapalign.models.folder import load_part
+
+    device = policy.device
+    parts = {name: load_part(folder, name, dtype) for name in TEXT_PARTS}
+    pipeline: Any = StableDiffusion3Pipeline(transformer=policy, vae=None, scheduler=None, **parts)  # pyright: ignore
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        if parts[name] is not None:
+            parts[name].to(device)
+    _warn_of_cropping(parts, policy.config.joint_attention_dim)
+
+    def encode(prompt: str) -> Text:
+        tokens, _, pooled, _ = pipeline.encode_prompt(
+            [prompt], None, None, device=device, do_classifier_free_guidance=False, max_sequence_length=length
+        )
+        return Text(tokens, pooled)
+
+    return encode
+
+
+def _warn_of_cropping(parts: dict[str, Any], width: int) -> None:
+    clip = parts["text_encoder"].config.hidden_size + parts["text_encoder_2"].config.hidden_size
+    if clip > width:
+        warnings.warn(f"CLIP gives {clip} features, joint_attention_dim is {width}: the rest is cropped", stacklevel=2)
