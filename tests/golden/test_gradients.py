@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_folder import COPY, every_case
 
+from golden_cases import COPY, every_case
 from leapalign.flow.leap import Coefficients, general_leap, leap, linear, predict_ends, trigonometric
 from leapalign.flow.leap import variance_preserving as vp
 from leapalign.methods import DRaFT, DRaFTLV, DRTune, LeapAlign, ReFL
