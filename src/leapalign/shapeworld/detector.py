@@ -1,0 +1,192 @@
+"""The judge of ShapeWorld: finds coloured shapes by their pixels alone, and nothing where there is none.
+
+Pixels are unmixed into ground and palette colour; connected patches of one colour are compared with the coverage of
+every shape at every sub-pixel place and size. A score is a product of three answers, each 1 when clearly yes and 0
+when clearly no: does the best shape fit, does it fit clearly better than the second best, is it one palette colour.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+from scipy import ndimage
+
+from leapalign.evaluation.geneval import Detection
+from leapalign.shapeworld.world import COLORS, GROUND, SHAPES, SIZE, coverage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PATCH = 20  # side of the window that is compared
+SOFTNESS = 0.45  # pixels; a decoder's edges are a little softer than the renderer's
+RADII = np.arange(4.0, 7.01, 0.2)
+SHIFTS = np.arange(-1.25, 1.26, 0.25)
+MIN_AREA = 15  # pixels; the smallest shape has about 40
+MAX_SIDE = 15  # pixels; a longer patch is two shapes that touch
+MAX_CONTACT = 5  # pixels; a longer seam is not where two shapes touch
+
+# (certainly yes, certainly no)
+MISFIT = (0.040, 0.055)  # squared residual over the shape's own square: true shapes up to 0.02, blurred and noisy 0.03
+MARGIN = (0.50, 0.68)  # misfit of the best shape over the second best's: true shapes up to 0.4, half-and-half 0.65 to 1
+OFF_COLOR = (
+    0.15,
+    0.30,
+)  # RGB distance of the patch's core from its palette colour; the palette's closest are 0.54 apart
+IMPURE = (0.10, 0.25)  # share of core pixels further than OFF_COLOR's end from it
+
+
+@dataclass(frozen=True)
+class Blob:
+    """A connected patch of one colour: its share of each pixel, cut out around its middle."""
+
+    image: int
+    color: str
+    off_color: float
+    impure: float
+    share: np.ndarray  # [PATCH, PATCH]
+    inside: np.ndarray  # [PATCH, PATCH] 1 within the image
+    outside: float  # squared share that lies beyond the window
+    left: int  # of the window in the image
+    top: int
+
+
+def unmix(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[3, H, W] -> nearest mixture of ground and one palette colour: the colour's index and share [H, W]."""
+    ground = np.asarray(GROUND, np.float32)
+    tint = np.asarray(list(COLORS.values()), np.float32) - ground  # [C, 3]
+    pixel = image.transpose(1, 2, 0) - ground  # [H, W, 3]
+    share = np.clip(pixel @ tint.T / (tint**2).sum(1), 0, 1)  # [H, W, C]
+    miss = np.square(pixel[:, :, None] - share[..., None] * tint).sum(-1)
+    color = miss.argmin(-1)
+    return color, np.take_along_axis(share, color[..., None], -1)[..., 0]
+
+
+def cut(mask: np.ndarray) -> list[np.ndarray]:
+    """Split a patch that is too long for one shape where it is thinnest, again until no piece is."""
+    rows, columns = np.nonzero(mask)
+    for axis, at in ((1, columns), (0, rows)):
+        length = at.max() - at.min() + 1
+        if length > MAX_SIDE:
+            middle = np.arange(at.min() + length // 4, at.max() - length // 4 + 1)
+            line = middle[mask.sum(1 - axis)[middle].argmin()]
+            if mask.sum(1 - axis)[line] > MAX_CONTACT:
+                continue
+            first = np.zeros_like(mask)
+            first[(slice(None), slice(line)) if axis else slice(line)] = True
+            pieces = [piece for piece in (mask & first, mask & ~first) if piece.any()]
+            return [smaller for piece in pieces for smaller in cut(piece)]
+    return [mask]
+
+
+def window(values: np.ndarray, left: int, top: int) -> np.ndarray:
+    """A PATCH × PATCH piece of [H, W], zero outside of it."""
+    padded = np.pad(values, PATCH)
+    return padded[top + PATCH : top + 2 * PATCH, left + PATCH : left + 2 * PATCH]
+
+
+def connected(mask: np.ndarray) -> list[np.ndarray]:
+    labels = np.zeros(mask.shape, int)
+    num = cast("int", ndimage.label(mask, output=labels))
+    return [labels == i + 1 for i in range(num)]
+
+
+def owners(pieces: list[np.ndarray], reach: float = 2.5) -> np.ndarray:
+    """Each pixel's piece [H, W], -1 for none; soft edges within `reach` pixels go to the nearest piece."""
+    owner = np.full(pieces[0].shape, -1)
+    for i, piece in enumerate(pieces):
+        owner[piece] = i
+    far, nearest = cast("tuple", ndimage.distance_transform_edt(owner < 0, return_indices=True))
+    return np.where(far <= reach, owner[tuple(nearest)], -1)
+
+
+def blobs(image: np.ndarray, index: int) -> list[Blob]:
+    """The patches of one colour in an image [3, H, W]."""
+    color, share = unmix(image)
+    patches = [(c, patch) for c in range(len(COLORS)) for patch in connected((share > 0.5) & (color == c))]
+    pieces = [(c, piece) for c, patch in patches if patch.sum() >= MIN_AREA for piece in cut(patch)]
+    pieces = [(c, piece) for c, piece in pieces if piece.sum() >= MIN_AREA]
+    if not pieces:
+        return []
+    owner = owners([piece for _, piece in pieces])
+    return [blob(image, index, c, share, piece, owner == i) for i, (c, piece) in enumerate(pieces)]
+
+
+def blob(image: np.ndarray, index: int, color: int, share: np.ndarray, mask: np.ndarray, mine: np.ndarray) -> Blob:
+    """Measure a piece `mask`; `mine` is the piece with its soft edge."""
+    name = list(COLORS)[color]
+    ground, paint = np.asarray(GROUND, np.float32)[:, None], np.asarray(COLORS[name], np.float32)[:, None]
+    core = image[:, mask & (share > 0.9)] if (mask & (share > 0.9)).sum() >= 5 else image[:, mask]  # [3, n]
+    middle = np.median(core, axis=1, keepdims=True)
+    tint = middle - ground
+    soft = np.clip(((image - ground[:, :, None]) * tint[:, :, None]).sum(0) / (tint**2).sum(), 0, 1) * mine
+    rows, columns = np.nonzero(mask)
+    left = round((columns.min() + columns.max() + 1) / 2) - PATCH // 2
+    top = round((rows.min() + rows.max() + 1) / 2) - PATCH // 2
+    return Blob(
+        image=index,
+        color=name,
+        off_color=float(np.linalg.norm(middle - paint)),
+        impure=float((np.linalg.norm(core - paint, axis=0) > OFF_COLOR[1]).mean()),
+        share=window(soft, left, top),
+        inside=window(np.ones_like(share), left, top),
+        outside=float((soft**2).sum() - (window(soft, left, top) ** 2).sum()),
+        left=left,
+        top=top,
+    )
+
+
+@cache
+def templates() -> tuple[np.ndarray, np.ndarray]:
+    """Every shape at every place and size: coverage [S, N, PATCH * PATCH], and (x, y, radius) [N, 3]."""
+    grid = np.stack(np.meshgrid(SHIFTS + PATCH / 2, SHIFTS + PATCH / 2, RADII, indexing="ij"), -1).reshape(-1, 3)
+    x, y, r = grid.T
+    covers = np.stack([coverage(shape, x, y, r)[:, :PATCH, :PATCH] for shape in SHAPES])  # [S, N, PATCH, PATCH]
+    soft = ndimage.gaussian_filter1d(ndimage.gaussian_filter1d(covers, SOFTNESS, 2, radius=2), SOFTNESS, 3, radius=2)
+    return soft.reshape(len(SHAPES), len(grid), -1), grid
+
+
+def fit(found: list[Blob]) -> tuple[np.ndarray, np.ndarray]:
+    """Misfit of each blob to each shape at its best place [B, S], and the template that is best [B, S]."""
+    covers, _ = templates()
+    share = np.stack([b.share.ravel() for b in found])  # [B, P]
+    inside = np.stack([b.inside.ravel() for b in found])
+    outside = np.array([[b.outside] for b in found])
+    misfit, best = np.empty((len(found), len(SHAPES))), np.empty((len(found), len(SHAPES)), int)
+    for s, cover in enumerate(covers):
+        square = inside @ (cover**2).T  # [B, N]
+        residual = ((share**2).sum(1)[:, None] + outside - 2 * share @ cover.T + square) / square
+        best[:, s] = residual.argmin(1)
+        misfit[:, s] = np.maximum(residual.min(1), 1e-4)
+    return misfit, best
+
+
+def surely(value: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
+    """1 below the first bound, 0 above the second, a straight line between."""
+    return np.clip((bounds[1] - value) / (bounds[1] - bounds[0]), 0, 1)
+
+
+def detection(b: Blob, misfit: np.ndarray, best: np.ndarray) -> Detection:
+    order = misfit.argsort()
+    first, second = misfit[order[0]], misfit[order[1]]
+    parts = ((first, MISFIT), (first / second, MARGIN), (b.off_color, OFF_COLOR), (b.impure, IMPURE))
+    x, y, r = templates()[1][best[order[0]]]
+    box = (b.left + x - r, b.top + y - r, b.left + x + r, b.top + y + r)
+    x0, y0, x1, y1 = (float(np.clip(v, 0, SIZE)) for v in box)
+    score = float(np.prod([surely(np.asarray(value), bounds) for value, bounds in parts]))
+    return Detection(SHAPES[order[0]], b.color, (x0, y0, x1, y1), score)
+
+
+def detect(images: Tensor | np.ndarray) -> list[list[Detection]]:
+    """[B, 3, 32, 32] in [0, 1] -> for each image its shapes, best first; score 0 is left out."""
+    pixels = np.asarray(images if isinstance(images, np.ndarray) else images.detach().float().cpu(), np.float32)
+    if pixels.ndim != 4 or pixels.shape[1:] != (3, SIZE, SIZE):
+        raise ValueError(f"detect takes images [B, 3, {SIZE}, {SIZE}] in [0, 1]; got shape {list(pixels.shape)}")
+    found = [b for i, image in enumerate(pixels) for b in blobs(image, i)]
+    result: list[list[Detection]] = [[] for _ in pixels]
+    for b, misfit, best in zip(found, *fit(found)) if found else ():
+        if (d := detection(b, misfit, best)).score > 0:
+            result[b.image].append(d)
+    return [sorted(each, key=lambda d: -d.score) for each in result]

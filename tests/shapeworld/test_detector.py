@@ -1,0 +1,121 @@
+"""The judge sees every shape that is there and none that is not: the bounds that a score's meaning rests on."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from leapalign.evaluation.geneval import judge
+from leapalign.shapeworld.captions import TASKS, evaluation_prompts, scene_of, single
+from leapalign.shapeworld.detector import detect
+from leapalign.shapeworld.world import COLORS, GROUND, SHAPES, Object, place, render
+
+GROUND_IMAGE = np.asarray(GROUND, np.float32)[None, :, None, None]
+
+
+def blurred(images: np.ndarray, sigma: float) -> np.ndarray:
+    return ndimage.gaussian_filter(images, (0, 0, sigma, sigma)) if sigma else images
+
+
+def seen(images: np.ndarray) -> float:
+    """Share of the images in which something is detected by GenEval's threshold."""
+    return float(np.mean([any(d.score > 0.3 for d in found) for found in detect(images.astype(np.float32))]))
+
+
+@pytest.mark.parametrize(("sigma", "noise"), [(0.0, 0.0), (0.0, 0.02), (0.5, 0.02)])
+@pytest.mark.parametrize("tag", TASKS)
+def test_true_images_are_judged_true(tag: str, sigma: float, noise: float) -> None:
+    rng = np.random.default_rng(1)
+    prompts = [p for p in evaluation_prompts(100) if p["tag"] == tag]
+    images = blurred(render([scene_of(p, rng) for p in prompts]), sigma)
+    images = np.clip(images + rng.normal(0, noise, images.shape), 0, 1).astype(np.float32)
+    found = detect(torch.from_numpy(images))
+    assert np.mean([judge(p, d).correct for p, d in zip(prompts, found)]) > 0.97
+
+
+def test_box_color_and_score_of_one_shape() -> None:
+    (found,) = detect(render([(Object("ring", "purple", 9.0, 23.5, 5.0),)]))
+    (d,) = found
+    assert (d.label, d.color) == ("ring", "purple") and d.score > 0.9
+    assert np.allclose(d.box, (4.0, 18.5, 14.0, 28.5), atol=0.4)
+
+
+@pytest.mark.parametrize("color", COLORS)
+def test_touching_shapes_are_told_apart(color: str) -> None:
+    """Two diamonds of one colour, tip to tip."""
+    row = (Object("diamond", color, 9.5, 8.0, 6.0), Object("diamond", color, 22.4, 8.0, 6.0))
+    (found,) = detect(render([row]))
+    assert [d.label for d in found if d.score > 0.9] == ["diamond", "diamond"]
+
+
+def test_wrong_claims_are_judged_false() -> None:
+    """A caption is false of a scene made for another shape, colour, number or relation."""
+    rng = np.random.default_rng(2)
+    prompts = [p for p in evaluation_prompts(40) if p["tag"] not in ("single_object", "two_object")]
+    found = detect(render([scene_of(p, rng) for p in prompts]))
+    for tag in ("counting", "colors", "position", "color_attr"):
+        rows = [i for i, p in enumerate(prompts) if p["tag"] == tag]
+        other = np.roll(rows, -2)  # two on: another combination, not another wording of the same
+        assert np.mean([judge(prompts[i], found[j]).correct for i, j in zip(rows, other)]) < 0.1
+
+
+def test_nothing_on_blank_images() -> None:
+    plain = np.random.default_rng(3).random((200, 3, 1, 1)) * np.ones((1, 1, 32, 32))
+    paints = np.asarray(list(COLORS.values()))[:, :, None, None] * np.ones((1, 1, 32, 32))
+    assert seen(np.concatenate([GROUND_IMAGE * np.ones((1, 1, 32, 32)), paints, plain])) == 0
+
+
+@pytest.mark.parametrize("grain", [0.0, 1.0, 2.0])
+def test_nothing_in_noise(grain: float) -> None:
+    rng = np.random.default_rng(4)
+    uniform = blurred(rng.random((200, 3, 32, 32)), grain)
+    on_ground = GROUND_IMAGE + blurred(rng.normal(0, 1, (200, 3, 32, 32)), grain) * max(2 * grain, 0.4)
+    assert seen(uniform) < 0.03
+    assert seen(np.clip(on_ground, 0, 1)) < 0.03
+
+
+@pytest.mark.parametrize("sigma", [1.5, 2.0, 3.0])
+def test_nothing_in_heavily_blurred_images(sigma: float) -> None:
+    rng = np.random.default_rng(5)
+    images = render([scene_of(single(SHAPES[i % 6]), rng) for i in range(300)])
+    assert seen(blurred(images, sigma)) < 0.03
+
+
+def halves(a: str, b: str | None, sideways: bool, two_colors: bool, num: int = 20) -> np.ndarray:
+    """Shape `a` on one side of a straight line through the middle, `b` (or nothing) on the other."""
+    rng = np.random.default_rng([SHAPES.index(a), SHAPES.index(b or a), sideways])
+    one = [place(a, str(rng.choice(list(COLORS))), int(rng.integers(4)), rng) for _ in range(num)]
+    paint = {c: [d for d in COLORS if d != c or not two_colors][int(rng.integers(5))] for c in COLORS}
+    other = [(Object(b, paint[o.color] if two_colors else o.color, o.x, o.y, o.radius),) if b else () for o in one]
+    middle = np.asarray([o.x if sideways else o.y for o in one])[:, None]
+    mask = np.clip(middle - np.arange(32), 0, 1)
+    mask = mask[:, None, None, :] if sideways else mask[:, None, :, None]
+    return render([(o,) for o in one]) * mask + render(other) * (1 - mask)
+
+
+@pytest.mark.parametrize("sideways", [True, False])
+def test_nothing_in_half_and_half_shapes(sideways: bool) -> None:
+    pairs = [halves(a, b, sideways, two_colors=False) for a, b in permutations(SHAPES, 2)]
+    assert seen(np.concatenate(pairs)) < 0.01
+    assert max(seen(images) for images in pairs) <= 0.1
+
+
+@pytest.mark.parametrize("sideways", [True, False])
+def test_nothing_in_half_shapes_and_in_two_colored_shapes(sideways: bool) -> None:
+    assert seen(np.concatenate([halves(s, None, sideways, two_colors=False, num=50) for s in SHAPES])) < 0.03
+    assert seen(np.concatenate([halves(s, s, sideways, two_colors=True, num=50) for s in SHAPES])) < 0.03
+
+
+def test_off_palette_colors_are_not_named() -> None:
+    grey = render([(Object("circle", "black", 8.0, 8.0, 5.0),)])
+    grey = GROUND_IMAGE + (grey - GROUND_IMAGE) * 0.55
+    assert seen(grey) == 0
+
+
+def test_wrong_shape_of_input_is_named() -> None:
+    with pytest.raises(ValueError, match=r"\[B, 3, 32, 32\]"):
+        detect(np.zeros((1, 3, 64, 64), np.float32))
