@@ -1,0 +1,193 @@
+"""The command line: train, resume, sample, evaluate, list, demo. Exit 0 = done, 1 = stopped, 2 = your mistake, 130 = ^C.
+
+Flags come from the recipe's own dataclasses. Help imports no torch: the work is imported when it starts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from leapalign.codec import suggestion
+from leapalign.errors import RunStopped, UserError
+
+if TYPE_CHECKING:
+    from leapalign.run import Run
+
+USAGE = """usage: leapalign COMMAND ...
+
+  train RECIPE [--flags]   train; RECIPE is a name (leapalign list recipes), file.py:name, or a run.json
+  resume RUN               go on with an interrupted run, from its last checkpoint
+  sample WHAT              pictures from a run, a pipeline folder or an embedded model
+  evaluate WHAT            GenEval tasks and rewards of a run or a pipeline folder
+  list [KIND]              methods, models, rewards or recipes
+  demo                     the whole way once, on a laptop CPU
+
+  leapalign COMMAND --help says more; leapalign train RECIPE --help lists that recipe's flags
+"""
+
+
+def entry_point() -> None:
+    """What the installed command calls."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command and return the exit status; no traceback for a user's mistake."""
+    try:
+        return _dispatch(list(argv))
+    except SystemExit as end:  # tyro: 0 after help, 2 after a wrong flag
+        return end.code if isinstance(end.code, int) else 2
+    except UserError as error:
+        print(f"leapalign: {error}", file=sys.stderr)
+        return 2
+    except RunStopped as error:
+        print(f"leapalign: stopped at {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("leapalign: interrupted; `leapalign resume RUN` goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"leapalign {version('leapalign')}")
+        return 0
+    if argv[0] not in COMMANDS:
+        raise UserError(f"there is no command {argv[0]!r}{suggestion(argv[0], COMMANDS)}\n\n{USAGE}")
+    COMMANDS[argv[0]](argv[1:])
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFlags:
+    """Train a recipe into a new folder; every number of it is a flag."""
+
+    run: Annotated[Any, tyro.conf.arg(name="")]
+    json: bool = False
+    """Print the run's summary as JSON on stdout."""
+    plugin: tuple[str, ...] = ()
+    """Your own files whose classes a run.json names; each is executed."""
+
+
+def _train(argv: list[str]) -> None:
+    from leapalign.recipe_files import load_recipe, plugins_in
+
+    word, rest = _split_recipe(argv)
+    recipe = load_recipe(word, plugins_in(rest))
+    flags = tyro.cli(TrainFlags, default=TrainFlags(run=recipe), args=rest, prog=f"leapalign train {word}")
+    _run(flags.run, resume=False, as_json=flags.json)
+
+
+def _split_recipe(argv: list[str]) -> tuple[str, list[str]]:
+    """RECIPE comes first, because it decides which flags there are."""
+    if argv and not argv[0].startswith("-"):
+        return argv[0], argv[1:]
+    if "--help" in argv or "-h" in argv:
+        print("RECIPE comes first; these are the flags of shapeworld-leapalign:\n")
+        return "shapeworld-leapalign", argv
+    raise UserError("train: give the recipe first, as in `leapalign train shapeworld-leapalign --steps 20`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeFlags:
+    """Go on with a run, bit for bit as if it had not been interrupted (on the CPU)."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run's folder."""
+    steps: int = 0
+    """Train up to this step instead of the recorded one; 0 = as recorded."""
+    json: bool = False
+    """Print the run's summary as JSON on stdout."""
+    plugin: tuple[str, ...] = ()
+    """Your own files whose classes the run names; each is executed."""
+
+
+def _resume(argv: list[str]) -> None:
+    from leapalign.recipe_files import load_plugins, read_run
+
+    flags = tyro.cli(ResumeFlags, args=argv, prog="leapalign resume")
+    run = read_run(flags.run / "run.json", load_plugins(flags.plugin))
+    run = replace(run, out=str(flags.run), steps=flags.steps or run.steps)
+    _run(run, resume=True, as_json=flags.json)
+
+
+def _run(run: Run, *, resume: bool, as_json: bool) -> None:
+    from leapalign.training.loop import train
+
+    summary = train(run, resume=resume).summary
+    _answer(summary, as_json, f"{summary['steps']} steps in {summary['seconds']:.0f} s; tuned: {summary['pipeline']}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleFlags:
+    """Draw pictures with a run's tuned weights, a pipeline folder, or embedded:generator."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """A run's folder, a diffusers pipeline folder, or embedded:generator."""
+    prompt: tuple[str, ...]
+    """What to draw; several texts give several pictures."""
+    out: Path = Path("samples")
+    """Where the PNG files go."""
+    num: int = 1
+    """Pictures a prompt."""
+    steps: int = 0
+    """Sampling steps; 0 = as in the run's training, or 25."""
+    size: int = 0
+    """Height and width in pixels; 0 = as in the run, or the family's usual size."""
+    guidance: float = -1.0
+    """Guidance scale; -1 = as in the run, or the family's usual scale."""
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    json: bool = False
+    """Print the pictures' paths as JSON on stdout."""
+
+
+def _sample(argv: list[str]) -> None:
+    flags = tyro.cli(SampleFlags, args=argv, prog="leapalign sample")
+    from leapalign.sampling import sample
+
+    pictures = sample(flags)
+    _answer(pictures, flags.json, "\n".join(picture["path"] for picture in pictures))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListFlags:
+    """What there is to choose from, with the class that a run.json names."""
+
+    kind: Annotated[Literal["all", "methods", "models", "rewards", "recipes"], tyro.conf.Positional] = "all"
+    json: bool = False
+    """Print JSON on stdout."""
+
+
+def _list(argv: list[str]) -> None:
+    flags = tyro.cli(ListFlags, args=argv, prog="leapalign list")
+    from leapalign.listing import KINDS, listing
+
+    table = listing(KINDS if flags.kind == "all" else (flags.kind,))
+    lines = [f"{kind}\n" + "\n".join(f"  {e['name']:22}{e['text']}" for e in table[kind]) for kind in table]
+    _answer(table, flags.json, "\n\n".join(lines))
+
+
+def _answer(value: Any, as_json: bool, text: str) -> None:
+    print(json.dumps(value, indent=2) if as_json else text)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": _train,
+    "resume": _resume,
+    "sample": _sample,
+    "list": _list,
+}

@@ -1,0 +1,85 @@
+"""RECIPE to Run: a name of recipes.py, `file.py:name`, or a run.json. A user's file is code, and giving it runs it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from leapalign.codec import loads, suggestion
+from leapalign.errors import UserError
+from leapalign.run import Run
+
+
+def load_recipe(word: str, plugins: dict[str, ModuleType]) -> Run:
+    """The run that RECIPE names; UserError with a suggestion where there is none."""
+    if word.endswith(".json"):
+        return read_run(Path(word), plugins)
+    if ".py:" in word:
+        file, _, name = word.rpartition(":")
+        return _recipe_in(load_file(file), name, word)
+    from leapalign.recipes import RECIPES
+
+    if word not in RECIPES:
+        raise UserError(
+            f"there is no recipe {word!r}{suggestion(word, RECIPES)}\n"
+            f"RECIPE is one of {', '.join(RECIPES)}, or file.py:name, or a run.json"
+        )
+    return RECIPES[word]()
+
+
+def read_run(path: Path, plugins: dict[str, ModuleType]) -> Run:
+    """A run.json, strictly."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the run ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: this is not UTF-8 text, so no run.json") from None
+    return loads(text, Run, plugins=plugins, where=str(path))
+
+
+def plugins_in(argv: Sequence[str]) -> dict[str, ModuleType]:
+    """The files after `--plugin`, loaded before the other flags: a run.json may need them to be read at all."""
+    if "--plugin" not in argv:
+        return {}
+    after = argv[list(argv).index("--plugin") + 1 :]
+    end = next((i for i, word in enumerate(after) if word.startswith("-")), len(after))
+    return load_plugins(after[:end])
+
+
+def load_plugins(files: Sequence[str]) -> dict[str, ModuleType]:
+    """File name -> module."""
+    return {Path(file).name: load_file(file) for file in files}
+
+
+def load_file(file: str) -> ModuleType:
+    """Execute a user's Python file as a module named like the file."""
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"{file}: there is no such file")
+    name = f"leapalign_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{file}: this is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up by name
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"{file}, line {error.lineno}: {error.msg}") from None
+    return module
+
+
+def _recipe_in(module: ModuleType, name: str, word: str) -> Run:
+    found = getattr(module, name, None)
+    if found is None:
+        raise UserError(f"{word}: there is no {name!r} in the file{suggestion(name, vars(module))}")
+    run = found() if callable(found) else found
+    if not isinstance(run, Run):
+        raise UserError(
+            f"{word}: {name} is a {type(run).__name__}; a recipe is a function that returns a leapalign Run"
+        )
+    return run

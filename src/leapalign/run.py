@@ -1,0 +1,139 @@
+"""A run: everything that decides what a training run does, as one frozen value that run.json replays exactly.
+
+Plug-ins (model, method, rewards, prompts) are frozen dataclasses with a `load()`; this file knows none of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from leapalign.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardTerm:
+    """One reward in the loss: weight * max(0, threshold - r)."""
+
+    reward: Any  # a dataclass of leapalign.rewards
+    threshold: float  # lambda, Eq. 11: samples above it have no gradient
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What to train, on what, how and how long. The defaults are the paper's (Sec. 6.1) where it states them."""
+
+    name: str  # shown in reports; names nothing on disk
+    model: Any  # a dataclass of leapalign.models
+    method: Any  # a dataclass of leapalign.methods
+    rewards: tuple[RewardTerm, ...]
+    prompts: Any  # a dataclass of leapalign.prompts
+    out: str  # the run's folder; must not exist or be empty
+    steps: int = 300  # updates
+    batch_size: int = 64  # samples an update
+    micro_batch_size: int = 1  # samples at a time; divides batch_size and changes no result
+    samples_per_draw: int = 0  # neighbours that share one draw (k, j, ...); a multiple of micro_batch_size, 0 = all
+    num_sampling_steps: int = 25  # T of the training rollout
+    learning_rate: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0  # 0 = no clipping (the paper states none; public code clips at 1)
+    ema_decay: float = 0.995  # of the weights that are saved and evaluated; 0 = no averaging
+    graph: Literal["all", "blocks", "inputs"] = "all"  # what the rollout keeps for the backward pass
+    reward_chunk: int = 0  # samples decoded and scored at a time; 0 = the micro-batch
+    seed: int = 0
+    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto = cuda where there is one
+    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 computes in it over float32 weights
+    checkpoint_every: int = 50  # steps; the last step always saves
+    keep_checkpoints: int = 2
+    probe_every: int = 10  # steps between two scores of the averaged weights on fixed prompts and noise; 0 = never
+    probe_size: int = 32  # samples of that fixed set
+    probe_seed: int = 0  # of that fixed set: not of the run, so that runs compare
+
+    def __post_init__(self) -> None:
+        _check_counts(self)
+        _check_reals(self)
+        _check_geometry(self)
+        if not self.rewards:
+            raise UserError("rewards: a run needs at least one reward")
+        if not self.out:
+            raise UserError("out: a run needs a folder, for instance runs/first")
+
+
+# What may differ between a run and its resumption: none of these changes a step that both take.
+FREE_FIELDS = frozenset({"name", "out", "steps", "checkpoint_every", "keep_checkpoints"})
+_LEAST = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "num_sampling_steps": 1, "checkpoint_every": 1}
+_LEAST |= {"keep_checkpoints": 1, "probe_size": 1, "samples_per_draw": 0, "reward_chunk": 0, "probe_every": 0}
+
+
+def _check_counts(run: Run) -> None:
+    for name, least in _LEAST.items():
+        if getattr(run, name) < least:
+            raise UserError(f"{name} is {getattr(run, name)}; it must be at least {least}")
+
+
+def _check_reals(run: Run) -> None:
+    reals = {"learning_rate": run.learning_rate, "weight_decay": run.weight_decay, "max_grad_norm": run.max_grad_norm}
+    for name, value in reals.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise UserError(f"{name} is {value}; it must be finite and not negative")
+    shares = {"ema_decay": run.ema_decay, "betas[0]": run.betas[0], "betas[1]": run.betas[1]}
+    for name, value in shares.items():
+        if not 0 <= value < 1:
+            raise UserError(f"{name} is {value}; it must lie in [0, 1)")
+    for index, term in enumerate(run.rewards):
+        if not (math.isfinite(term.weight) and math.isfinite(term.threshold)):
+            raise UserError(f"rewards[{index}]: weight {term.weight} and threshold {term.threshold} must be finite")
+
+
+def _check_geometry(run: Run) -> None:
+    """batch = whole micro-batches, and no draw is cut by a micro-batch: so accumulation changes no result."""
+    batch, micro, share = run.batch_size, run.micro_batch_size, run.samples_per_draw
+    if batch % micro:
+        sizes = [m for m in range(1, batch + 1) if batch % m == 0]
+        raise UserError(
+            f"batch_size {batch} is not made of micro-batches of {micro}; "
+            f"use batch_size {_nearest_multiples(batch, micro)}, or micro_batch_size {_nearest(sizes, micro)}"
+        )
+    if share % micro:
+        raise UserError(
+            f"samples_per_draw {share} is not a multiple of micro_batch_size {micro}; "
+            f"use samples_per_draw {_nearest_multiples(share, micro)}, or 0 for the whole batch"
+        )
+
+
+def _nearest_multiples(value: int, unit: int) -> str:
+    below = value // unit * unit
+    return f"{below} or {below + unit}" if below else f"{unit}"
+
+
+def _nearest(choices: list[int], value: int) -> str:
+    below, above = max(c for c in choices if c <= value), [c for c in choices if c > value]
+    return f"{below} or {above[0]}" if above else f"{below}"
+
+
+def trajectory(record: dict[str, Any]) -> dict[str, Any]:
+    """The part of a run's JSON that decides its numbers: all but where it is written and how often."""
+    return {key: value for key, value in record.items() if key not in FREE_FIELDS}
+
+
+def config_hash(record: dict[str, Any]) -> str:
+    """sha256 of a run's JSON, as `leapalign.codec.encode` makes it, without the fields that change no number."""
+    return hashlib.sha256(json.dumps(trajectory(record), sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """The leaves in which two JSON values differ, as `a.b: 1 -> 2`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{where}.{k}".lstrip("."))]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [d for i, (a, b) in enumerate(zip(old, new)) for d in differences(a, b, f"{where}[{i}]")]
+    return [] if old == new else [f"{where}: {json.dumps(old)} -> {json.dumps(new)}"]
+
+
+assert {f.name for f in fields(Run)} >= FREE_FIELDS | set(_LEAST)

@@ -1,0 +1,68 @@
+"""Which samples an update is made of: prompts in a seeded order an epoch, noise by (seed, step, sample).
+
+Everything is a function of the step's number: nothing has to be saved to resume, and accumulation changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from leapalign.prompts import Prompt
+from leapalign.run import Run
+from leapalign.seeds import generator
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Neighbouring samples of one step."""
+
+    step: int
+    samples: range  # their numbers in the batch
+    prompts: tuple[str, ...]
+
+
+def micro_batches(run: Run, prompts: Sequence[Prompt], step: int) -> Iterator[MicroBatch]:
+    """The step's batch, cut into whole micro-batches."""
+    for start in range(0, run.batch_size, run.micro_batch_size):
+        samples = range(start, start + run.micro_batch_size)
+        places = [step * run.batch_size + sample for sample in samples]
+        texts = tuple(prompts[prompt_index(run.seed, place, len(prompts))].text for place in places)
+        yield MicroBatch(step, samples, texts)
+
+
+def prompt_index(seed: int, place: int, count: int) -> int:
+    """The prompt at a place of the endless sequence in which every epoch is a permutation of its own."""
+    return _epoch_order(seed, place // count, count)[place % count]
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(seed: int, epoch: int, count: int) -> tuple[int, ...]:
+    rng = generator(seed, step=epoch, sample=0, purpose="prompt order")
+    return tuple(torch.randperm(count, generator=rng).tolist())
+
+
+def prompts_used(run: Run, prompts: Sequence[Prompt]) -> list[str]:
+    """Every text that the run encodes, in a fixed order: the training prompts it reaches and the probe's."""
+    reached = min(run.steps * run.batch_size, len(prompts))  # the first epoch holds every prompt
+    training = (prompts[prompt_index(run.seed, place, len(prompts))].text for place in range(reached))
+    return list(dict.fromkeys([*training, *probe_prompts(run, prompts)]))
+
+
+def probe_prompts(run: Run, prompts: Sequence[Prompt]) -> list[str]:
+    """The fixed prompts on which r(x_0) is followed; the same for every run with this probe_seed."""
+    return [prompts[prompt_index(run.probe_seed, i, len(prompts))].text for i in range(run.probe_size)]
+
+
+def noise_generators(seed: int, step: int, samples: Sequence[int], purpose: str = "noise") -> list[torch.Generator]:
+    """One CPU generator a sample."""
+    return [generator(seed, step=step, sample=sample, purpose=purpose) for sample in samples]
+
+
+def draw_generator(run: Run, micro: MicroBatch) -> torch.Generator:
+    """The generator of the structural draws (k, j, ...), shared by `samples_per_draw` neighbours."""
+    share = micro.samples.start // (run.samples_per_draw or run.batch_size)
+    return generator(run.seed, step=micro.step, sample=share, purpose="draw")

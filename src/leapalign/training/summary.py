@@ -1,0 +1,29 @@
+"""summary.json: what a finished run came to, for scripts and for the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from leapalign.run import Run
+from leapalign.training.checkpoints import Progress
+from leapalign.training.files import write_text
+from leapalign.training.tracking import read_metrics
+
+
+def summarize(run: Run, progress: Progress) -> dict[str, Any]:
+    """Write and return it. `reward` is r(x_0) on the fixed probe set, before and after; null where it was off."""
+    out = Path(run.out)
+    probes = [m["probe_reward"] for m in read_metrics(out) if "probe_reward" in m]
+    summary = {
+        "name": run.name,
+        "out": str(out),
+        "pipeline": str(out / "pipeline"),
+        "steps": progress.step,
+        "skipped": progress.skipped,
+        "seconds": round(progress.seconds, 3),
+        "reward": {"before": probes[0], "after": probes[-1]} if probes else None,
+    }
+    write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary

@@ -1,0 +1,76 @@
+"""The trained weights: which they are, their clipped gradient, and their exponential moving average.
+
+EMA: shadow <- d shadow + (1 - d) w after every update, begun at the base weights, in float32 at least, of the trained
+weights only. The paper evaluates and ships these averages (arXiv 2604.15311, Sec. 6.1: d = 0.995).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from leapalign.errors import UserError
+
+Named = dict[str, Tensor]
+
+
+def trained_parameters(policy: nn.Module) -> Named:
+    """Name -> parameter, of those that require a gradient."""
+    parameters: Named = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise UserError(f"{type(policy).__name__}: no parameter requires a gradient; there is nothing to train")
+    return parameters
+
+
+def gradient_norm(parameters: Named) -> Tensor:
+    """The Euclidean norm over all gradients that exist, 0-dim float32 at least."""
+    grads = [p.grad for p in parameters.values() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+
+
+def clip_gradients(parameters: Named, norm: Tensor, max_norm: float) -> None:
+    """Scale all gradients so that their norm is at most `max_norm`; 0 leaves them."""
+    if max_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters.values(), max_norm, norm)
+
+
+class EMA:
+    """The averaged copy of the trained weights."""
+
+    def __init__(self, parameters: Named, decay: float) -> None:
+        self.decay = decay
+        self.parameters = parameters
+        self.shadow = {name: _master(p.detach()).clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """shadow <- d shadow + (1 - d) w."""
+        shadows = list(self.shadow.values())
+        weights = [_master(p.detach()) for p in self.parameters.values()]
+        torch._foreach_mul_(shadows, self.decay)
+        torch._foreach_add_(shadows, weights, alpha=1 - self.decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the policy computes with the averages; afterwards it has its own weights back, bit for bit."""
+        live = {name: p.detach().clone() for name, p in self.parameters.items()}
+        copy_into(self.parameters, self.shadow)
+        try:
+            yield
+        finally:
+            copy_into(self.parameters, live)
+
+
+@torch.no_grad()
+def copy_into(targets: Named, values: Named) -> None:
+    """Write values into the tensors of the same names."""
+    for name, target in targets.items():
+        target.copy_(values[name])
+
+
+def _master(p: Tensor) -> Tensor:
+    """float32 at least: 1 - d = 0.005 of a small change is lost in bfloat16."""
+    return p.to(torch.promote_types(p.dtype, torch.float32))
