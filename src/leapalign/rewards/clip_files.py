@@ -1,0 +1,134 @@
+"""What a CLIPModel folder holds, read strictly: weights (safetensors), preprocessing numbers, tokenizer.
+
+A folder that would be silently completed with random weights, another resize or an empty vocabulary is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from leapalign.errors import UserError
+from leapalign.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, Rounding
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BICUBIC = 3  # Pillow's number, which preprocessor_config.json stores as "resample"
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either set is a whole tokenizer
+
+
+def resolve(path: str) -> str:
+    """A folder or hub id as it is; `embedded:reward` becomes the folder inside the package."""
+    if not path.startswith("embedded:"):
+        return path
+    from leapalign.shapeworld.assets import resolve as embedded
+
+    return str(embedded(path))
+
+
+def load_model(name: str, folder: str, device: str, dtype: str) -> tuple[CLIPModel, float]:
+    """The frozen CLIPModel in eval mode, and exp(logit_scale) unrounded. Every weight must be in the file."""
+    from transformers import CLIPModel
+
+    if dtype not in DTYPES:
+        raise UserError(f"{name}: dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    check_architecture(name, folder)
+    try:
+        model, report = cast(Any, CLIPModel).from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{name}: {folder} has no weights that CLIPModel can read (model.safetensors): {error}"
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{name}: {folder} lacks {len(missing)} weights of a CLIPModel, e.g. {missing[0]}; save it whole"
+        )
+    scale = math.exp(float(model.logit_scale.detach()))  # in bfloat16 ln(100) would be off by 1 %
+    return model.requires_grad_(False).eval().to(device, DTYPES[dtype]), scale
+
+
+def check_architecture(name: str, folder: str) -> None:
+    config = read_json(folder, "config.json")
+    if not config:
+        raise UserError(
+            f"{name}: no config.json at {folder!r}; expected a local folder of a transformers CLIPModel, or a hub id "
+            "that can be reached (HF_HUB_OFFLINE=1 forbids it). Give --path or fetch the model first"
+        )
+    if config.get("model_type") != "clip":
+        raise UserError(f"{name}: {folder} is a {config.get('model_type')!r} model; expected 'clip' (CLIPModel)")
+
+
+def load_preprocess(name: str, folder: str, image_size: int, rounding: Rounding) -> Preprocess:
+    """The folder's numbers; without a preprocessor file, CLIP's mean and std at the model's image size."""
+    config = read_json(folder, "preprocessor_config.json") or read_json(folder, "processor_config.json")
+    config = config.get("image_processor", config)  # transformers 5 nests it
+    crop, resize = square(config.get("crop_size", image_size)), shortest(config.get("size", image_size))
+    standard = config.get("resample", BICUBIC) == BICUBIC and all(
+        config.get(key, True) for key in ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
+    )
+    if not standard or not crop or not resize or crop > resize:
+        raise UserError(
+            f"{name}: the preprocessing in {folder} is not CLIP's (shortest edge by bicubic resize, centre crop, "
+            f"normalise): {json.dumps(config)}; use the processor files of a CLIP model"
+        )
+    if crop != image_size:
+        raise UserError(
+            f"{name}: {folder} crops to {crop} pixels, but the model's image_size is {image_size}; use its own"
+        )
+    mean, std = tuple(config.get("image_mean", CLIP_MEAN)), tuple(config.get("image_std", CLIP_STD))
+    return Preprocess(size=crop, resize=resize, rounding=rounding, mean=mean, std=std)
+
+
+def square(size: int | dict[str, int]) -> int:
+    """Pixels from 224 or {"height": 224, "width": 224}; 0 for anything else."""
+    if isinstance(size, int):
+        return size
+    return size.get("height", 0) if size.get("height") == size.get("width") else 0
+
+
+def shortest(size: int | dict[str, int]) -> int:
+    """Pixels from 224 or {"shortest_edge": 224}; 0 for a resize that ignores the aspect ratio."""
+    return size if isinstance(size, int) else size.get("shortest_edge", 0)
+
+
+def load_tokenizer(name: str, folder: str, vocabulary: int) -> Any:
+    """The folder's own tokenizer; its ids must fit the model's table."""
+    from transformers import AutoTokenizer
+
+    # Asked for first: transformers builds an empty tokenizer from config.json alone, and says nothing.
+    if not any(all(find(folder, file) for file in files) for files in TOKENIZER_FILES):
+        raise UserError(
+            f"{name}: no tokenizer at {folder!r}; expected tokenizer.json, or vocab.json with merges.txt, beside the "
+            "model. Copy them there, or name another folder or hub id with `processor`"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if len(tokenizer) > vocabulary:
+        raise UserError(f"{name}: the tokenizer at {folder} has {len(tokenizer)} entries, the model knows {vocabulary}")
+    return tokenizer
+
+
+def read_json(folder: str, file: str) -> dict[str, Any]:
+    """The file's content, empty where there is none."""
+    found = find(folder, file)
+    return json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
+
+
+def find(folder: str, file: str) -> str | None:
+    """The local path of a file of a folder or hub id; None where it does not exist or cannot be fetched."""
+    if Path(folder).is_dir():
+        return str(Path(folder, file)) if Path(folder, file).is_file() else None
+    from transformers.utils.hub import cached_file
+
+    try:
+        return cached_file(folder, file)
+    except (OSError, ValueError):
+        return None

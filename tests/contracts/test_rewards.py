@@ -1,0 +1,212 @@
+"""What every reward keeps. The folder is the list: a new file in rewards/ without a fixture here fails."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import leapalign.rewards
+from leapalign.rewards.base import RewardConfig
+from leapalign.rewards.clip import CLIPScore, PickScore
+from leapalign.rewards.preprocess import to_levels
+from tiny_clip import write_tiny_clip
+
+HELPERS = {"base", "preprocess", "clip_model", "clip_files"}  # files of the folder that hold no reward
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One configuration of one reward, made in a scratch folder, and how far Pillow's path may be from the tensors'."""
+
+    make: Callable[[Path], Any]
+    pillow_tolerance: float  # in units of the score; about 2.5 times what `photos` give
+
+
+# Measured: cosine 0.0043, logit 0.17, hessel 0.012, torchmetrics 0.43. Without antialiasing 0.138, and bilinear 0.042
+# for the cosine, so the tolerance tells the paths' difference from a mistake (tests/rewards/test_clip.py does it).
+CASES = {
+    "pickscore cosine": Case(lambda folder: PickScore(path=str(write_tiny_clip(folder))), 1e-2),
+    "pickscore logit": Case(lambda folder: PickScore(path=str(write_tiny_clip(folder)), output="logit"), 0.45),
+    "clipscore cosine": Case(lambda folder: CLIPScore(path=str(write_tiny_clip(folder))), 1e-2),
+    "clipscore hessel": Case(lambda folder: CLIPScore(path=str(write_tiny_clip(folder)), convention="hessel"), 0.03),
+    "clipscore torchmetrics": Case(
+        lambda folder: CLIPScore(path=str(write_tiny_clip(folder)), convention="torchmetrics"), 1.0
+    ),
+}
+PROMPTS = ["a red circle", "two blue star left of a square", "a photo of green"]
+
+
+def reward_files() -> set[str]:
+    return {module.name for module in pkgutil.iter_modules(leapalign.rewards.__path__)} - HELPERS
+
+
+def reward_classes() -> dict[str, type]:
+    """name -> configuration dataclass, of every file in the folder."""
+    found = {}
+    for file in reward_files():
+        module = importlib.import_module(f"leapalign.rewards.{file}")
+        for cls in vars(module).values():
+            if inspect.isclass(cls) and cls.__module__ == module.__name__ and hasattr(cls, "load"):
+                found[cls.name] = cls
+    return found
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture
+def config(case: Case, tmp_path: Path) -> Any:
+    return case.make(tmp_path)
+
+
+def photos() -> list[Image.Image]:
+    """Three 8-bit pictures, 61 wide and 50 high: shapes under fine noise, without pure black and white.
+
+    The noise makes a resize without antialiasing visible; Pillow's clipping of overshoot needs black or white and has
+    its own expected outputs in tests/golden.
+    """
+    y, x = torch.meshgrid(torch.linspace(0, 1, 50), torch.linspace(0, 1, 61), indexing="ij")
+    disc = ((x - 0.4) ** 2 + (y - 0.5) ** 2 < 0.08).float()
+    shapes = torch.stack(
+        [torch.stack([x, y, disc]), torch.stack([disc, 1 - disc, x * y]), torch.stack([1 - x, disc * y, 0.3 + 0 * x])]
+    )
+    noise = torch.rand(shapes.shape, generator=torch.Generator().manual_seed(5)) - 0.5
+    levels = (255 * (0.3 + 0.4 * shapes + 0.3 * noise)).round().byte()
+    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in levels]
+
+
+def as_images(pictures: list[Image.Image], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.stack([to_levels(picture) for picture in pictures]).to(dtype) / 255
+
+
+def test_every_file_has_a_case(tmp_path: Path) -> None:
+    classes = reward_classes()
+    files = {cls.__module__.rpartition(".")[2] for cls in classes.values()}
+    assert files == reward_files(), "a file in rewards/ defines no reward; if it is a helper, name it in HELPERS"
+    with_a_case = {type(case.make(tmp_path)) for case in CASES.values()}
+    assert with_a_case == set(classes.values()), "give every reward a Case"
+
+
+@pytest.mark.parametrize("name", sorted(reward_classes()))
+def test_configuration_declares_its_facts(name: str) -> None:
+    cls = reward_classes()[name]
+    assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    assert all(field.kw_only for field in dataclasses.fields(cls))
+    for fact in get_type_hints(RewardConfig):
+        value = getattr(cls, fact)
+        assert isinstance(value, bool) if fact == "differentiable" else isinstance(value, str) and value, fact
+
+
+def test_returns_one_float32_score_an_image(config: Any) -> None:
+    scores = config.load()(as_images(photos()), PROMPTS)
+    assert scores.shape == (3,) and scores.dtype == torch.float32 and bool(scores.isfinite().all())
+
+
+def test_depends_on_picture_and_prompt(config: Any) -> None:
+    images, reward = as_images(photos()), config.load()
+    scores = reward(images, PROMPTS)
+    assert (scores - reward(images.flip(0), PROMPTS))[[0, 2]].abs().min() > 1e-3
+    assert (scores - reward(images, PROMPTS[::-1]))[[0, 2]].abs().min() > 1e-3
+
+
+def test_same_input_same_score(config: Any) -> None:
+    images = as_images(photos())
+    assert torch.equal(config.load()(images, PROMPTS), config.load()(images, PROMPTS))
+
+
+def test_samples_are_independent(config: Any) -> None:
+    """Alone or among others, in value and in gradient."""
+    reward = config.load(dtype="float64")
+    images = as_images(photos(), torch.float64)
+    together = reward(images, PROMPTS)
+    alone = torch.cat([config.load(dtype="float64")(images[b : b + 1], PROMPTS[b : b + 1]) for b in range(3)])
+    torch.testing.assert_close(together, alone, atol=1e-12, rtol=1e-12)
+    images.requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(images, PROMPTS)[1], images)
+    assert gradient[1].any() and not gradient[0].any() and not gradient[2].any()
+
+
+def test_gradient_is_finite_and_reaches_every_sample(config: Any) -> None:
+    if not config.differentiable:
+        pytest.skip("declared not differentiable")
+    images = as_images(photos()).requires_grad_()
+    (gradient,) = torch.autograd.grad(config.load()(images, PROMPTS).sum(), images)
+    assert bool(gradient.isfinite().all())
+    assert gradient.abs().amax(dim=(1, 2, 3)).min() > 1e-6
+
+
+def test_gradient_against_finite_differences(config: Any) -> None:
+    """Along random directions, in float64: central differences, error O(h^2)."""
+    if not config.differentiable:
+        pytest.skip("declared not differentiable")
+    reward, h = config.load(dtype="float64"), 1e-5
+    images = (0.1 + 0.8 * as_images(photos(), torch.float64)).requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(images, PROMPTS).sum(), images)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        direction = torch.randn(images.shape, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            slope = (reward(images + h * direction, PROMPTS) - reward(images - h * direction, PROMPTS)) / (2 * h)
+        along = (gradient * direction).sum(dim=(1, 2, 3))
+        torch.testing.assert_close(along, slope, rtol=1e-6, atol=1e-8)
+
+
+def test_weights_are_frozen(config: Any) -> None:
+    reward = config.load()
+    images = as_images(photos()).requires_grad_()
+    reward(images, PROMPTS).sum().backward()
+    assert not reward.model.training
+    assert all(not weight.requires_grad and weight.grad is None for weight in reward.model.parameters())
+
+
+def test_agrees_with_pillow_on_picture_files(case: Case, config: Any) -> None:
+    reward, pictures = config.load(), photos()
+    difference = (reward(as_images(pictures), PROMPTS) - reward.score_pictures(pictures, PROMPTS)).abs().max()
+    assert 0 < difference < case.pillow_tolerance
+
+
+def test_bfloat16_weights_give_float32_scores(config: Any) -> None:
+    images = as_images(photos())
+    rough, exact = config.load(dtype="bfloat16")(images, PROMPTS), config.load()(images, PROMPTS)
+    assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
+    torch.testing.assert_close(rough, exact, rtol=0.05, atol=0.05 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("pixel", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_swallowed(config: Any, pixel: float) -> None:
+    images = as_images(photos())
+    images[1, 0, 16, 16] = pixel
+    scores = config.load()(images, PROMPTS)
+    assert scores.isfinite().tolist() == [True, False, True]
+
+
+MISTAKES = {
+    "one image without batch": (torch.zeros(3, 33, 40), PROMPTS, r"shape \[3, 33, 40\]; expected \[B, 3, H, W\]"),
+    "channels last": (torch.zeros(3, 33, 40, 3), PROMPTS, r"expected \[B, 3, H, W\]"),
+    "empty batch": (torch.zeros(0, 3, 33, 40), [], "nothing empty"),
+    "8 bits": (torch.zeros(3, 3, 33, 40, dtype=torch.uint8), PROMPTS, "divide 8-bit pictures by 255"),
+    "minus one to one": (torch.zeros(3, 3, 33, 40) - 0.5, PROMPTS, r"\[-0.5, -0.5\]; expected \[0, 1\]"),
+    "0 to 255": (torch.full((3, 3, 33, 40), 200.0), PROMPTS, r"\[200, 200\]; expected \[0, 1\]"),
+    "too few prompts": (torch.zeros(3, 3, 33, 40), PROMPTS[:2], "3 images and 2 prompts"),
+    "a string of the right length": (torch.zeros(3, 3, 33, 40), "abc", "one string"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_named(config: Any, mistake: str) -> None:
+    images, prompts, message = MISTAKES[mistake]
+    with pytest.raises(ValueError, match=message) as raised:
+        config.load()(images, prompts)
+    assert config.name in str(raised.value)
