@@ -99,13 +99,15 @@ def vae(seed: int) -> nn.Module:
     return randomise(model, seed)
 
 
-def sd3_pipeline(*, with_t5: bool = True, layers: int = 2, seed: int = 0) -> StableDiffusion3Pipeline:
+def sd3_pipeline(
+    *, with_t5: bool = True, layers: int = 2, joint_width: int = 32, seed: int = 0
+) -> StableDiffusion3Pipeline:
     """CLIP + CLIP + T5 (or none), patch 2, dual attention in the first block as in SD3.5-M, shift 3."""
     tokenizer = clip_tokenizer()
     tokenizer_3 = t5_tokenizer() if with_t5 else None
     transformer = SD3Transformer2DModel(
         sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=layers, attention_head_dim=8,
-        num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=24,
+        num_attention_heads=2, joint_attention_dim=joint_width, caption_projection_dim=16, pooled_projection_dim=24,
         pos_embed_max_size=16, dual_attention_layers=(0,), qk_norm="rms_norm",
     )  # fmt: skip
     return StableDiffusion3Pipeline(
@@ -116,7 +118,7 @@ def sd3_pipeline(*, with_t5: bool = True, layers: int = 2, seed: int = 0) -> Sta
         tokenizer=tokenizer,
         text_encoder_2=clip_text(tokenizer, CLIPTextModelWithProjection, 16, seed + 4),
         tokenizer_2=clip_tokenizer(),
-        text_encoder_3=t5(tokenizer_3, 32, seed + 5) if tokenizer_3 is not None else None,
+        text_encoder_3=t5(tokenizer_3, joint_width, seed + 5) if tokenizer_3 is not None else None,
         tokenizer_3=tokenizer_3,
     )
 
