@@ -40,6 +40,16 @@ class Progress:
 def save(run: Run, progress: Progress, parameters: Named, ema: EMA, optimizer: torch.optim.Optimizer) -> Path:
     """Write the checkpoint of `progress.step` and prune older ones; killed at any moment, it is complete or absent."""
     target = _folder(run) / f"step-{progress.step:06d}"
+    if not target.exists():  # else a process was killed between this checkpoint and the pruning
+        _write(target, run, progress, parameters, ema, optimizer)
+    for old in _complete(run)[: -run.keep_checkpoints]:
+        remove_folder(old)
+    return target
+
+
+def _write(
+    target: Path, run: Run, progress: Progress, parameters: Named, ema: EMA, optimizer: torch.optim.Optimizer
+) -> None:
     record = encode(run)
     with complete_folder(target) as folder:
         save_file(_portable(parameters), folder / "weights.safetensors")
@@ -49,9 +59,6 @@ def save(run: Run, progress: Progress, parameters: Named, ema: EMA, optimizer: t
         state: dict[str, Any] = asdict(progress) | {"config": config_hash(record), "versions": _versions()}
         state["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir())}
         (folder / "state.json").write_text(json.dumps(state, indent=2))
-    for old in _complete(run)[: -run.keep_checkpoints]:
-        remove_folder(old)
-    return target
 
 
 def restore(run: Run, parameters: Named, ema: EMA, optimizer: torch.optim.Optimizer) -> Progress:

@@ -48,10 +48,8 @@ class EMA:
     @torch.no_grad()
     def update(self) -> None:
         """shadow <- d shadow + (1 - d) w."""
-        shadows = list(self.shadow.values())
-        weights = [_master(p.detach()) for p in self.parameters.values()]
-        torch._foreach_mul_(shadows, self.decay)
-        torch._foreach_add_(shadows, weights, alpha=1 - self.decay)
+        for name, p in self.parameters.items():
+            self.shadow[name].mul_(self.decay).add_(_master(p), alpha=1 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
