@@ -63,7 +63,9 @@ def test_rectified_flow_is_the_linear_case(k, j):
 def test_a_leap_keeps_the_states_dtype_and_refuses_another_shape():
     x = randn(2, 3, dtype=torch.float32)
     sigma = torch.tensor(0.5)
-    assert leap(x, x.bfloat16(), sigma, sigma / 2).dtype == torch.float32
+    from_bfloat16 = leap(x, x.bfloat16(), sigma, sigma / 3)
+    assert torch.equal(from_bfloat16, leap(x, x.bfloat16().float(), sigma, sigma / 3))  # nothing is rounded again
+    assert from_bfloat16.dtype == torch.float32
     with pytest.raises(UserError, match=r"\[2, 1\].*\[2, 3\]"):
         leap(x, x[:, :1], sigma, sigma / 2)
 

@@ -28,7 +28,7 @@ def without_graph(velocity: Velocity, x: Tensor, sigma: Tensor) -> Tensor:
     import torch
 
     with torch.no_grad():
-        return velocity(x.detach(), sigma)
+        return velocity(x, sigma)
 
 
 def rollout(velocity: Velocity, noise: Tensor, sigmas: Tensor, graph_steps: int = 0, stop: int = 0) -> Tensor:

@@ -48,7 +48,7 @@ def leap_trajectory(
     x_hat, distances = x, []
     for t in range(grid_steps(sigmas, x), 0, -1):
         if t in landing:
-            x_t = x if t == steps[0] else connect(x_hat, x)  # Eq. 6
+            x_t = connect(x_hat, x)  # Eq. 6; before the first leap x_hat is the noise, a constant
             v = velocity(discount(x_t, alpha), sigmas[t])  # Eq. 9
             bare = x_t.detach() if nested_only and t == steps[1] else x_t  # Eq. 14: no single-step term at k
             x_hat = leap(bare, v, sigmas[t], sigmas[landing[t]])  # Eqs. 4, 5
