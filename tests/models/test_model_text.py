@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable
 
@@ -12,21 +11,22 @@ import torch
 from leapalign.models.base import Text
 from leapalign.models.flux import Flux
 from leapalign.models.sd3 import SD3
-from leapalign.models.text import PromptCache
+from leapalign.models.text import BATCH, PromptCache
 
 
 class Loads:
-    """Counts loads and encodings; a prompt's row is its length."""
+    """Counts loads, keeps what it was asked to encode; a prompt's row is its length."""
 
     def __init__(self) -> None:
         self.loads, self.encoded = 0, []
 
-    def __call__(self) -> Callable[[str], Text]:
+    def __call__(self) -> Callable[[list[str]], Text]:
         self.loads += 1
 
-        def encode(prompt: str) -> Text:
-            self.encoded.append(prompt)
-            return Text(torch.full((1, 2, 3), float(len(prompt))), torch.full((1, 4), float(len(prompt))))
+        def encode(prompts: list[str]) -> Text:
+            self.encoded.append(prompts)
+            lengths = torch.tensor([float(len(prompt)) for prompt in prompts])
+            return Text(lengths[:, None, None].expand(-1, 2, 3), lengths[:, None].expand(-1, 4))
 
         return encode
 
@@ -38,7 +38,15 @@ def test_each_prompt_is_encoded_once_and_rows_keep_their_order() -> None:
     rows = cache(["abc", "a", "abc"])
     assert rows.tokens[:, 0, 0].tolist() == rows.pooled[:, 0].tolist() == [3, 1, 3]
     assert rows.tokens.shape == (3, 2, 3)
-    assert loads.encoded == ["a", "abc"] and loads.loads == 1
+    assert [list(dict.fromkeys(batch)) for batch in loads.encoded] == [["a", "abc"]] and loads.loads == 1
+
+
+def test_every_batch_has_the_same_size_and_no_prompt_is_lost() -> None:
+    loads = Loads()
+    prompts = ["x" * n for n in range(2 * BATCH + 3)]
+    rows = PromptCache(loads, "cpu")(prompts)
+    assert rows.pooled[:, 0].tolist() == list(range(2 * BATCH + 3))
+    assert [len(batch) for batch in loads.encoded] == [BATCH] * 3
 
 
 def test_encoders_are_freed_and_come_back_for_new_prompts() -> None:
@@ -77,8 +85,7 @@ def test_text_encoders_really_leave_memory(sd3_folder: str, monkeypatch: pytest.
     model = SD3(path=sd3_folder, height=16, width=16, max_sequence_length=5).load("cpu", "float32")
     assert not alive  # nothing is encoded, or loaded for it, before it is asked for
     model.prepare(["a red circle"])
-    gc.collect()
-    assert len(alive) == 4 and not any(reference() for reference in alive)  # 2 encoders x (prompt, negative prompt)
+    assert len(alive) == 2 and not any(reference() for reference in alive)  # both CLIP encoders ran, and are gone
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux"])
@@ -87,7 +94,7 @@ def test_new_prompts_after_prepare_are_encoded_as_before(family: str, request: p
     config = {"sd3": SD3, "flux": Flux}[family]
     settings = {"path": request.getfixturevalue(f"{family}_folder"), "height": 16, "width": 16}
     first, second = (config(**settings, max_sequence_length=5).load("cpu", "float32") for _ in range(2))
-    first.prepare(["a red circle", "two blue star", "green"])
+    first.prepare([*(f"{n} circle" for n in range(BATCH)), "a red circle", "two blue star", "green"])
     second.prepare(["green"])
     a, b = first.encode(["two blue star", "green"]), second.encode(["two blue star", "green"])
     assert torch.equal(a.prompts.tokens, b.prompts.tokens) and torch.equal(a.prompts.pooled, b.prompts.pooled)

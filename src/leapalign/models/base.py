@@ -6,7 +6,7 @@ inside its adapter. Importing this file costs nothing: torch comes with `load()`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    Velocity = Callable[[Tensor, Tensor], Tensor]  # (x [B, ...], sigma []) -> dx/dsigma [B, ...]
+    from leapalign.flow.rollout import Velocity
 
 
 @dataclass(frozen=True)

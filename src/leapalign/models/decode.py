@@ -7,10 +7,10 @@ chunk's graph, uses it and frees it. The gradient does not depend on the chunk.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
@@ -22,9 +22,9 @@ def straight_through_clamp(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Decoder:
-    """`AutoencoderKL` and its latents' normalisation; weights frozen, arithmetic in float32."""
+    """A VAE and its latents' normalisation; weights frozen, arithmetic in float32."""
 
-    vae: nn.Module
+    vae: Any  # AutoencoderKL
     scale: float  # latents = (encoded - shift) * scale
     shift: float
     chunk: int  # images at a time; 0 = all
@@ -37,9 +37,9 @@ class Decoder:
         if not (torch.is_grad_enabled() and z.requires_grad):
             return self._pixels(z)
         # the decoder draws nothing, so there is no random state to keep
-        return cast("Tensor", checkpoint(self._pixels, z, use_reentrant=False, preserve_rng_state=False))
+        return checkpoint(self._pixels, z, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
 
     def _pixels(self, z: Tensor) -> Tensor:
         with torch.autocast(z.device.type, enabled=False):  # half precision shows as blocks and bands in pixels
-            decoded: Tensor = self.vae.decode(z.float() / self.scale + self.shift, return_dict=False)[0]
+            decoded = self.vae.decode(z.float() / self.scale + self.shift, return_dict=False)[0]
         return straight_through_clamp(decoded * 0.5 + 0.5)

@@ -106,7 +106,7 @@ def sigma_grid(scheduler: Any, num_steps: int, latent_shape: tuple[int, int, int
 
 
 def _text_encoder(folder: PipelineFolder, policy: Any, length: int, dtype: Any) -> Any:
-    """Loads the text encoders; returns prompt -> Text, by the pipeline's own `encode_prompt`."""
+    """Loads the text encoders; returns prompts -> Text, by the pipeline's own `encode_prompt`."""
     from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
     from leapalign.models.folder import load_part
@@ -117,8 +117,8 @@ def _text_encoder(folder: PipelineFolder, policy: Any, length: int, dtype: Any) 
     parts["text_encoder"].to(device)
     parts["text_encoder_2"].to(device)
 
-    def encode(prompt: str) -> Text:
-        tokens, pooled, _ = pipeline.encode_prompt([prompt], None, device=device, max_sequence_length=length)
+    def encode(prompts: list[str]) -> Text:
+        tokens, pooled, _ = pipeline.encode_prompt(prompts, None, device=device, max_sequence_length=length)
         return Text(tokens, pooled)
 
     return encode

@@ -15,7 +15,7 @@ from torch import Tensor
 from leapalign.models.base import Conditioning, Text
 
 if TYPE_CHECKING:
-    from leapalign.models.base import Velocity
+    from leapalign.flow.rollout import Velocity
 
 Predict = Callable[[Tensor, Tensor, Text], Tensor]  # (x [B, ...], sigma [], text [B, ...]) -> v [B, ...]
 

@@ -18,7 +18,7 @@ from leapalign.models.guidance import guided, in_precision
 from leapalign.models.text import PromptCache
 
 if TYPE_CHECKING:
-    from leapalign.models.base import Velocity
+    from leapalign.flow.rollout import Velocity
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -52,12 +52,15 @@ class PipelineModel:
     dtype: torch.dtype
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        negative = [self.guidance.negative_prompt] if self.guidance.active else []
-        self.prompts.prepare([*prompts, *negative])
+        self.prompts.prepare([*prompts, *self._negative])
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        negative = self.prompts([self.guidance.negative_prompt]) if self.guidance.active else None
-        return Conditioning(self.prompts(prompts), negative)
+        self.prompts.fill([*prompts, *self._negative])
+        return Conditioning(self.prompts(prompts), self.prompts(self._negative) if self._negative else None)
+
+    @property
+    def _negative(self) -> list[str]:
+        return [self.guidance.negative_prompt] if self.guidance.active else []
 
     def noise(self, generators: Sequence[torch.Generator]) -> Tensor:
         rows = [torch.randn(self.latent_shape, generator=g, device=g.device) for g in generators]

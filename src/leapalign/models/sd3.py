@@ -118,7 +118,7 @@ def _check_sequence_length(length: int, with_t5: bool) -> None:
 
 
 def _text_encoder(folder: PipelineFolder, policy: Any, length: int, dtype: Any) -> Any:
-    """Loads the text encoders; returns prompt -> Text, by the pipeline's own `encode_prompt`."""
+    """Loads the text encoders; returns prompts -> Text, by the pipeline's own `encode_prompt`."""
     from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 
     from leapalign.models.folder import load_part
@@ -131,9 +131,9 @@ def _text_encoder(folder: PipelineFolder, policy: Any, length: int, dtype: Any) 
             parts[name].to(device)
     _warn_of_cropping(parts, policy.config.joint_attention_dim)
 
-    def encode(prompt: str) -> Text:
+    def encode(prompts: list[str]) -> Text:
         tokens, _, pooled, _ = pipeline.encode_prompt(
-            [prompt], None, None, device=device, do_classifier_free_guidance=False, max_sequence_length=length
+            prompts, None, None, device=device, do_classifier_free_guidance=False, max_sequence_length=length
         )
         return Text(tokens, pooled)
 

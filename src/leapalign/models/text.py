@@ -1,19 +1,20 @@
 """Prompts are encoded once: a cache on the CPU, and text encoders that are in memory only while it is being filled.
 
-Prompts go through the encoders one at a time, so that an embedding never depends, not even in its last bit, on
-which other prompts were encoded with it: a resumed run sees the same numbers.
+Prompts go through the encoders in batches of one fixed size, filled up where fewer are new: at one shape of every
+product, an embedding does not depend on which prompts were encoded with it (tested bit for bit on CPU), so a resumed
+run sees the same numbers as the run that never stopped.
 """
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 
 import torch
 
 from leapalign.models.base import Text
 
-Encoder = Callable[[str], Text]  # one prompt -> one row
+Encoder = Callable[[list[str]], Text]  # prompts -> one row each
+BATCH = 16  # prompts an encoder call, always
 
 
 class PromptCache:
@@ -29,26 +30,33 @@ class PromptCache:
         return self._encoder is not None
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        self._fill(prompts)
+        self.fill(prompts)
         self.free()
 
     def __call__(self, prompts: Sequence[str]) -> Text:
         """[B, ...] on the device; loads the encoders if a prompt is new, and keeps them for the next new one."""
-        self._fill(prompts)
+        self.fill(prompts)
         rows = [self._rows[prompt] for prompt in prompts]
         return Text(torch.cat([r.tokens for r in rows]), torch.cat([r.pooled for r in rows])).to(self._device)
 
+    def fill(self, prompts: Sequence[str]) -> None:
+        """Encode those that are new."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._rows]
+        for start in range(0, len(new), BATCH):
+            self._encode(new[start : start + BATCH])
+
     def free(self) -> None:
+        if self._encoder is None:
+            return
         self._encoder = None
-        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _fill(self, prompts: Sequence[str]) -> None:
-        for prompt in prompts:
-            if prompt in self._rows:
-                continue
-            if self._encoder is None:
-                self._encoder = self._load_encoder()
-            with torch.no_grad():  # text encoders are frozen, and the cache outlives every graph
-                self._rows[prompt] = self._encoder(prompt).to("cpu")
+    def _encode(self, prompts: list[str]) -> None:
+        if self._encoder is None:
+            self._encoder = self._load_encoder()
+        with torch.no_grad():  # text encoders are frozen, and the cache outlives every graph
+            text = self._encoder(prompts + prompts[-1:] * (BATCH - len(prompts))).to("cpu")
+        for i, prompt in enumerate(prompts):
+            # copies: a view would keep its whole batch in memory
+            self._rows[prompt] = Text(text.tokens[i : i + 1].clone(), text.pooled[i : i + 1].clone())
