@@ -36,7 +36,7 @@ def test_shortest_edge(height: int, width: int, target: int) -> None:
 def test_longest_edge(height: int, width: int, target: int) -> None:
     edges = longest_edge((height, width), target)
     exact = [target * edge / max(height, width) for edge in (height, width)]
-    assert max(edges) == target and all(abs(a - b) <= 0.5 + 1e-9 or a == 1 for a, b in zip(edges, exact))
+    assert max(edges) == target and min(edges) >= 1 and all(abs(a - b) <= 0.5 + 1e-9 or a == 1 for a, b in zip(edges, exact))
 
 
 def test_edges_by_hand() -> None:
@@ -44,6 +44,7 @@ def test_edges_by_hand() -> None:
     assert shortest_edge((100, 199), 10) == (10, 19)  # 19.9 is cut, not rounded
     assert longest_edge((225, 449), 224) == (112, 224)  # 112.25
     assert longest_edge((3, 4), 6) == (4, 6)  # 4.5 goes to the even neighbour
+    assert longest_edge((1, 1000), 10) == (1, 10)  # no edge vanishes
 
 
 @pytest.mark.parametrize(
