@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PATCH = 20  # side of the window that is compared
+EXTENT = {"square": 0.9, "triangle": 0.95, "diamond": 1.1}  # half a side of the box over the radius; else 1
 SOFTNESS = 0.45  # pixels; a decoder's edges are a little softer than the renderer's
 RADII = np.arange(4.0, 7.01, 0.2)
 SHIFTS = np.arange(-1.25, 1.26, 0.25)
@@ -173,7 +174,8 @@ def detection(b: Blob, misfit: np.ndarray, best: np.ndarray) -> Detection:
     first, second = misfit[order[0]], misfit[order[1]]
     parts = ((first, MISFIT), (first / second, MARGIN), (b.off_color, OFF_COLOR), (b.impure, IMPURE))
     x, y, r = templates()[1][best[order[0]]]
-    box = (b.left + x - r, b.top + y - r, b.left + x + r, b.top + y + r)
+    half = r * EXTENT.get(SHAPES[order[0]], 1.0)
+    box = (b.left + x - half, b.top + y - half, b.left + x + half, b.top + y + half)
     x0, y0, x1, y1 = (float(np.clip(v, 0, SIZE)) for v in box)
     score = float(np.prod([surely(np.asarray(value), bounds) for value, bounds in parts]))
     return Detection(SHAPES[order[0]], b.color, (x0, y0, x1, y1), score)

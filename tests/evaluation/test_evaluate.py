@@ -1,0 +1,133 @@
+"""Pictures from paired noise, their scores and the comparison of two models."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from leapalign.errors import UserError
+from leapalign.evaluation.evaluate import Evaluation, compare, evaluate, report, score
+from leapalign.evaluation.folders import read_pictures, write_pictures
+from leapalign.evaluation.sampling import Sampling, draw_images
+from leapalign.prompts import Prompt
+from leapalign.seeds import generator
+from leapalign.shapeworld.captions import TASKS, evaluation_prompts, near_misses, scene_of
+from leapalign.shapeworld.detector import detect
+from leapalign.shapeworld.world import render
+
+PROMPTS = [Prompt(p["prompt"], p) for p in evaluation_prompts(4)]
+
+
+def drawn(wrong_every: int, seed: int = 0) -> torch.Tensor:
+    """True pictures of PROMPTS, but every n-th shows something else."""
+    rng = np.random.default_rng(seed)
+    told = [p.metadata if i % wrong_every else near_misses(p.metadata)[0] for i, p in enumerate(PROMPTS)]
+    return torch.from_numpy(render([scene_of(m, rng) for m in told]))
+
+
+def mean_red(images: torch.Tensor, texts: list[str]) -> torch.Tensor:
+    assert len(images) == len(texts)
+    return images[:, 0].mean((1, 2))
+
+
+def judged(wrong_every: int) -> Evaluation:
+    return score(drawn(wrong_every), PROMPTS, rewards={"red": mean_red}, detector=detect, batch_size=5)
+
+
+def test_pictures_do_not_depend_on_the_batch(model_config) -> None:
+    model, texts = model_config.load("cpu", "float32"), ["a red circle", "a circle", "a square"]
+    one = draw_images(model, texts, Sampling(num_steps=3, images_per_prompt=2, batch_size=1))
+    all_at_once = draw_images(model, texts, Sampling(num_steps=3, images_per_prompt=2, batch_size=6))
+    assert one.shape == (6, 3, 32, 32)
+    torch.testing.assert_close(one, all_at_once, atol=1e-5, rtol=0)
+    alone = draw_images(model, texts[:1], Sampling(num_steps=3))
+    torch.testing.assert_close(alone, one[:1], atol=1e-5, rtol=0)
+
+
+def test_noise_is_of_the_seed_the_prompt_and_the_picture(model_config) -> None:
+    model, seen = model_config.load("cpu", "float32"), []
+    noise = model.noise
+    model.noise = lambda generators: seen.append(noise(generators)) or seen[-1]
+    draw_images(model, ["a circle"] * 2, Sampling(num_steps=1, images_per_prompt=2, seed=3))
+    expected = [(i, n) for i in range(2) for n in range(2)]
+    generators = [generator(3, step=i, sample=n, purpose="evaluation noise") for i, n in expected]
+    assert torch.equal(seen[0], noise(generators))
+    assert len({row.sum().item() for row in seen[0]}) == 4
+
+
+def test_evaluate_scores_what_it_draws(model_config, reward_config) -> None:
+    model, reward = model_config.load("cpu", "float32"), reward_config.load("cpu", "float32")
+    done: list[int] = []
+    result = evaluate(
+        model,
+        PROMPTS[:3],
+        sampling=Sampling(num_steps=2, images_per_prompt=2, batch_size=4),
+        rewards={"pick": reward},
+        detector=detect,
+        on_batch=done.append,
+    )
+    assert done == [4, 6]
+    assert [p.text for p in result.prompts] == [p.text for p in PROMPTS[:3] for _ in range(2)]
+    assert result.rewards["pick"][4].item() == pytest.approx(
+        reward(result.images[4:5], [PROMPTS[2].text]).item(), abs=1e-5
+    )
+    assert len(result.verdicts) == 6 and not result.images.requires_grad
+
+
+def test_report_of_true_pictures_is_perfect() -> None:
+    table = report(judged(wrong_every=10**9))["geneval"]
+    assert set(table) == {"overall", *TASKS}
+    for tag in TASKS[1:]:
+        assert table[tag] == {"accuracy": 1.0, "standard_error": 0.0, "correct": 4, "num": 4}
+
+
+def test_compare_is_paired() -> None:
+    before, after = judged(wrong_every=2), judged(wrong_every=4)
+    table = compare(before, after)
+    row = table["geneval"]["position"]
+    assert (row["before"], row["after"], row["difference"]) == (0.5, 0.75, 0.25)
+    # one of four pictures turned right: mean 1/4, sample variance 1/4, so error sqrt(1/4/4)
+    assert row["difference_standard_error"] == pytest.approx(0.25)
+    changes = (after.rewards["red"] - before.rewards["red"]).numpy()
+    assert table["rewards"]["red"]["difference"] == pytest.approx(changes.mean())
+    assert table["rewards"]["red"]["difference_standard_error"] == pytest.approx(
+        changes.std(ddof=1) / len(changes) ** 0.5
+    )
+    assert json.loads(json.dumps(table)) == table
+
+
+def test_compare_refuses_other_prompts() -> None:
+    whole = judged(wrong_every=2)
+    part = score(drawn(2)[:4], PROMPTS[:4], rewards={}, detector=detect)
+    with pytest.raises(ValueError, match="same prompts"):
+        compare(part, whole)
+
+
+def test_rewards_alone_need_no_metadata() -> None:
+    plain = [Prompt(p.text) for p in PROMPTS]
+    result = report(score(drawn(2), plain, rewards={"red": mean_red}, detector=None))
+    assert "geneval" not in result and result["rewards"]["red"]["num"] == len(plain)
+    with pytest.raises(UserError, match="metadata"):
+        score(drawn(2), plain, rewards={}, detector=detect)
+
+
+def test_geneval_folders_come_back(tmp_path) -> None:
+    images = drawn(3)[:6]
+    paths = write_pictures(tmp_path, PROMPTS[:3], images, per_prompt=2)
+    assert str(paths[3].relative_to(tmp_path)) == "00001/samples/0001.png"
+    back = list(read_pictures(tmp_path))
+    assert [p.metadata for p, _ in back] == [p.metadata for p in PROMPTS[:3] for _ in range(2)]
+    torch.testing.assert_close(torch.stack([image for _, image in back]), images, atol=0.5 / 255 + 1e-6, rtol=0)
+
+
+def test_pictures_are_not_overwritten(tmp_path) -> None:
+    write_pictures(tmp_path, PROMPTS[:1], drawn(3)[:1])
+    old = (tmp_path / "00000/samples/0000.png").read_bytes()
+    with pytest.raises(UserError, match="exists"):
+        write_pictures(tmp_path, PROMPTS[1:2], drawn(3)[1:2])
+    assert (tmp_path / "00000/samples/0000.png").read_bytes() == old
+    write_pictures(tmp_path, PROMPTS[1:2], drawn(3)[1:2], overwrite=True)
+    assert (tmp_path / "00000/samples/0000.png").read_bytes() != old

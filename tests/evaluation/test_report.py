@@ -1,0 +1,144 @@
+"""The page holds everything it shows, fetches nothing, and escapes what it is given; pictures are enlarged exactly."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from leapalign.evaluation.evaluate import compare, score
+from leapalign.evaluation.geneval import Detection
+from leapalign.prompts import Prompt
+from leapalign.report.figures import Curve, curve_svg, running_mean
+from leapalign.report.page import Page, pairs_of, render, spread
+from leapalign.report.pictures import data_uri, draw_verdicts, enlarged, grid
+
+EVIL = '<script>alert("1")</script>'
+
+
+def prompt(text: str, tag: str) -> Prompt:
+    return Prompt(text, {"tag": tag, "include": [{"class": "ring", "count": 1}], "prompt": text})
+
+
+PROMPTS = [prompt(f"a ring {i // 2}", "single_object") for i in range(8)] + [prompt(EVIL, "colors")] * 2
+
+
+def result(found: int):
+    """The first `found` pictures hold a ring."""
+    images = torch.rand(len(PROMPTS), 3, 8, 8, generator=torch.Generator().manual_seed(found))
+    ring = [Detection("ring", "red", (1.0, 1.0, 5.0, 6.0), 0.97)]
+    return score(
+        images,
+        PROMPTS,
+        rewards={"reward": lambda x, _: x.mean((1, 2, 3)), "held_out_reward": lambda x, _: x.amax((1, 2, 3))},
+        detector=lambda x: [ring if i < found else [] for i in range(len(x))],
+    )
+
+
+@pytest.fixture(scope="module")
+def html() -> str:
+    before, after = result(3), result(7)
+    metrics = [{"step": 0, "probe_reward": 0.25}]
+    metrics += [{"step": s, "reward": s / 10, "loss": 1 - s / 10, "grad_norm": 0.5} for s in range(1, 9)]
+    return render(
+        Page(
+            title=f"A run {EVIL}",
+            run={"steps": 8, "batch_size": 4, "seed": 11, "name": EVIL},
+            metrics=[*metrics, {"step": 9, "probe_reward": 0.5}],
+            comparison=compare(before, after),
+            rewards={"reward": "Reward", "held_out_reward": "Held out"},
+            pairs=pairs_of(before, after, 3),
+            commands=["leapalign demo --seed 11"],
+            facts={"Machine": "two cores & a half"},
+        )
+    )
+
+
+class Links(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "srcset", "data", "action")]
+
+
+def test_the_page_fetches_nothing(html: str) -> None:
+    parsed = Links()
+    parsed.feed(html)
+    assert parsed.links and all(link.startswith(("data:", "#")) for link in parsed.links)
+    assert "script" not in parsed.tags and "iframe" not in parsed.tags
+    assert not re.search(r"@import|url\((?!#)", html)
+
+
+def test_the_page_shows_the_numbers(html: str) -> None:
+    text = re.sub(r"<[^>]+>", "", html)
+    for words in (
+        "37.5 ± 17.1",
+        "87.5 ± 11.7",
+        "seed 11",
+        "10 pictures",
+        "leapalign demo --seed 11",
+        "two cores &amp; a",
+    ):
+        assert words in text
+    assert html.count("<svg viewBox") == 4  # the probe, batch reward, loss, gradient norm
+    assert html.count("<img ") == 2 * (3 + 1)  # three distinct prompts of one task, the only one of the other
+
+
+def test_the_page_escapes_what_it_is_given(html: str) -> None:
+    assert EVIL not in html and "&lt;script&gt;" in html
+
+
+def test_verdicts_stand_under_their_pictures(html: str) -> None:
+    """Shown are pictures 0, 2, 4 and 8; before the first three were right, after the first seven."""
+    assert html.count("✓") == 2 + 3 and html.count("✗ missing") == 2 + 1
+
+
+def test_pairs_show_distinct_prompts_from_the_same_place() -> None:
+    before, after = result(3), result(7)
+    pairs = pairs_of(before, after, 3)["single_object"]
+    assert [p.prompt for p in pairs] == ["a ring 0", "a ring 1", "a ring 2"]
+    assert [p.before for p in pairs] == [data_uri(before.images[i]) for i in (0, 2, 4)]
+    assert spread(range(10), 5) == [0, 2, 4, 6, 8] and spread([3, 4], 5) == [3, 4]
+
+
+def test_curves_take_their_colors_from_the_page() -> None:
+    svg = curve_svg(Curve(title='a "b"', steps=[0, 1, 2], values=[1.0, 3.0, 2.0], smooth=True))
+    assert "var(--accent)" in svg and "#010101" not in svg and "#030303" not in svg
+    assert svg.startswith("<svg viewBox") and "width=" not in svg[: svg.index(">")]
+    assert "<text" in svg and "http://www.w3.org/1999/xlink" not in svg[: svg.index(">")]
+    assert running_mean([0, 3, 6, 9], 3) == [1.5, 3, 6, 7.5]
+
+
+def test_pictures_are_enlarged_pixel_by_pixel() -> None:
+    image = torch.rand(3, 4, 5)
+    big = np.asarray(enlarged(image, 3))
+    assert big.shape == (12, 15, 3)
+    assert np.array_equal(big[1::3, 1::3], (image * 255).round().byte().permute(1, 2, 0).numpy())
+    assert np.array_equal(big[::3, ::3], big[2::3, 2::3])
+    small = Image.open(io.BytesIO(base64.b64decode(data_uri(image).split(",")[1])))
+    assert np.array_equal(np.asarray(small), big[::3, ::3])
+
+
+def test_a_grid_keeps_the_order() -> None:
+    images = torch.stack([torch.full((3, 4, 4), i / 10) for i in range(5)])
+    sheet = np.asarray(grid(images, columns=3, scale=2, gap=1))
+    assert sheet.shape == (2 * 9 + 1, 3 * 9 + 1, 3)
+    assert [int(sheet[1 + r * 9, 1 + c * 9, 0]) for r, c in ((0, 0), (0, 2), (1, 1))] == [0, 51, 102]
+
+
+def test_verdicts_are_drawn_on_the_pictures() -> None:
+    evaluation = result(3)
+    with_ring = np.asarray(draw_verdicts(evaluation, [0], columns=1, scale=5))
+    box_left, box_top = 4 + 5, 4 + 28 + 5
+    assert (with_ring[box_top, box_left : box_left + 20] == (40, 40, 44)).all()
+    assert draw_verdicts(evaluation, [0, 5, 9], columns=2).size[1] == 2 * with_ring.shape[0]
