@@ -1,4 +1,4 @@
-"""The command line: train, resume, sample, evaluate, list, demo. Exit 0 = done, 1 = stopped, 2 = your mistake, 130 = ^C.
+"""The command line. Exit status: 0 done, 1 stopped at NaN or infinity, 2 the user's mistake, 130 interrupted.
 
 Flags come from the recipe's own dataclasses. Help imports no torch: the work is imported when it starts.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -140,6 +142,8 @@ class SampleFlags:
     """What to draw; several texts give several pictures."""
     out: Path = Path("samples")
     """Where the PNG files go."""
+    overwrite: bool = False
+    """Replace pictures that are there."""
     num: int = 1
     """Pictures a prompt."""
     steps: int = 0
@@ -164,6 +168,45 @@ def _sample(argv: list[str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluateFlags:
+    """GenEval's tasks by a rule-based detector, and rewards, with standard errors."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """A run's folder, a diffusers pipeline folder, or embedded:generator."""
+    against: str = ""
+    """A second model, compared over the same prompts and noises."""
+    prompts: str = ""
+    """A .txt, .jsonl or .csv file; empty = ShapeWorld's test prompts. GenEval needs .jsonl with its metadata."""
+    per_task: int = 60
+    """ShapeWorld test prompts of each task."""
+    num: int = 1
+    """Pictures a prompt."""
+    steps: int = 0
+    """Sampling steps; 0 = as in the run's training, or 25."""
+    guidance: float = -1.0
+    """Guidance scale; -1 = as in the run, or the family's usual scale."""
+    batch_size: int = 64
+    """Pictures at a time; changes memory and time only."""
+    seed: int = 0
+    out: str = ""
+    """A folder for the pictures; empty = keep none."""
+    overwrite: bool = False
+    """Replace pictures that are there."""
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    json: bool = False
+    """Print the tables as JSON on stdout."""
+
+
+def _evaluate(argv: list[str]) -> None:
+    flags = tyro.cli(EvaluateFlags, args=argv, prog="leapalign evaluate")
+    from leapalign.evaluating import as_text, evaluate_source
+
+    answer = evaluate_source(flags)
+    _answer(answer, flags.json, as_text(answer))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ListFlags:
     """What there is to choose from, with the class that a run.json names."""
 
@@ -181,6 +224,33 @@ def _list(argv: list[str]) -> None:
     _answer(table, flags.json, "\n\n".join(lines))
 
 
+@dataclass(frozen=True, kw_only=True)
+class DemoFlags:
+    """Evaluate the embedded model, align it with LeapAlign, evaluate it again, and write a page with pictures."""
+
+    out: str = ""
+    """The run's folder; empty = runs/demo- and the time."""
+    seed: int = 0
+    steps: int = 0
+    """Updates; 0 = as in the recipe."""
+    quick: bool = False
+    """A few steps and pictures: to see that everything works, not to see the effect."""
+    device: str = "auto"
+    json: bool = False
+    """Print summary.json on stdout, and the rest on stderr."""
+
+
+def _demo(argv: list[str]) -> None:
+    flags = tyro.cli(DemoFlags, args=argv, prog="leapalign demo")
+    from leapalign.demo import main as conduct_demo
+
+    out = Path(flags.out or time.strftime("runs/demo-%Y%m%d-%H%M%S"))
+    with redirect_stdout(sys.stderr if flags.json else sys.stdout):
+        summary = conduct_demo(out, seed=flags.seed, steps=flags.steps, quick=flags.quick, device=flags.device)
+    if flags.json:
+        _answer(summary, True, "")
+
+
 def _answer(value: Any, as_json: bool, text: str) -> None:
     print(json.dumps(value, indent=2) if as_json else text)
 
@@ -189,5 +259,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": _train,
     "resume": _resume,
     "sample": _sample,
+    "evaluate": _evaluate,
     "list": _list,
+    "demo": _demo,
 }

@@ -1,4 +1,4 @@
-"""`leapalign sample`: pictures as PNG files, through the same adapters and the same rollout as training."""
+"""`leapalign sample`: which model a word means, and its pictures as PNG files."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from leapalign.errors import UserError
-from leapalign.flow.rollout import rollout
+from leapalign.evaluation.folders import picture_paths, refuse_existing, write_pictures
+from leapalign.evaluation.sampling import Sampling, draw_images
+from leapalign.prompts import Prompt
 from leapalign.recipe_files import read_run
-from leapalign.seeds import generator
 from leapalign.training.loop import resolve_device
 
 if TYPE_CHECKING:
@@ -23,29 +22,15 @@ STEPS = 25  # where no run says how many
 
 
 def sample(flags: SampleFlags) -> list[dict[str, Any]]:
-    """Write the pictures; [{"prompt", "seed", "path"}]. Picture i of a prompt has the same noise for every prompt."""
+    """Write the pictures, in GenEval's layout; [{"prompt", "path"}] for each."""
+    prompts = [Prompt(text=text) for text in flags.prompt]
+    refuse_existing(picture_paths(flags.out, len(prompts), flags.num), flags.overwrite)
     config, num_steps = model_config(flags.source)
-    config = _with_flags(config, flags)
-    model = config.load(resolve_device(flags.device), flags.dtype)
-    model.prepare(list(flags.prompt))
-    flags.out.mkdir(parents=True, exist_ok=True)
-    sigmas = model.sigmas(flags.steps or num_steps)
-    pictures = []
-    for row, prompt in enumerate(flags.prompt):
-        for i in range(flags.num):
-            path = flags.out / f"{row:03d}-{i:02d}.png"
-            _save_png(draw(model, prompt, sigmas, flags.seed, i), path)
-            pictures.append({"prompt": prompt, "seed": flags.seed, "path": str(path)})
-    return pictures
-
-
-@torch.no_grad()
-def draw(model: Any, prompt: str, sigmas: torch.Tensor, seed: int, index: int) -> torch.Tensor:
-    """One image [3, H, W] in [0, 1]."""
-    device = next(model.policy.parameters()).device
-    x = model.noise([generator(seed, step=0, sample=index, purpose="sample")]).to(device)
-    x_0 = rollout(model.velocity(model.encode([prompt])), x, sigmas.to(device))
-    return model.decode(x_0)[0]
+    model = _with_flags(config, flags).load(resolve_device(flags.device), flags.dtype)
+    sampling = Sampling(num_steps=flags.steps or num_steps, images_per_prompt=flags.num, batch_size=1, seed=flags.seed)
+    images = draw_images(model, flags.prompt, sampling)
+    paths = write_pictures(flags.out, prompts, images, per_prompt=flags.num, overwrite=flags.overwrite)
+    return [{"prompt": flags.prompt[i // flags.num], "path": str(path)} for i, path in enumerate(paths)]
 
 
 def model_config(source: str) -> tuple[Any, int]:
@@ -89,16 +74,10 @@ def _class_name(source: str) -> str:
 
 
 def _with_flags(config: Any, flags: SampleFlags) -> Any:
+    """Size and guidance of the flags, where they are given."""
     changes: dict[str, Any] = {}
     if flags.size:
         changes |= {"height": flags.size, "width": flags.size}
     if flags.guidance >= 0:
         changes |= {"guidance_scale": flags.guidance}
     return replace(config, **changes)
-
-
-def _save_png(image: torch.Tensor, path: Path) -> None:
-    from PIL import Image
-
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    Image.fromarray(pixels).save(path)

@@ -6,7 +6,7 @@ weights only. The paper evaluates and ships these averages (arXiv 2604.15311, Se
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from leapalign.errors import UserError
 
-Named = dict[str, Tensor]
+Named = Mapping[str, Tensor]
 
 
 def trained_parameters(policy: nn.Module) -> Named:
     """Name -> parameter, of those that require a gradient."""
-    parameters: Named = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+    parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     if not parameters:
         raise UserError(f"{type(policy).__name__}: no parameter requires a gradient; there is nothing to train")
     return parameters

@@ -1,0 +1,111 @@
+"""`leapalign evaluate`: GenEval's tasks and rewards of a run, a pipeline folder or an embedded model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leapalign.evaluation.evaluate import Detector, Evaluation, Scorers, compare, evaluate, report
+from leapalign.evaluation.folders import picture_paths, refuse_existing, write_pictures
+from leapalign.evaluation.sampling import Sampling
+from leapalign.prompts import Prompt, PromptFile, ShapeWorldPrompts
+from leapalign.recipe_files import read_run
+from leapalign.sampling import model_config
+from leapalign.training.loop import resolve_device, reward_names
+
+if TYPE_CHECKING:
+    from leapalign.cli import EvaluateFlags
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is evaluated, not yet loaded."""
+
+    model: Any  # a dataclass of leapalign.models
+    num_steps: int
+    rewards: dict[str, Any]  # name -> a dataclass of leapalign.rewards
+
+
+def evaluate_source(flags: EvaluateFlags) -> dict[str, Any]:
+    """The evaluation as JSON values; with `against`, a comparison in which `against` is before."""
+    prompts = _read_prompts(flags)
+    if flags.out:
+        refuse_existing(picture_paths(Path(flags.out), len(prompts), flags.num), flags.overwrite)
+    tuned = _subject(flags.source, flags)
+    base = replace(_subject(flags.against, flags), rewards=tuned.rewards) if flags.against else None
+    after = _evaluate(tuned, prompts, flags)
+    if flags.out:
+        write_pictures(Path(flags.out), prompts, after.images, per_prompt=flags.num, overwrite=flags.overwrite)
+    answer = compare(_evaluate(base, prompts, flags), after) if base else report(after)
+    return {"source": flags.source, "against": flags.against, "seed": flags.seed} | answer
+
+
+def as_text(answer: dict[str, Any]) -> str:
+    """The table for a terminal; a line a task and reward."""
+    rows = answer.get("geneval", {}) | answer["rewards"]
+    return "\n".join(
+        [f"{answer['images']} pictures, ± one standard error", *(_line(n, row) for n, row in rows.items())]
+    )
+
+
+def _line(name: str, row: dict[str, Any]) -> str:
+    if "difference" not in row:
+        value = row["accuracy"] if "accuracy" in row else row["mean"]
+        return f"  {name:18}{value:.3f} ± {row['standard_error']:.3f}"
+    cells = [f"{row[key]:.3f} ± {row[f'{key}_standard_error']:.3f}" for key in ("before", "after", "difference")]
+    return f"  {name:18}{cells[0]}  →  {cells[1]}   change {cells[2]}"
+
+
+def _read_prompts(flags: EvaluateFlags) -> list[Prompt]:
+    if flags.prompts:
+        return PromptFile(path=flags.prompts).load()
+    return ShapeWorldPrompts(split="test", num=flags.per_task).load()
+
+
+def _subject(source: str, flags: EvaluateFlags) -> Subject:
+    """The model behind a word, and the rewards that belong to it."""
+    model, num_steps = model_config(source)
+    if flags.guidance >= 0:
+        model = replace(model, guidance_scale=flags.guidance)
+    return Subject(model=model, num_steps=flags.steps or num_steps, rewards=_rewards(source))
+
+
+def _rewards(source: str) -> dict[str, Any]:
+    """The run's own; for the embedded world its reward and the held-out judge."""
+    from leapalign.rewards.clip import PickScore
+
+    path, own = Path(source) / "run.json", {}
+    if path.is_file():
+        run = read_run(path, {})
+        own = dict(zip(reward_names(run), (term.reward for term in run.rewards)))
+    elif source.startswith("embedded:"):
+        own = {"pickscore": PickScore(path="embedded:reward")}
+    if any(getattr(reward, "path", "").startswith("embedded:") for reward in own.values()):
+        own |= {"held_out_reward": PickScore(path="embedded:judge")}
+    return own
+
+
+def _evaluate(each: Subject, prompts: Sequence[Prompt], flags: EvaluateFlags) -> Evaluation:
+    device = resolve_device(flags.device)
+    rewards: Scorers = {name: reward.load(device, flags.dtype) for name, reward in each.rewards.items()}
+    sampling = Sampling(
+        num_steps=each.num_steps, images_per_prompt=flags.num, batch_size=flags.batch_size, seed=flags.seed
+    )
+    model, detector = each.model.load(device, flags.dtype), _detector(prompts, each.model)
+    return evaluate(model, prompts, sampling=sampling, rewards=rewards, detector=detector)
+
+
+def _detector(prompts: Sequence[Prompt], model: Any) -> Detector | None:
+    """ShapeWorld's detector where all prompts speak of its shapes and the pictures have its size; else none."""
+    from leapalign.shapeworld.world import SHAPES, SIZE
+
+    records = [prompt.metadata or {} for prompt in prompts]
+    named = {item["class"] for record in records for item in record.get("include", [])}
+    spoken = all("tag" in record for record in records) and named <= set(SHAPES)
+    if not spoken or (model.height, model.width) != (SIZE, SIZE):
+        return None
+    from leapalign.shapeworld.detector import detect
+
+    return detect
