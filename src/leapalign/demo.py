@@ -187,7 +187,7 @@ def facts(times: dict[str, float]) -> dict[str, str]:
 
 
 def show(summary: dict[str, Any], out: Path) -> None:
-    """A short table on stderr, and where to look; stdout is for --json."""
+    """A short table, and where to look."""
     from rich.console import Console
     from rich.table import Table
 
@@ -203,7 +203,7 @@ def show(summary: dict[str, Any], out: Path) -> None:
         table.add_row("GenEval overall", *_cells(geneval), style="bold", end_section=True)
     table.add_row("reward", *_cells(summary["reward"]))
     table.add_row("held-out reward", *_cells(summary["held_out_reward"]))
-    console = Console(stderr=True)
+    console = Console()
     console.print(table)
     console.print(f"look at {out / 'report.html'}; the tuned pipeline is {out / 'pipeline'}", soft_wrap=True)
 
