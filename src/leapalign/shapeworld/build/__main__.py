@@ -1,0 +1,107 @@
+"""`python -m leapalign.shapeworld.build`: makes the embedded generator, reward and judge, from nothing.
+
+Parts are made in order and kept in `--out`; one that is done is not made again, and the generator goes on from its last
+state. With `--install` the finished folders, each with a model card, replace those that ship with the package.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from diffusers import AutoencoderKL
+
+from leapalign.shapeworld.assets import FOLDER
+from leapalign.shapeworld.build import measure
+from leapalign.shapeworld.build.cards import card
+from leapalign.shapeworld.build.clip import JUDGE, REWARD, train_clip
+from leapalign.shapeworld.build.generator import train_generator
+from leapalign.shapeworld.build.vae import train_vae
+
+SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """Train the embedded default of leapalign."""
+
+    out: Path = Path("build/shapeworld")
+    """Work folder: states, finished parts, measurements."""
+    vae_steps: int = 2400
+    generator_steps: int = 10_000
+    reward_steps: int = 3000
+    judge_steps: int = 3000
+    seed: int = 0
+    """The VAE's and the generator's; the reward has the next one, the judge the one after."""
+    threads: int = 1
+    """Of torch."""
+    install: bool = False
+    """Put the finished folders into the package."""
+
+
+def main(build: Build) -> None:
+    torch.set_num_threads(build.threads)
+    build.out.mkdir(parents=True, exist_ok=True)
+    out = build.out
+    make(out, "vae", lambda: train_vae(out / "vae", build.vae_steps, build.seed))
+    vae = AutoencoderKL.from_pretrained(out / "vae").eval().requires_grad_(False)
+    make(out, "generator", lambda: train_generator(out / "generator", vae, build.generator_steps, build.seed))
+    make(out, "reward", lambda: train_clip(out / "reward", REWARD, build.reward_steps, build.seed + 1))
+    make(out, "judge", lambda: train_clip(out / "judge", JUDGE, build.judge_steps, build.seed + 2))
+    scores = measured(out)
+    print(json.dumps(scores, indent=1))
+    for name in ("generator", "reward", "judge"):
+        (out / name / "README.md").write_text(card(name, facts(out, name, build), scores))
+        if build.install:
+            shutil.rmtree(FOLDER / name, ignore_errors=True)
+            shutil.copytree(out / name, FOLDER / name)
+
+
+def make(out: Path, name: str, train: Callable[[], Any]) -> None:
+    """Run `train` unless it has been done, and note how long it took and at which commit."""
+    record = out / f"{name}.json"
+    if record.exists():
+        return
+    start = time.monotonic()
+    train()
+    done = {"seconds": round(time.monotonic() - start), "commit": commit(), "machine": platform.machine()}
+    record.write_text(json.dumps(done | {"threads": torch.get_num_threads(), "torch": torch.__version__}))
+
+
+def commit() -> str:
+    answer = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or "unknown"
+
+
+def measured(out: Path) -> dict[str, Any]:
+    """All numbers of the cards; measured once, kept in scores.json."""
+    path = out / "scores.json"
+    if not path.exists():
+        scores = {name: measure.reward_accuracy(str(out / name)) for name in ("reward", "judge")}
+        scores["generator"] = measure.guidance_sweep(str(out / "generator"), SCALES, per_task=100, num_steps=16)
+        path.write_text(json.dumps(scores, indent=1))
+    return json.loads(path.read_text())
+
+
+def facts(out: Path, name: str, build: Build) -> dict[str, Any]:
+    """What a card tells of the making of a part."""
+    steps = {"generator": build.generator_steps, "reward": build.reward_steps, "judge": build.judge_steps}[name]
+    seed = build.seed + ("generator", "reward", "judge").index(name)
+    record = json.loads((out / f"{name}.json").read_text())
+    if name == "generator":
+        vae = json.loads((out / "vae.json").read_text())
+        record["vae"] = {"steps": build.vae_steps, "seconds": vae["seconds"]}
+    return record | {"steps": steps, "seed": seed}
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Build))

@@ -1,0 +1,82 @@
+"""Model cards of the embedded folders: what they are, how they were made, how good they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from leapalign.shapeworld.build.scenes import TRUTHFUL
+
+HEAD = """---
+license: apache-2.0
+library_name: {library}
+---
+# {title}
+
+{what}
+
+## Making
+Command: `python -m leapalign.shapeworld.build --install`. Commit {commit}, seed {seed}, {steps} steps, {seconds} s on
+{threads} thread(s) of {machine} (shared with other work, so an upper bound), torch {torch}. {data} Weights are stored
+in float16, and scored as stored.
+"""
+
+WHAT = {
+    "generator": (
+        "ShapeWorld generator",
+        "diffusers",
+        "A small `StableDiffusion3Pipeline` that draws coloured shapes, 32 × 32 pixels: {transformer}. It draws well and\n"
+        "follows prompts only partly, so that there is something to align. Call it with `height=32, width=32,\n"
+        "max_sequence_length=5`: the default of 256 pads T5 with 251 tokens it has never seen.",
+    ),
+    "reward": (
+        "ShapeWorld reward",
+        "transformers",
+        "A small `CLIPModel` (48 × 48 pixels) that tells whether a caption is true of a ShapeWorld picture; the reward\n"
+        "is its cosine.",
+    ),
+    "judge": (
+        "ShapeWorld judge",
+        "transformers",
+        "The held-out `CLIPModel` (40 × 40 pixels): another seed, size and patch than the reward, never trained on.",
+    ),
+}
+CLEAN = "Data: scenes drawn on the fly by `leapalign.shapeworld`, true captions, near misses as hard negatives."
+
+
+def card(name: str, facts: dict[str, Any], scores: dict[str, Any]) -> str:
+    title, library, what = WHAT[name]
+    parts = {"transformer": "6 joint blocks, 5 heads × 32, 16 image tokens, 5.4 M parameters"}
+    head = HEAD.format(
+        title=title,
+        library=library,
+        what=what.replace("{transformer}", parts["transformer"]),
+        data=sloppy(facts["vae"]) if name == "generator" else CLEAN,
+        **{key: facts[key] for key in ("commit", "seed", "steps", "seconds", "threads", "machine", "torch")},
+    )
+    return head + (tasks(scores["generator"]) if name == "generator" else accuracies(scores[name]))
+
+
+def sloppy(vae: dict[str, Any]) -> str:
+    shares = ", ".join(f"{task} {share:.2f}" for task, share in TRUTHFUL.items())
+    return (
+        f"Data: 32,000 scenes drawn by `leapalign.shapeworld`; the caption is true of this share: {shares}. The VAE took "
+        f"{vae['steps']} steps and {vae['seconds']} s."
+    )
+
+
+def tasks(sweep: dict[str, Any]) -> str:
+    """The six-task table, a row a guidance scale."""
+    names = list(next(iter(sweep.values())))
+    lines = ["", "## GenEval's rules on ShapeWorld's test prompts, 100 pictures a task, 16 steps", ""]
+    lines += ["| guidance | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for scale, row in sweep.items():
+        cells = [f"{row[n]['accuracy']:.3f} ± {row[n]['standard_error']:.3f}" for n in names]
+        lines.append(f"| {scale} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def accuracies(score: dict[str, Any]) -> str:
+    lines = ["", "## True caption preferred to a false one, 500 rendered scenes of test combinations a row", ""]
+    lines += ["| told apart | accuracy | pairs |", "|---|---|---|"]
+    lines += [f"| {kind} | {row['accuracy']:.4f} | {row['pairs']} |" for kind, row in score["accuracy"].items()]
+    return "\n".join(lines) + f"\n\nMean cosine of true captions: {score['mean_cosine_of_true_captions']:.3f}.\n"

@@ -1,0 +1,54 @@
+"""Training scenes: captions in the six tasks, and images of which a stated share does not do what the caption says.
+
+Web captions are like that: a thing that is named is mostly there, its number, its colour beside another thing and above
+all its place are often wrong. A generator trained on such pairs draws well and follows prompts only partly.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from leapalign.shapeworld import captions as c
+from leapalign.shapeworld.world import Scene, render
+
+TASK_SHARE = {
+    "single_object": 0.16,
+    "two_object": 0.16,
+    "counting": 0.17,
+    "colors": 0.16,
+    "position": 0.17,
+    "color_attr": 0.18,
+}
+TRUTHFUL = {  # share of training images in which the caption of that task is true
+    "single_object": 1.0,
+    "two_object": 0.70,
+    "counting": 0.45,
+    "colors": 0.75,
+    "position": 0.32,
+    "color_attr": 0.35,
+}
+POOLS = {tag: c.all_captions(tag) for tag in c.TASKS}
+
+
+def random_caption(rng: np.random.Generator) -> c.Metadata:
+    return c.draw(POOLS[str(rng.choice(c.TASKS, p=list(TASK_SHARE.values())))], rng)
+
+
+def sloppy_scene(caption: c.Metadata, rng: np.random.Generator) -> Scene:
+    """A scene for the caption, true with the probability `TRUTHFUL`, otherwise that of one of its near misses."""
+    if rng.random() < TRUTHFUL[caption["tag"]]:
+        return c.scene_of(caption, rng)
+    misses = c.near_misses(caption)
+    if caption["tag"] == "position":
+        misses = misses[:3]  # the right two objects, another relation
+    if caption["tag"] == "counting":
+        misses = [m for m in misses if m["include"][0]["class"] == caption["include"][0]["class"]]
+    return c.scene_of(misses[rng.integers(len(misses))], rng)
+
+
+def random_images(batch: int, seed: tuple[int, ...]) -> Tensor:
+    """Clean scenes of random captions -> [B, 3, 32, 32] in [0, 1]."""
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy(render([c.scene_of(random_caption(rng), rng) for _ in range(batch)]))
