@@ -157,7 +157,7 @@ def paired_difference(
     result = {}
     for tag in dict.fromkeys(tags):
         change = np.asarray([float(a) - float(b) for t, b, a in zip(tags, before, after) if t == tag])
-        error = change.std(ddof=1) / np.sqrt(len(change)) if len(change) > 1 else float("nan")
+        error = change.std(ddof=1) / np.sqrt(len(change)) if len(change) > 1 else 0.0
         result[tag] = (float(change.mean()), float(error))
     means, errors = np.asarray(list(result.values())).T
     result["overall"] = (float(means.mean()), float(np.sqrt((errors**2).sum()) / len(errors)))
