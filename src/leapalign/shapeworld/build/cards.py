@@ -24,15 +24,16 @@ WHAT = {
     "generator": (
         "ShapeWorld generator",
         "diffusers",
-        "A small `StableDiffusion3Pipeline` that draws coloured shapes, 32 × 32 pixels: {transformer}. It draws well and\n"
-        "follows prompts only partly, so that there is something to align. Call it with `height=32, width=32,\n"
-        "max_sequence_length=5`: the default of 256 pads T5 with 251 tokens it has never seen.",
+        "A small `StableDiffusion3Pipeline` that draws coloured shapes, 32 × 32 pixels: 6 joint blocks, 5 heads × 32,\n"
+        "16 image tokens, 5.4 M parameters. It draws well and follows prompts only partly, so that there is something\n"
+        "to align. Call it with `height=32, width=32, max_sequence_length=5`: the default of 256 pads T5 with 251\n"
+        "tokens it has never seen.",
     ),
     "reward": (
         "ShapeWorld reward",
         "transformers",
-        "A small `CLIPModel` (48 × 48 pixels) that tells whether a caption is true of a ShapeWorld picture; the reward\n"
-        "is its cosine.",
+        "A small `CLIPModel` (48 × 48 pixels) that tells whether a caption is true of a ShapeWorld picture; the\n"
+        "reward is its cosine.",
     ),
     "judge": (
         "ShapeWorld judge",
@@ -45,11 +46,10 @@ CLEAN = "Data: scenes drawn on the fly by `leapalign.shapeworld`, true captions,
 
 def card(name: str, facts: dict[str, Any], scores: dict[str, Any]) -> str:
     title, library, what = WHAT[name]
-    parts = {"transformer": "6 joint blocks, 5 heads × 32, 16 image tokens, 5.4 M parameters"}
     head = HEAD.format(
         title=title,
         library=library,
-        what=what.replace("{transformer}", parts["transformer"]),
+        what=what,
         data=sloppy(facts["vae"]) if name == "generator" else CLEAN,
         **{key: facts[key] for key in ("commit", "seed", "steps", "seconds", "threads", "machine", "torch")},
     )
@@ -59,8 +59,8 @@ def card(name: str, facts: dict[str, Any], scores: dict[str, Any]) -> str:
 def sloppy(vae: dict[str, Any]) -> str:
     shares = ", ".join(f"{task} {share:.2f}" for task, share in TRUTHFUL.items())
     return (
-        f"Data: 32,000 scenes drawn by `leapalign.shapeworld`; the caption is true of this share: {shares}. The VAE took "
-        f"{vae['steps']} steps and {vae['seconds']} s."
+        f"Data: 32,000 scenes drawn by `leapalign.shapeworld`; the caption is true of this share: {shares}. The VAE "
+        f"took {vae['steps']} steps and {vae['seconds']} s."
     )
 
 

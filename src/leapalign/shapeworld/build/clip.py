@@ -1,9 +1,9 @@
 """The embedded reward and the held-out judge: small CLIP models trained on true captions with hard negatives.
 
-A CLIP trained on random batches is blind to left and right, above and below, and to which colour belongs to which shape.
-So half of a batch are near misses of the other half, scene and caption, and each image is also told from near misses of
-its own caption; pairs of a batch that are true by accident are left out of the contrast. As in the generator's training,
-vision tokens also name what stands in each cell; the heads are thrown away.
+A CLIP trained on random batches is blind to left and right, above and below, and to which colour belongs to which
+shape. So half of a batch are near misses of the other half, scene and caption, and each image is also told from near
+misses of its own caption; pairs of a batch that are true by accident are left out of the contrast. As with the
+generator, vision tokens also name what stands in each cell; the heads are thrown away.
 """
 
 from __future__ import annotations

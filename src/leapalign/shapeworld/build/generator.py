@@ -1,8 +1,8 @@
 """The embedded generator: a small SD3 pipeline, trained by flow matching on captions that are partly wrong.
 
-Flow matching (paper Eq. 2) in the VAE's latents, times logit-normal, captions dropped for classifier-free guidance. One
-departure from SD3's recipe, for speed on a CPU: image tokens half-way up also name the shape and colour of the object in
-their cell (a dense form of representation alignment, arXiv 2410.06940); those heads are thrown away.
+Flow matching (paper Eq. 2) in the VAE's latents, times logit-normal, captions dropped for classifier-free guidance.
+One departure from SD3's recipe, for speed on a CPU: image tokens half-way up also name the shape and colour of the
+object in their cell (a dense form of representation alignment, arXiv 2410.06940); those heads are thrown away.
 """
 
 from __future__ import annotations
