@@ -6,6 +6,7 @@ Flags come from the recipe's own dataclasses. Help imports no torch: the work is
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +38,8 @@ USAGE = """usage: leapalign COMMAND ...
 
 def entry_point() -> None:
     """What the installed command calls."""
+    if not sys.stderr.isatty():  # a log wants no bars of transformers and the hub
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     sys.exit(main(sys.argv[1:]))
 
 
@@ -157,6 +160,8 @@ class SampleFlags:
     dtype: Literal["float32", "bfloat16"] = "float32"
     json: bool = False
     """Print the pictures' paths as JSON on stdout."""
+    plugin: tuple[str, ...] = ()
+    """Your own files whose classes the run names; each is executed."""
 
 
 def _sample(argv: list[str]) -> None:
@@ -196,6 +201,8 @@ class EvaluateFlags:
     dtype: Literal["float32", "bfloat16"] = "float32"
     json: bool = False
     """Print the tables as JSON on stdout."""
+    plugin: tuple[str, ...] = ()
+    """Your own files whose classes the run names; each is executed."""
 
 
 def _evaluate(argv: list[str]) -> None:

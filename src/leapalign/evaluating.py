@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from leapalign.evaluation.evaluate import Detector, Evaluation, Scorers, compare, evaluate, report
 from leapalign.evaluation.folders import picture_paths, refuse_existing, write_pictures
 from leapalign.evaluation.sampling import Sampling
 from leapalign.prompts import Prompt, PromptFile, ShapeWorldPrompts
-from leapalign.recipe_files import read_run
+from leapalign.recipe_files import load_plugins, read_run
 from leapalign.sampling import model_config
 from leapalign.training.loop import resolve_device, reward_names
 
@@ -33,8 +34,9 @@ def evaluate_source(flags: EvaluateFlags) -> dict[str, Any]:
     prompts = _read_prompts(flags)
     if flags.out:
         refuse_existing(picture_paths(Path(flags.out), len(prompts), flags.num), flags.overwrite)
-    tuned = _subject(flags.source, flags)
-    base = replace(_subject(flags.against, flags), rewards=tuned.rewards) if flags.against else None
+    plugins = load_plugins(flags.plugin)
+    tuned = _subject(flags.source, flags, plugins)
+    base = replace(_subject(flags.against, flags, plugins), rewards=tuned.rewards) if flags.against else None
     after = _evaluate(tuned, prompts, flags)
     if flags.out:
         write_pictures(Path(flags.out), prompts, after.images, per_prompt=flags.num, overwrite=flags.overwrite)
@@ -64,21 +66,21 @@ def _read_prompts(flags: EvaluateFlags) -> list[Prompt]:
     return ShapeWorldPrompts(split="test", num=flags.per_task).load()
 
 
-def _subject(source: str, flags: EvaluateFlags) -> Subject:
+def _subject(source: str, flags: EvaluateFlags, plugins: dict[str, ModuleType]) -> Subject:
     """The model behind a word, and the rewards that belong to it."""
-    model, num_steps = model_config(source)
+    model, num_steps = model_config(source, plugins)
     if flags.guidance >= 0:
         model = replace(model, guidance_scale=flags.guidance)
-    return Subject(model=model, num_steps=flags.steps or num_steps, rewards=_rewards(source))
+    return Subject(model=model, num_steps=flags.steps or num_steps, rewards=_rewards(source, plugins))
 
 
-def _rewards(source: str) -> dict[str, Any]:
+def _rewards(source: str, plugins: dict[str, ModuleType]) -> dict[str, Any]:
     """The run's own; for the embedded world its reward and the held-out judge."""
     from leapalign.rewards.clip import PickScore
 
     path, own = Path(source) / "run.json", {}
     if path.is_file():
-        run = read_run(path, {})
+        run = read_run(path, plugins)
         own = dict(zip(reward_names(run), (term.reward for term in run.rewards)))
     elif source.startswith("embedded:"):
         own = {"pickscore": PickScore(path="embedded:reward")}

@@ -6,13 +6,14 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from leapalign.errors import UserError
 from leapalign.evaluation.folders import picture_paths, refuse_existing, write_pictures
 from leapalign.evaluation.sampling import Sampling, draw_images
 from leapalign.prompts import Prompt
-from leapalign.recipe_files import read_run
+from leapalign.recipe_files import load_plugins, read_run
 from leapalign.training.loop import resolve_device
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def sample(flags: SampleFlags) -> list[dict[str, Any]]:
     """Write the pictures, in GenEval's layout; [{"prompt", "path"}] for each."""
     prompts = [Prompt(text=text) for text in flags.prompt]
     refuse_existing(picture_paths(flags.out, len(prompts), flags.num), flags.overwrite)
-    config, num_steps = model_config(flags.source)
+    config, num_steps = model_config(flags.source, load_plugins(flags.plugin))
     model = _with_flags(config, flags).load(resolve_device(flags.device), flags.dtype)
     sampling = Sampling(num_steps=flags.steps or num_steps, images_per_prompt=flags.num, batch_size=1, seed=flags.seed)
     images = draw_images(model, flags.prompt, sampling)
@@ -33,11 +34,11 @@ def sample(flags: SampleFlags) -> list[dict[str, Any]]:
     return [{"prompt": flags.prompt[i // flags.num], "path": str(path)} for i, path in enumerate(paths)]
 
 
-def model_config(source: str) -> tuple[Any, int]:
+def model_config(source: str, plugins: dict[str, ModuleType]) -> tuple[Any, int]:
     """A model's configuration and its number of steps, from a run's folder, a pipeline folder, or a known path."""
     folder = Path(source)
     if (folder / "run.json").is_file():
-        run = read_run(folder / "run.json", {})
+        run = read_run(folder / "run.json", plugins)
         if not (folder / "pipeline").is_dir():
             raise UserError(
                 f"{source}: this run is not finished, it has no pipeline yet; use `leapalign resume {source}`"
