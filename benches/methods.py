@@ -1,0 +1,142 @@
+"""Methods on ShapeWorld: several seeds, equal updates and batch, GenEval and rewards, before and after, paired noise.
+
+    python benches/methods.py > methods.json                   # the demo's recipe, three seeds
+    python benches/methods.py --recipes shapeworld-leapalign shapeworld-refl --seeds 0 1 > methods.json
+    python benches/methods.py --guidance 1 1.5 2 3 4 6 > guidance.json             # against the base at its best scale
+
+Training, evaluation and tables are the demo's own (leapalign.demo). All seeds are evaluated over the same prompts and
+noises, which no training seed touches; the base is therefore evaluated once. Standard errors: `over_pictures` of one
+run's paired differences (their mean over the seeds, since the seeds share pictures), `over_seeds` of the seeds' means.
+With `--guidance`, the base is drawn at each scale over the same noises too, and each run is compared with the base at
+the scale where its overall is highest: chosen on these very pictures, in the base's favour.
+Equal updates are not equal compute: ReFL and DRTune stop their rollouts early. `training_seconds` says what each cost.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import tyro
+from shared import facts, with_folders
+
+from leapalign.demo import HELD_OUT, Study, evaluate_model, summarize
+from leapalign.evaluation.evaluate import Evaluation, compare, report
+from leapalign.prompts import ShapeWorldPrompts
+from leapalign.recipe_files import load_recipe
+from leapalign.rewards.clip import PickScore
+from leapalign.shapeworld.detector import detect
+from leapalign.training.loop import train
+
+TARGETS = {"overall": 0.15, "position": 0.10, "color_attr": 0.10, HELD_OUT: 0.0}  # changes that the demo has to reach
+
+
+@dataclass(frozen=True, kw_only=True)
+class Methods:
+    """Train and evaluate recipes over seeds; JSON on stdout, runs under --out."""
+
+    recipes: tuple[str, ...] = ("shapeworld-leapalign",)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    per_task: int = 300
+    """Pictures a task, before and after."""
+    out: Path = Path("runs/methods")
+    """New folder; a run each under it."""
+    steps: int = 0
+    """Updates; 0 = as in the recipes."""
+    batch_size: int = 0
+    """Samples an update; 0 = as in the recipes."""
+    guidance: tuple[float, ...] = ()
+    """Guidance scales at which the base is drawn as well."""
+    generator: str = "embedded:generator"
+    reward: str = "embedded:reward"
+    judge: str = "embedded:judge"
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bases:
+    """Evaluations of models before training, each made once: recipes and seeds share their base."""
+
+    known: dict[Any, Evaluation] = field(default_factory=dict)
+
+    def at(self, study: Study, scale: float) -> Evaluation:
+        model = replace(study.run.model, guidance_scale=scale)
+        key = (model, study.run.num_sampling_steps, study.run.rewards)
+        if key not in self.known:
+            self.known[key] = evaluate_model(study, model, f"the base at guidance {scale}")
+        return self.known[key]
+
+    def best(self, study: Study, scales: Sequence[float]) -> tuple[float, Evaluation]:
+        """The scale at which the overall is highest, and the pictures there."""
+        found = {scale: self.at(study, scale) for scale in scales}
+        best = max(found, key=lambda scale: report(found[scale])["geneval"]["overall"]["accuracy"])
+        return best, found[best]
+
+
+def main(bench: Methods) -> dict[str, Any]:
+    """recipe -> its runs and their mean; guidance scale -> the base's table."""
+    bases, recipes = Bases(), {}
+    base = study_of(bench, bench.recipes[0], bench.seeds[0])
+    sweep = {str(scale): report(bases.at(base, scale)) for scale in bench.guidance}
+    for name in bench.recipes:
+        runs = [one_run(bench, study_of(bench, name, seed), bases) for seed in bench.seeds]
+        recipes[name] = {"mean": averages(runs), "runs": runs}
+    return {"targets": TARGETS, "recipes": recipes, "base_by_guidance": sweep} | facts(bench)
+
+
+def one_run(bench: Methods, study: Study, bases: Bases) -> dict[str, Any]:
+    """Train one recipe with one seed and compare it with the base."""
+    run = study.run
+    before = bases.at(study, run.model.guidance_scale)
+    print(f"training {run.name}", file=sys.stderr, flush=True)
+    result = train(run)
+    after = evaluate_model(study, replace(run.model, path=str(result.pipeline)), run.name)
+    seconds = result.summary["seconds"]
+    answer = {"seed": run.seed} | summarize(result.summary, compare(before, after), {"training": seconds}, seconds)
+    if bench.guidance:
+        scale, best = bases.best(study, bench.guidance)
+        answer["against_best_guidance"] = {"scale": scale, **compare(best, after)}
+    return answer
+
+
+def study_of(bench: Methods, recipe: str, seed: int) -> Study:
+    """The recipe with the bench's numbers, between evaluations on ShapeWorld's test prompts."""
+    run = with_folders(load_recipe(recipe, {}), bench.generator, bench.reward)
+    batch = bench.batch_size or run.batch_size
+    run = replace(run, steps=bench.steps or run.steps, batch_size=batch, device=bench.device, seed=seed)
+    run = replace(run, name=f"{recipe}-{seed}", out=str(bench.out / f"{recipe}-{seed}"))
+    return Study(
+        run=replace(run, micro_batch_size=min(batch, run.micro_batch_size)),
+        held_out=PickScore(path=bench.judge),
+        prompts=ShapeWorldPrompts(split="test", num=bench.per_task).load(),
+        detector=detect,
+        command="python benches/methods.py",
+    )
+
+
+def averages(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Over the seeds: before, after, change, its two standard errors, and whether the demo's target is reached."""
+    rows = {"overall": [run["geneval"] for run in runs]}
+    rows |= {task: [run["geneval"]["per_task"][task] for run in runs] for task in runs[0]["geneval"]["per_task"]}
+    rows |= {name: [run[name] for run in runs] for name in ("reward", HELD_OUT)}
+    table = {name: _average(name, row) for name, row in rows.items()}
+    return table | {"training_seconds": mean(run["seconds_of"]["training"] for run in runs)}
+
+
+def _average(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    changes = [row["difference"] for row in rows]
+    found: dict[str, Any] = {key: mean(row[key] for row in rows) for key in ("before", "after", "difference")}
+    found["over_pictures"] = mean(row["difference_standard_error"] for row in rows)
+    found["over_seeds"] = stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else None
+    if name in TARGETS:
+        found["reached"] = found["difference"] >= TARGETS[name] and found["difference"] > 0
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(tyro.cli(Methods)), indent=2))
