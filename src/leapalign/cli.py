@@ -55,6 +55,9 @@ def main(argv: Sequence[str]) -> int:
     except RunStopped as error:
         print(f"leapalign: stopped at {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # `leapalign ... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush finds no pipe either
+        return 1
     except KeyboardInterrupt:
         print("leapalign: interrupted; `leapalign resume RUN` goes on from the last checkpoint", file=sys.stderr)
         return 130

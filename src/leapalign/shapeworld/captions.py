@@ -1,7 +1,8 @@
 """What is said of a scene: GenEval's six tasks and its metadata format (arXiv 2310.11513) in ShapeWorld's words.
 
-A *combination* is what a caption claims, without the order of its words: "a circle left of a square" and "a square right
-of a circle" are one. Training and test prompts share no combination, but for single objects, of which there are only six.
+A *combination* is what a caption claims, without the order of its words: "a circle left of a square" and "a square
+right of a circle" are one. Training and test prompts share no combination, but for single objects, of which there are
+only six.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """ShapeWorld: up to four coloured shapes on a plain ground, drawn exactly from signed distances.
 
-A scene is a board of 2 × 2 cells; an object sits in a cell of its own, moved a little from the centre. Small enough that
-a generator learns it on a CPU, rich enough for GenEval's six tasks. Pixels: float32 in [0, 1], [B, 3, H, W].
+A scene is a board of 2 × 2 cells; an object sits in a cell of its own, moved a little from the centre. Small enough
+that a generator learns it on a CPU, rich enough for GenEval's six tasks. Pixels: float32 in [0, 1], [B, 3, H, W].
 """
 
 from __future__ import annotations
