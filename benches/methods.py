@@ -108,10 +108,10 @@ def study_of(bench: Methods, recipe: str, seed: int) -> Study:
     """The recipe with the bench's numbers, between evaluations on ShapeWorld's test prompts."""
     run = with_folders(load_recipe(recipe, {}), bench.generator, bench.reward)
     batch = bench.batch_size or run.batch_size
-    run = replace(run, steps=bench.steps or run.steps, batch_size=batch, device=bench.device, seed=seed)
-    run = replace(run, name=f"{recipe}-{seed}", out=str(bench.out / f"{recipe}-{seed}"))
+    name, micro = f"{recipe}-{seed}", min(batch, run.micro_batch_size)
+    run = replace(run, steps=bench.steps or run.steps, batch_size=batch, micro_batch_size=micro, seed=seed)
     return Study(
-        run=replace(run, micro_batch_size=min(batch, run.micro_batch_size)),
+        run=replace(run, name=name, out=str(bench.out / name), device=bench.device),
         held_out=PickScore(path=bench.judge),
         prompts=ShapeWorldPrompts(split="test", num=bench.per_task).load(),
         detector=detect,

@@ -80,11 +80,11 @@ def test_live_bytes_of_a_chain_counted_by_hand(bench):
         z = torch.cat([y, y])  # 3 MB live
         live.begin("second")
         del x, y  # 2 MB live
-        a = z + 1  # 4
-        b = a + 1  # 6, the most
+        a = z * 2  # 4
+        b = a * 2  # 6, the most
         del a  # 4
         live.begin("third")
-        c = b[:1] + 0  # 4 + 0.5 (one row of 4)
+        c = b[:1] * 2  # 4 + 0.5 (one row of 4)
     assert live.peaks() == {"first": 3 * MB, "second": 6 * MB, "third": 4 * MB + c.nbytes}
     assert live.peaks(without=[b]) == {"first": 3 * MB, "second": 4 * MB, "third": 2 * MB + c.nbytes}
     assert c.nbytes == MB // 2 and z.nbytes == 2 * MB
@@ -103,6 +103,18 @@ def test_live_bytes_through_a_backward_agree_with_the_allocator(bench):
     counted, most = live.peaks()["all"], allocator_peak(lambda: (clear(x, w), backward()))
     assert most == pytest.approx(counted, rel=0.01)
     assert counted > 3 * 300 * 200 * 4  # exp and its gradient are there together
+
+
+def test_gradients_of_weights_and_their_partial_sums_are_left_out(bench):
+    w = torch.nn.Parameter(torch.randn(300, 300))
+    x = torch.randn(2, 300)
+    with bench.LiveBytes() as live:
+        live.begin("forward")
+        y = x @ w @ w @ w  # three gradients to add up
+        live.begin("backward")
+        y.sum().backward()
+    assert w.grad is not None and live.peaks()["backward"] >= 2 * w.nbytes
+    assert live.peaks(without=[w.grad])["backward"] < 0.1 * w.nbytes
 
 
 def clear(*tensors: torch.Tensor) -> None:
