@@ -4,6 +4,9 @@ Parts are made in order and kept in `--out`; one that is done is not made again,
 state. With `--install` the finished folders, each with a model card, replace those that ship with the package.
 """
 
+# diffusers and transformers annotate some constructors more narrowly than they accept
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import json

@@ -5,11 +5,16 @@ One departure from SD3's recipe, for speed on a CPU: image tokens half-way up al
 object in their cell (a dense form of representation alignment, arXiv 2410.06940); those heads are thrown away.
 """
 
+# diffusers and transformers annotate some constructors more narrowly than they accept
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,12 +103,13 @@ class Denoiser(nn.Module):
         """-> velocity [B, 8, 8, 8]; logits of shape and colour for each of the four cells [B, 4, classes]."""
         text, pooled = self.text(clip_ids, t5_ids)
         v = self.transformer(x, text, pooled, sigma * 1000, return_dict=False)[0]
-        tokens, self.tokens = self.tokens, None
+        tokens, self.tokens = self.tokens, None  # not kept: a graph on the module could not be copied
+        assert tokens is not None
         cells = tokens.unflatten(1, (2, 2, 2, 2)).mean(dim=(2, 4)).flatten(1, 2)  # 4 × 4 tokens -> 2 × 2 cells
         return v, self.name_shape(cells), self.name_color(cells)
 
 
-def losses(model: nn.Module, data: Data, rows: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+def losses(model: Callable[..., Any], data: Data, rows: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Flow-matching loss (Eq. 2) and the naming loss of a batch."""
     x_0 = data.latents[rows]
     x_1 = torch.randn(x_0.shape, generator=rng)

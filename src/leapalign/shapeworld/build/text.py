@@ -4,6 +4,9 @@ Two CLIP towers see the whole caption in at most 12 tokens; T5 sees its content 
 joint attention stays short.
 """
 
+# diffusers and transformers annotate some constructors more narrowly than they accept
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import torch

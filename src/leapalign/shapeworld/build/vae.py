@@ -4,6 +4,9 @@ Loss: L1 + squared error of the posterior's sample, and a small KL term that kee
 `shift_factor` and `scaling_factor` make the latents zero-mean and of unit variance, which τ = 0.1 (Eq. 12) presumes.
 """
 
+# diffusers and transformers annotate some constructors more narrowly than they accept
+# pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 from pathlib import Path
