@@ -50,7 +50,8 @@ def test_only_the_best_of_a_class_is_asked_for_its_color() -> None:
         ((0, 30), {"below"}),
         ((0, -30), {"above"}),
         ((30, 30), {"right of", "below"}),
-        ((2, 0), set()),
+        ((2, 0), set()),  # within 10 % of both sizes together
+        ((3, 0), set()),  # beyond it by 1 of 3: not the half that a relation needs
         ((0, 0), set()),
     ],
 )

@@ -26,7 +26,7 @@ def seen(images: np.ndarray) -> float:
     return float(np.mean([any(d.score > 0.3 for d in found) for found in detect(images.astype(np.float32))]))
 
 
-@pytest.mark.parametrize(("sigma", "noise"), [(0.0, 0.0), (0.0, 0.02), (0.5, 0.02)])
+@pytest.mark.parametrize(("sigma", "noise"), [(0.0, 0.0), (0.0, 0.02), (0.5, 0.02), (0.7, 0.03)])
 @pytest.mark.parametrize("tag", TASKS)
 def test_true_images_are_judged_true(tag: str, sigma: float, noise: float) -> None:
     rng = np.random.default_rng(1)
@@ -114,10 +114,32 @@ def test_nothing_in_half_shapes_and_in_two_colored_shapes(sideways: bool) -> Non
     assert seen(np.concatenate([halves(s, s, sideways, two_colors=True, num=50) for s in SHAPES])) < 0.03
 
 
-def test_off_palette_colors_are_not_named() -> None:
-    grey = render([(Object("circle", "black", 8.0, 8.0, 5.0),)])
-    grey = GROUND_IMAGE + (grey - GROUND_IMAGE) * 0.55
-    assert seen(grey) == 0
+@pytest.mark.parametrize("shift", [(0.28, 0.0, 0.0), (0.5, 0.5, 0.5)])
+def test_off_palette_colors_are_not_named(shift: tuple[float, float, float]) -> None:
+    """A circle in a dark red or grey that is 0.28 or more from black."""
+    image = render([(Object("circle", "black", 8.0, 8.0, 5.0),)])
+    assert seen(image) == 1
+    share = (GROUND_IMAGE - image) / (GROUND_IMAGE - image).max((2, 3), keepdims=True)
+    assert seen(image + share * np.asarray(shift)[None, :, None, None]) == 0
+
+
+def test_speckled_shapes_are_not_one_color() -> None:
+    """A black square with every third pixel dark red: the median colour is black."""
+    image = render([(Object("square", "black", 8.0, 8.0, 6.0),)])
+    rows, columns = np.nonzero(image[0, 0] < 0.1)
+    assert seen(image) == 1
+    image[0, :, rows[::3], columns[::3]] = (0.44, 0.0, 0.0)
+    assert seen(image) == 0
+
+
+def test_a_shape_tied_to_a_frame_is_not_that_shape() -> None:
+    """All within the window that is compared is a circle; the rest of the patch lies outside of it."""
+    image = render([(Object("circle", "blue", 16.0, 16.0, 5.8),)])
+    assert seen(image) == 1
+    paint = np.asarray(COLORS["blue"], np.float32)[:, None, None]
+    for part in (np.s_[:3, :], np.s_[-3:, :], np.s_[:, :3], np.s_[:, -3:], np.s_[3:11, 16:17]):
+        image[0][(slice(None), *part)] = paint
+    assert seen(image) == 0
 
 
 def test_wrong_shape_of_input_is_named() -> None:
