@@ -65,7 +65,9 @@ def shapeworld(method: Any) -> Run:
     """What the ShapeWorld recipes share."""
     return Run(
         name=f"shapeworld-{method.name}",
-        model=SD3(path="embedded:generator", height=32, width=32, max_sequence_length=5, decode_chunk=0),
+        model=SD3(
+            path="embedded:generator", height=32, width=32, guidance_scale=1.0, max_sequence_length=5, decode_chunk=0
+        ),
         method=method,
         rewards=(RewardTerm(reward=PickScore(path="embedded:reward"), threshold=1.0),),  # a cosine: never above
         prompts=ShapeWorldPrompts(),
@@ -73,7 +75,7 @@ def shapeworld(method: Any) -> Run:
         steps=100,
         batch_size=32,
         micro_batch_size=32,
-        num_sampling_steps=16,
+        num_sampling_steps=8,
         learning_rate=1e-4,
         ema_decay=0.97,
     )

@@ -30,7 +30,8 @@ from leapalign.shapeworld.build.clip import JUDGE, REWARD, train_clip
 from leapalign.shapeworld.build.generator import train_generator
 from leapalign.shapeworld.build.vae import train_vae
 
-SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+PER_TASK, NUM_STEPS = 60, 8  # of the guidance sweep; the steps are those of the recipes
+SCALES = (1.0, 1.5, 2.0, 3.0, 4.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Build:
     out: Path = Path("build/shapeworld")
     """Work folder: states, finished parts, measurements."""
     vae_steps: int = 2400
-    generator_steps: int = 10_000
+    generator_steps: int = 6500
     reward_steps: int = 3000
     judge_steps: int = 3000
     seed: int = 0
@@ -90,7 +91,9 @@ def measured(out: Path) -> dict[str, Any]:
     path = out / "scores.json"
     if not path.exists():
         scores = {name: measure.reward_accuracy(str(out / name)) for name in ("reward", "judge")}
-        scores["generator"] = measure.guidance_sweep(str(out / "generator"), SCALES, per_task=100, num_steps=16)
+        scores["generator"] = measure.guidance_sweep(
+            str(out / "generator"), SCALES, per_task=PER_TASK, num_steps=NUM_STEPS
+        )
         path.write_text(json.dumps(scores, indent=1))
     return json.loads(path.read_text())
 

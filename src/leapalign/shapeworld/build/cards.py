@@ -67,7 +67,8 @@ def sloppy(vae: dict[str, Any]) -> str:
 def tasks(sweep: dict[str, Any]) -> str:
     """The six-task table, a row a guidance scale."""
     names = list(next(iter(sweep.values())))
-    lines = ["", "## GenEval's rules on ShapeWorld's test prompts, 100 pictures a task, 16 steps", ""]
+    num = next(iter(sweep.values()))["single_object"]["num"]
+    lines = ["", f"## GenEval's rules on ShapeWorld's test prompts, {num} pictures a task, 8 steps", ""]
     lines += ["| guidance | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for scale, row in sweep.items():
         cells = [f"{row[n]['accuracy']:.3f} ± {row[n]['standard_error']:.3f}" for n in names]

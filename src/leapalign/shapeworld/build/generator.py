@@ -11,6 +11,7 @@ object in their cell (a dense form of representation alignment, arXiv 2410.06940
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,3 +199,6 @@ def save_pipeline(folder: Path, model: nn.Module, vae: AutoencoderKL) -> None:
     )
     pipeline.to(torch.float16)
     pipeline.save_pretrained(folder)
+    config = folder / "vae" / "config.json"
+    values = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
+    config.write_text(json.dumps(values, indent=2) + "\n")  # diffusers notes the work folder that the VAE came from
