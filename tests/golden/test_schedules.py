@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from golden_folder import GOLDEN
 
+from golden_folder import GOLDEN
 from leapalign.errors import UserError
 from leapalign.flow.grids import dynamic_grid, flux_mu, sd3_grid, shift_time, sigma_grid
 
