@@ -41,7 +41,7 @@ class Build:
     out: Path = Path("build/shapeworld")
     """Work folder: states, finished parts, measurements."""
     vae_steps: int = 2400
-    generator_steps: int = 6500
+    generator_steps: int = 7000
     reward_steps: int = 3000
     judge_steps: int = 3000
     seed: int = 0

@@ -23,11 +23,11 @@ TASK_SHARE = {
 }
 TRUTHFUL = {  # share of training images in which the caption of that task is true
     "single_object": 1.0,
-    "two_object": 0.70,
-    "counting": 0.45,
+    "two_object": 0.80,
+    "counting": 0.50,
     "colors": 0.75,
-    "position": 0.32,
-    "color_attr": 0.35,
+    "position": 0.50,
+    "color_attr": 0.50,
 }
 POOLS = {tag: c.all_captions(tag) for tag in c.TASKS}
 
