@@ -41,6 +41,22 @@ def test_accumulation_changes_nothing(tiny_run, tiny_module, tmp_path, method, s
     assert losses[1] == pytest.approx(losses[0], rel=1e-12) and losses[2] == pytest.approx(losses[0], rel=1e-12)
 
 
+def test_the_learning_rate_rises_in_a_straight_line_and_stays(tiny_run):
+    """AdamW's first update is rate * sign(gradient), so its size shows the rate."""
+    engines = [loop.build(tiny_run(warmup_steps=n, weight_decay=0.0)) for n in (0, 4)]
+    changes = []
+    for engine in engines:
+        before = {name: p.detach().clone() for name, p in engine.parameters.items()}
+        loop.update(engine, 0)
+        changes.append(torch.cat([(p.detach() - before[name]).flatten() for name, p in engine.parameters.items()]))
+    torch.testing.assert_close(changes[1], changes[0] / 4, rtol=1e-3, atol=1e-8)
+    rates = []
+    for step in range(6):
+        loop.update(engines[1], step)
+        rates.append(engines[1].optimizer.param_groups[0]["lr"] / engines[1].run.learning_rate)
+    assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
 def test_the_gradient_is_that_of_the_mean_loss(tiny_run, tiny_module):
     """Second derivation of one update: DRaFT-1 by plain autograd over the whole batch, without the loop's parts."""
     from leapalign.methods.draft import DRaFT

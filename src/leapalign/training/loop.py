@@ -145,9 +145,17 @@ def update(engine: Engine, step: int) -> Metrics:
         parts.append((surrogate.metrics, result))
     if trained:
         clip_gradients(engine.parameters, norm, engine.run.max_grad_norm)
+        set_learning_rate(engine, step)
         engine.optimizer.step()
         engine.ema.update()
     return _batch_metrics(parts) | {"grad_norm": float(norm), "skipped": int(not trained)}
+
+
+def set_learning_rate(engine: Engine, step: int) -> None:
+    """The warm-up is a function of the step alone, so a resumed run needs no scheduler's state."""
+    run = engine.run
+    for group in engine.optimizer.param_groups:
+        group["lr"] = run.learning_rate * min(1.0, (step + 1) / max(1, run.warmup_steps))
 
 
 def _surrogate_and_gradient(engine: Engine, micro: MicroBatch) -> tuple[Surrogate, LatentGradient]:

@@ -28,6 +28,7 @@ from leapalign.shapeworld.build import measure
 from leapalign.shapeworld.build.cards import card
 from leapalign.shapeworld.build.clip import JUDGE, REWARD, train_clip
 from leapalign.shapeworld.build.generator import train_generator
+from leapalign.shapeworld.build.harden import harden_clip
 from leapalign.shapeworld.build.vae import train_vae
 
 PER_TASK, NUM_STEPS = 60, 8  # of the guidance sweep; the steps are those of the recipes
@@ -43,6 +44,8 @@ class Build:
     vae_steps: int = 2400
     generator_steps: int = 7000
     reward_steps: int = 3000
+    hardening_steps: int = 1200
+    """Of the reward's second training, against being gamed."""
     judge_steps: int = 3000
     seed: int = 0
     """The VAE's and the generator's; the reward has the next one, the judge the one after."""
@@ -59,7 +62,9 @@ def main(build: Build) -> None:
     make(out, "vae", lambda: train_vae(out / "vae", build.vae_steps, build.seed))
     vae = AutoencoderKL.from_pretrained(out / "vae").eval().requires_grad_(False)
     make(out, "generator", lambda: train_generator(out / "generator", vae, build.generator_steps, build.seed))
-    make(out, "reward", lambda: train_clip(out / "reward", REWARD, build.reward_steps, build.seed + 1))
+    easy, seed = out / "easy-reward", build.seed + 1
+    make(out, "easy-reward", lambda: train_clip(easy, REWARD, build.reward_steps, seed))
+    make(out, "reward", lambda: harden_clip(easy, out / "reward", REWARD, build.hardening_steps, seed))
     make(out, "judge", lambda: train_clip(out / "judge", JUDGE, build.judge_steps, build.seed + 2))
     scores = measured(out)
     print(json.dumps(scores, indent=1))
@@ -106,6 +111,9 @@ def facts(out: Path, name: str, build: Build) -> dict[str, Any]:
     if name == "generator":
         vae = json.loads((out / "vae.json").read_text())
         record["vae"] = {"steps": build.vae_steps, "seconds": vae["seconds"]}
+    if name == "reward":
+        first = json.loads((out / "easy-reward.json").read_text())
+        record |= {"seconds": first["seconds"] + record["seconds"], "hardening": build.hardening_steps}
     return record | {"steps": steps, "seed": seed}
 
 

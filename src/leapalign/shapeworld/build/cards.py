@@ -42,6 +42,10 @@ WHAT = {
     ),
 }
 CLEAN = "Data: scenes drawn on the fly by `leapalign.shapeworld`, true captions, near misses as hard negatives."
+HARD = (
+    "\nThen {steps} steps more, with badly drawn pictures as negatives and with pictures moved up the loss's\n"
+    "gradient, so that a generator cannot please it with textures."
+)
 
 
 def card(name: str, facts: dict[str, Any], scores: dict[str, Any]) -> str:
@@ -50,10 +54,16 @@ def card(name: str, facts: dict[str, Any], scores: dict[str, Any]) -> str:
         title=title,
         library=library,
         what=what,
-        data=sloppy(facts["vae"]) if name == "generator" else CLEAN,
+        data=data(name, facts),
         **{key: facts[key] for key in ("commit", "seed", "steps", "seconds", "threads", "machine", "torch")},
     )
     return head + (tasks(scores["generator"]) if name == "generator" else accuracies(scores[name]))
+
+
+def data(name: str, facts: dict[str, Any]) -> str:
+    if name == "generator":
+        return sloppy(facts["vae"])
+    return CLEAN + (HARD.format(steps=facts["hardening"]) if name == "reward" else "")
 
 
 def sloppy(vae: dict[str, Any]) -> str:

@@ -33,6 +33,7 @@ NEGATIVES = 3
 TEXT_WIDTH = 96
 LAYOUT = len(SHAPES) * (3 + len(COLORS))
 LAYOUT_WEIGHT = 10.0
+NEVER = -1e4  # a logit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +138,15 @@ class Trainee(nn.Module):
         ).pooler_output
         return F.normalize(self.clip.text_projection(pooled), dim=-1), self.place_read(pooled)
 
+    def scale(self) -> Tensor:
+        return self.clip.logit_scale.clamp(max=MAX_SCALE).exp()
+
+    def logits(self, batch: Batch, image: Tensor, text: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor]:
+        """-> [image, caption] without accidental truths, and each image's with its caption's near misses [B, K]."""
+        every = (self.scale() * image @ text.T).masked_fill(batch.skip, NEVER)
+        near = wrong.unflatten(0, (len(image), NEGATIVES))
+        return every, self.scale() * (image[:, None] * near).sum(-1)
+
 
 def layout(scene: Scene) -> np.ndarray:
     """[LAYOUT]: for each shape its number, its mean place (x, y in -1..1), and its number in each colour."""
@@ -150,28 +160,36 @@ def layout(scene: Scene) -> np.ndarray:
     return values.ravel()
 
 
-def contrast(
-    model: Trainee,
-    captions: list[c.Metadata],
-    scenes: list[Scene],
-    image: Tensor,
-    text: Tensor,
-    rng: np.random.Generator,
-) -> Tensor:
-    """Symmetric InfoNCE without accidental truths, plus each image against near misses of its own caption."""
-    scale = model.clip.logit_scale.clamp(max=MAX_SCALE).exp()
-    logits = scale * image @ text.T
-    near = np.eye(len(captions), k=len(captions) // 2, dtype=bool)
-    skip = true_by_accident(captions, scenes) & ~np.eye(len(captions), dtype=bool) & ~near & ~near.T
-    logits = logits.masked_fill(torch.from_numpy(skip), -1e4)
-    target = torch.arange(len(captions))
-    picks = [near[i] for near in map(c.near_misses, captions) for i in rng.integers(len(near), size=NEGATIVES)]
-    wrong = model.read(picks)[0].unflatten(0, (len(captions), NEGATIVES))
-    own = torch.cat([logits.diagonal()[:, None], scale * (image[:, None] * wrong).sum(-1)], dim=1)
-    return F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target) + F.cross_entropy(own, target * 0)
+@dataclass(frozen=True)
+class Batch:
+    """Captions with scenes of which each is true, near misses of each caption, and the pairs true by accident."""
+
+    captions: list[c.Metadata]
+    scenes: list[Scene]
+    misses: list[c.Metadata]  # NEGATIVES a caption
+    skip: Tensor  # [B, B] scene, caption
+
+    @classmethod
+    def make(cls, pairs: int, rng: np.random.Generator) -> Batch:
+        captions, scenes = make_batch(pairs, rng)
+        near = np.eye(len(captions), k=len(captions) // 2, dtype=bool)
+        skip = true_by_accident(captions, scenes) & ~np.eye(len(captions), dtype=bool) & ~near & ~near.T
+        misses = [near[i] for near in map(c.near_misses, captions) for i in rng.integers(len(near), size=NEGATIVES)]
+        return cls(captions, scenes, misses, torch.from_numpy(skip))
 
 
-def train_clip(folder: Path, size: Size, steps: int, seed: int, *, pairs: int = 48, lr: float = 1e-3) -> CLIPModel:
+def contrast(logits: Tensor, wrong: Tensor, spoiled: Tensor | None = None) -> Tensor:
+    """Symmetric InfoNCE of logits [image, caption], plus each image against near misses of its own caption, [B, K].
+
+    `spoiled` [caption, S] are logits of badly drawn pictures, false of every caption.
+    """
+    target = torch.arange(len(logits))
+    own = torch.cat([logits.diagonal()[:, None], wrong], dim=1)
+    by_caption = logits.T if spoiled is None else torch.cat([logits.T, spoiled], dim=1)
+    return F.cross_entropy(logits, target) + F.cross_entropy(by_caption, target) + F.cross_entropy(own, target * 0)
+
+
+def train_clip(folder: Path, size: Size, steps: int, seed: int, *, pairs: int = 48, lr: float = 1e-3) -> None:
     """Train from scratch and save a float16 CLIPModel folder with tokenizer and image processor."""
     torch.manual_seed(seed)
     noise = torch.Generator().manual_seed(seed)
@@ -179,31 +197,28 @@ def train_clip(folder: Path, size: Size, steps: int, seed: int, *, pairs: int = 
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.02)
     log = Log(folder.name, steps)
     for step in range(steps):
-        rng = np.random.default_rng((seed, step))
-        captions, scenes = make_batch(pairs, rng)
-        image, layout_seen, cells = model.see(roughen(torch.from_numpy(render(scenes)), noise))
-        labels = torch.tensor(np.stack([cell_labels(s) for s in scenes]))
+        batch = Batch.make(pairs, np.random.default_rng((seed, step)))
+        image, layout_seen, cells = model.see(roughen(torch.from_numpy(render(batch.scenes)), noise))
+        labels = torch.tensor(np.stack([cell_labels(s) for s in batch.scenes]))
         naming = F.cross_entropy(model.name_shape(cells).flatten(0, 1), labels[..., 0].flatten())
         naming = naming + F.cross_entropy(model.name_color(cells).flatten(0, 1), labels[..., 1].flatten())
-        text, layout_read = model.read(captions)
-        layouts = torch.from_numpy(np.stack([layout(s) for s in scenes]))
+        text, layout_read = model.read(batch.captions)
+        layouts = torch.from_numpy(np.stack([layout(s) for s in batch.scenes]))
         placing = F.mse_loss(layout_seen, layouts) + F.mse_loss(layout_read, layouts)
-        matching = contrast(model, captions, scenes, image, text, rng)
+        matching = contrast(*model.logits(batch, image, text, model.read(batch.misses)[0]))
         cosine_lr(optimizer, lr, step, steps)
         optimizer.zero_grad()
         (matching + naming + LAYOUT_WEIGHT * placing).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         log(step, matching=matching, naming=naming, placing=placing)
-    with torch.no_grad():
-        model.clip.logit_scale.clamp_(max=MAX_SCALE)
     save_clip(folder, model)
-    return model.clip.eval()
 
 
+@torch.no_grad()
 def save_clip(folder: Path, model: Trainee) -> None:
+    model.clip.logit_scale.clamp_(max=MAX_SCALE)
     model.clip.half().save_pretrained(folder)
-    model.clip.float()
     model.tokenizer.save_pretrained(folder)
     crop = {"height": model.size.image, "width": model.size.image}
     processor = CLIPImageProcessor(
