@@ -29,6 +29,7 @@ USAGE = """usage: leapalign COMMAND ...
   resume RUN               go on with an interrupted run, from its last checkpoint
   sample WHAT              pictures from a run, a pipeline folder or an embedded model
   evaluate WHAT            GenEval tasks and rewards of a run or a pipeline folder
+  score IMAGES             rewards of picture files
   list [KIND]              methods, models, rewards or recipes
   demo                     the whole way once, on a laptop CPU
 
@@ -217,6 +218,35 @@ def _evaluate(argv: list[str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreFlags:
+    """Rewards of picture files, preprocessed by Pillow as the published packages do."""
+
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Picture files."""
+    reward: tuple[str, ...]
+    """NAME (leapalign list rewards), NAME=PATH for other weights, or file.py:name of your own, which is executed."""
+    prompt: tuple[str, ...] = ()
+    """What the pictures should show: one text for all, or one an image."""
+    prompts: str = ""
+    """Instead: a .txt, .jsonl or .csv file with a prompt an image."""
+    batch_size: int = 8
+    """Pictures at a time; changes memory and time only."""
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the reward's weights."""
+    json: bool = False
+    """Print a row a picture as JSON on stdout."""
+
+
+def _score(argv: list[str]) -> None:
+    flags = tyro.cli(ScoreFlags, args=argv, prog="leapalign score")
+    from leapalign.scoring import as_text, score_files
+
+    rows = score_files(flags)
+    _answer(rows, flags.json, as_text(rows))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ListFlags:
     """What there is to choose from, with the class that a run.json names."""
 
@@ -227,11 +257,11 @@ class ListFlags:
 
 def _list(argv: list[str]) -> None:
     flags = tyro.cli(ListFlags, args=argv, prog="leapalign list")
-    from leapalign.listing import KINDS, listing
+    from leapalign.listing import KINDS, listing, rewards_table
 
     table = listing(KINDS if flags.kind == "all" else (flags.kind,))
     lines = [f"{kind}\n" + "\n".join(f"  {e['name']:22}{e['text']}" for e in table[kind]) for kind in table]
-    _answer(table, flags.json, "\n\n".join(lines))
+    _answer(table, flags.json, "\n\n".join(lines) if flags.kind != "rewards" else rewards_table(table["rewards"]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,6 +300,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "resume": _resume,
     "sample": _sample,
     "evaluate": _evaluate,
+    "score": _score,
     "list": _list,
     "demo": _demo,
 }

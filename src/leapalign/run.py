@@ -21,6 +21,9 @@ class RewardTerm:
     reward: Any  # a dataclass of leapalign.rewards
     threshold: float  # lambda, Eq. 11: samples above it have no gradient
     weight: float = 1.0
+    unit_gradient: bool = False  # bring its gradient at each sample's latent to the norm 1, before the weight
+    device: str = ""  # where it is computed; empty = where the model is
+    dtype: Literal["", "float32", "bfloat16"] = ""  # of its weights; empty = the run's. Scores are float32 in any case
 
 
 @dataclass(frozen=True, kw_only=True)

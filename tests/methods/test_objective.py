@@ -49,6 +49,37 @@ def test_nan_counts_as_below_so_that_it_is_not_skipped():
     assert result.has_gradient and result.loss.isnan()
 
 
+def unequal(latents, rows):
+    """Two rewards that pull on different coordinates, the second a thousand times as hard."""
+    return {"small": 0.01 * latents[:, 0].sin(), "large": 10 * latents[:, 1].sin()}
+
+
+def test_unit_gradients_let_no_reward_starve_another():
+    x, weight = torch.randn(6, 4, dtype=torch.float64, generator=rng(3)), torch.linspace(0.5, 2, 6).double()
+    terms = {"small": Hinge(threshold=1.0, unit_gradient=True), "large": Hinge(threshold=20.0, unit_gradient=True)}
+    plain = {name: Hinge(threshold=term.threshold) for name, term in terms.items()}
+    usual, equal = (latent_gradient(surrogate_of(x, weight), unequal, t) for t in (plain, terms))
+    assert (usual.grad[:, 1].abs() / usual.grad[:, 0].abs()).min() > 30  # without: the large one decides
+    torch.testing.assert_close(equal.grad[:, 0], -weight / 6 * x[:, 0].cos().sign())
+    torch.testing.assert_close(equal.grad[:, 1], -weight / 6 * x[:, 1].cos().sign())
+    torch.testing.assert_close(equal.slopes["large"], 10 * x[:, 1].cos().abs())
+    assert equal.loss == usual.loss and not usual.slopes
+
+    reached = terms | {"large": Hinge(threshold=-20.0, unit_gradient=True)}  # above its threshold: it pulls no more
+    alone = latent_gradient(surrogate_of(x, weight), unequal, reached)
+    assert not alone.grad[:, 1].any() and torch.equal(alone.grad[:, 0], equal.grad[:, 0])
+
+
+def test_unit_gradients_are_by_sample_so_that_chunks_and_weights_change_nothing():
+    x = torch.randn(6, 4, dtype=torch.float64, generator=rng(4))
+    terms = {"small": Hinge(threshold=1.0, unit_gradient=True, weight=2.0), "large": Hinge(threshold=20.0, weight=0.5)}
+    whole = latent_gradient(surrogate_of(x), unequal, terms)
+    parts = latent_gradient(surrogate_of(x), unequal, terms, chunk=4)
+    assert torch.equal(whole.grad, parts.grad) and torch.equal(whole.slopes["small"], parts.slopes["small"])
+    torch.testing.assert_close(whole.grad[:, 0].abs(), torch.full((6,), 2 / 6, dtype=torch.float64))
+    torch.testing.assert_close(whole.grad[:, 1], -0.5 * 10 * x[:, 1].cos() / 6)  # the other term is as ever
+
+
 def test_several_rewards_add_up_and_are_returned_by_name():
     x = torch.randn(5, 3, dtype=torch.float64)
 

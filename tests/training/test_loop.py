@@ -192,7 +192,36 @@ def test_two_rewards_are_logged_apart_and_weighted(tiny_run, tiny_module):
     one = loop.update(loop.build(tiny_run()), 0)
     two = loop.update(loop.build(tiny_run(rewards=(term, replace(term, weight=0.5)))), 0)
     assert two["loss"] == pytest.approx(1.5 * one["loss"], rel=1e-6)
-    assert {"reward/tiny-reward", "reward/tiny-reward-2"} <= two.keys()
+    for name in ("tiny-reward", "tiny-reward-2"):
+        assert two[f"reward/{name}"] + two[f"hinge/{name}"] == pytest.approx(2.0, rel=1e-6)
+    unit = loop.update(loop.build(tiny_run(rewards=(replace(term, unit_gradient=True),))), 0)
+    assert unit["slope/tiny-reward"] > 0 and unit["loss"] == pytest.approx(one["loss"], rel=1e-6)
+
+
+def test_a_reward_may_have_a_device_and_a_dtype_of_its_own(tiny_run):
+    """In bfloat16 beside a float32 run, and on another device by name (the only one that every machine has)."""
+    seen = []
+
+    @dataclass(frozen=True, kw_only=True)
+    class Watched:
+        name: ClassVar[str] = "watched"
+
+        def load(self, device, dtype):
+            seen.append((device, dtype))
+
+            def reward(images, prompts):
+                seen.append(images.device)
+                return images.mean((1, 2, 3))
+
+            return reward
+
+    term = RewardTerm(reward=Watched(), threshold=2.0)
+    placed = [term, replace(term, dtype="bfloat16"), replace(term, device="cpu:0")]
+    one, two, three = (loop.update(loop.build(tiny_run(rewards=(t,), probe_every=0)), 0) for t in placed)
+    assert seen[0] == ("cpu", "float32") and ("cpu", "bfloat16") in seen and ("cpu:0", "float32") in seen
+    assert one == two == three and one["grad_norm"] > 0
+    with pytest.raises(UserError, match="device 'nowhere'"):
+        loop.build(tiny_run(rewards=(replace(term, device="nowhere"),)))
 
 
 def test_a_run_leaves_everything_it_promises(tiny_run):

@@ -5,6 +5,10 @@
 The gradient is taken at the latent first, in chunks whose graphs are freed one by one, so that the reward's graph and
 the model's never live together; `surrogate.backward(result.grad)` then pulls it through the model.
 
+Several rewards: the hinge alone keeps one that has reached its threshold from pushing on. Where their gradients differ
+in size by orders (HPSv2.1's cosine beside HPSv3's tens), the larger one would still decide; `unit_gradient` gives each
+term's gradient, sample by sample, the norm 1 before weights. By sample, so that accumulation still changes nothing.
+
 Departures: Algorithm 1 prints -w grad r; the text (Eq. 11) and ReFL use the hinge, and so do we. Several rewards are
 our addition. DRaFT-LV's copies are summed, as Algorithm 1 does.
 """
@@ -31,6 +35,7 @@ class Hinge:
 
     threshold: float  # lambda, Eq. 11, in the reward's own scale
     weight: float = 1.0
+    unit_gradient: bool = False  # its gradient at each sample's latent gets the norm 1; the loss's value is as without
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,6 +46,7 @@ class LatentGradient:
     grad: Tensor  # [N, ...] d loss / d x_hat
     rewards: dict[str, Tensor]  # [N] each
     hinges: dict[str, Tensor]  # [N] each: max(0, lambda - r), without weights
+    slopes: dict[str, Tensor]  # [N] for each unit_gradient term: the norm that its hinge's gradient had
 
     @property
     def reward(self) -> Tensor:
@@ -76,14 +82,35 @@ def latent_gradient(
         with torch.enable_grad():
             rewards = _checked(score(latents, [n % batch for n in range(rows.start, rows.stop)]), terms, len(latents))
             hinges = {name: (terms[name].threshold - r).relu() for name, r in rewards.items()}  # Eq. 11
-            losses = sum(terms[name].weight * h for name, h in hinges.items())
-            loss = (surrogate.weight[rows] * losses).sum() / (batch_size or batch)  # Eq. 13
-        (grad,) = torch.autograd.grad(loss, latents)  # frees the chunk's graph; no weight of the reward gets a .grad
-        parts.append((loss.detach(), grad, _detached(rewards), _detached(hinges)))
-    losses, grads, rewards, hinges = zip(*parts)
+            weight = surrogate.weight[rows] / (batch_size or batch)  # Eq. 13
+            grad, slopes = _gradient(latents, hinges, terms, weight)
+        loss = (weight * sum(terms[name].weight * h.detach() for name, h in hinges.items())).sum()
+        parts.append((loss, grad, _detached(rewards), _detached(hinges), slopes))
+    losses, grads, *named = zip(*parts)
+    rewards, hinges, slopes = map(_joined, named)
     return LatentGradient(
-        loss=torch.stack(losses).sum(), grad=torch.cat(grads), rewards=_joined(rewards), hinges=_joined(hinges)
+        loss=torch.stack(losses).sum(), grad=torch.cat(grads), rewards=rewards, hinges=hinges, slopes=slopes
     )
+
+
+def _gradient(
+    latents: Tensor, hinges: dict[str, Tensor], terms: Mapping[str, Hinge], weight: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """d (sum_n weight_n l_n) / d latents, and the norms of those terms that are brought to 1 (Hinge.unit_gradient).
+
+    Frees the chunk's graph; no weight of a reward gets a .grad.
+    """
+    import torch
+
+    unit = [name for name in hinges if terms[name].unit_gradient]
+    plain = [terms[name].weight * h for name, h in hinges.items() if name not in unit]
+    passes = [hinges[name].sum() for name in unit] + ([(weight * sum(plain)).sum()] if plain else [])
+    grads = [torch.autograd.grad(loss, latents, retain_graph=loss is not passes[-1])[0] for loss in passes]
+    slopes = {name: grad.detach().flatten(1).norm(dim=1) for name, grad in zip(unit, grads)}
+    for i, name in enumerate(unit):
+        factor = terms[name].weight * weight / torch.where(slopes[name] == 0, 1, slopes[name])  # NaN stays NaN
+        grads[i] = grads[i] * factor.to(grads[i].dtype).view(-1, *[1] * (latents.ndim - 1))
+    return sum(grads[1:], grads[0]), slopes
 
 
 def _chunks(count: int, size: int) -> Iterator[slice]:

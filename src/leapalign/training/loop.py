@@ -28,7 +28,7 @@ from leapalign.flow.rollout import Velocity, rollout
 from leapalign.methods.base import Surrogate
 from leapalign.methods.objective import Hinge, LatentGradient, latent_gradient
 from leapalign.prompts import Prompt
-from leapalign.run import Run
+from leapalign.run import RewardTerm, Run
 from leapalign.training import batches, checkpoints
 from leapalign.training.batches import MicroBatch, noise_generators
 from leapalign.training.checkpoints import Progress
@@ -97,14 +97,26 @@ def build(run: Run) -> Engine:
     return Engine(
         run=run,
         model=model,
-        rewards={name: term.reward.load(device, run.dtype) for name, term in zip(names, run.rewards)},
-        terms={name: Hinge(threshold=t.threshold, weight=t.weight) for name, t in zip(names, run.rewards)},
+        rewards={name: load_reward(term, device, run.dtype) for name, term in zip(names, run.rewards)},
+        terms={
+            name: Hinge(threshold=t.threshold, weight=t.weight, unit_gradient=t.unit_gradient)
+            for name, t in zip(names, run.rewards)
+        },
         prompts=prompts,
         parameters=parameters,
         optimizer=_adamw(run, parameters),
         ema=EMA(parameters, run.ema_decay),
         sigmas=model.sigmas(run.num_sampling_steps).to(device),
     )
+
+
+def load_reward(term: RewardTerm, device: str, dtype: str) -> Callable[[Tensor, list[str]], Tensor]:
+    """The term's reward on its own device; images go there, scores come back, and so does the gradient."""
+    if not term.device:
+        return term.reward.load(device, term.dtype or dtype)
+    there = resolve_device(term.device)
+    reward = term.reward.load(there, term.dtype or dtype)
+    return lambda images, prompts: reward(images.to(there), prompts).to(images.device)
 
 
 def _train_steps(
@@ -218,8 +230,11 @@ def _batch_metrics(parts: list[tuple[dict[str, Tensor], LatentGradient]]) -> Met
         "above_lambda": 1 - float(torch.cat([result.below for result in results]).float().mean()),
     }
     if len(results[0].rewards) > 1:
-        names = results[0].rewards
-        metrics |= {f"reward/{name}": float(torch.cat([r.rewards[name] for r in results]).mean()) for name in names}
+        for name in results[0].rewards:
+            metrics[f"reward/{name}"] = float(torch.cat([r.rewards[name] for r in results]).mean())
+            metrics[f"hinge/{name}"] = float(torch.cat([r.hinges[name] for r in results]).mean())
+    for name in results[0].slopes:
+        metrics[f"slope/{name}"] = float(torch.cat([r.slopes[name] for r in results]).mean())
     own = {name: torch.stack([m[name].float().mean() for m, _ in parts]).mean() for name in parts[0][0]}
     return metrics | {name: float(value) for name, value in own.items()}
 

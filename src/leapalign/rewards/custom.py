@@ -1,0 +1,95 @@
+"""Your own reward: any callable on image tensors, or a dataclass, in a Python file of yours.
+
+Nothing here runs a file because a run.json names it: the file must have been given on the command line (as the recipe,
+as `--reward file.py:name`, or by `--plugin`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from leapalign.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Custom:
+    """A function of your own file: `def score(images, prompts)` or `def score(images)` -> one number an image."""
+
+    name: ClassVar[str] = "custom"
+    differentiable: ClassVar[bool] = True
+    resolution: ClassVar[str] = "the picture's own"
+    output_range: ClassVar[str] = "yours"
+    code_licence: ClassVar[str] = "yours"
+    weights_licence: ClassVar[str] = "yours"
+    memory: ClassVar[str] = "yours"
+
+    function: str
+    """file.py:name; images are float [B, 3, H, W] in [0, 1], prompts a list of B texts, the answer is [B]."""
+
+    def __post_init__(self) -> None:
+        file, _, name = self.function.rpartition(":")
+        if not (file.endswith(".py") and name.isidentifier()):
+            raise UserError(f"custom: function is {self.function!r}; expected file.py:name, as in my_reward.py:redness")
+
+    def load(self, device: str = "cpu", dtype: str = "float32") -> CustomReward:
+        """The function is called as it is: it moves its own weights, if it has some, to the images' device."""
+        file, _, name = self.function.rpartition(":")
+        module = sys.modules.get(f"leapalign_user_{Path(file).stem}")
+        if module is None:
+            raise UserError(f"custom: {self.function} is code of your own; give its file again with --plugin {file}")
+        function = getattr(module, name, None)
+        if not callable(function):
+            raise UserError(f"custom: {file} has no function {name!r}")
+        return CustomReward(self.function, function, prompted=takes_prompts(self.function, function))
+
+
+@dataclass(frozen=True)
+class CustomReward:
+    """The function with the checks that every reward has at its border."""
+
+    label: str
+    function: Callable[..., Any]
+    prompted: bool
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """-> [B], float32 at least."""
+        import torch
+
+        from leapalign.rewards.base import check_inputs
+
+        check_inputs("custom", images, prompts)
+        scores = self.function(images, list(prompts)) if self.prompted else self.function(images)
+        if not isinstance(scores, torch.Tensor) or scores.shape != (len(images),):
+            got = list(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+            raise UserError(
+                f"custom: {self.label} gave {got} for {len(images)} images; expected a tensor [{len(images)}]"
+            )
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+    def score_pictures(self, pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        """Picture files, each in its own size -> [N]."""
+        import torch
+
+        from leapalign.rewards.preprocess import to_levels
+
+        images = [to_levels(picture.convert("RGB"))[None].float() / 255 for picture in pictures]
+        return torch.cat([self(image, [prompt]) for image, prompt in zip(images, prompts, strict=True)])
+
+
+def takes_prompts(label: str, function: Callable[..., Any]) -> bool:
+    """Whether the function has a place for prompts beside the images."""
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    places = [p for p in inspect.signature(function).parameters.values() if p.kind in by_place]
+    needed = [p for p in places if p.default is p.empty]
+    if not places or len(needed) > 2:
+        raise UserError(f"custom: {label} takes {len(needed)} arguments; expected (images, prompts) or (images)")
+    return len(places) > 1

@@ -1,0 +1,160 @@
+"""`leapalign score`, and rewards of the user's own file, by the example that the documentation shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from leapalign.cli import main
+from leapalign.errors import UserError
+from leapalign.recipe_files import load_file
+from leapalign.rewards.clip import PickScore
+from leapalign.rewards.custom import Custom
+from leapalign.scoring import read_picture, reward_config
+from leapalign.shapeworld.world import COLORS, Object, render
+from leapalign.training.tracking import read_metrics
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "own_reward.py"
+
+
+@pytest.fixture
+def pictures(tmp_path) -> list[str]:
+    """A red circle and a blue square, as PNG files."""
+    scenes = [(Object("circle", "red", 8, 8, 5.5),), (Object("square", "blue", 24, 24, 5.5),)]
+    files = [tmp_path / "circle.png", tmp_path / "square.png"]
+    for file, image in zip(files, render(scenes)):
+        Image.fromarray((image.transpose(1, 2, 0) * 255).round().astype(np.uint8)).save(file)
+    return [str(file) for file in files]
+
+
+def answer(capsys, *argv: str) -> list[dict]:
+    assert main(["score", *argv, "--device", "cpu", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_scores_say_which_picture_fits_and_equal_the_reward_s_own(pictures, capsys):
+    rows = answer(
+        capsys,
+        *pictures,
+        "--reward",
+        "pickscore=embedded:reward",
+        "--prompt",
+        "a photo of a red circle",
+        "--batch-size",
+        "1",
+    )
+    scores = [row["scores"]["pickscore=embedded:reward"] for row in rows]
+    assert scores[0] > scores[1] + 0.3
+    reward = PickScore(path="embedded:reward").load()
+    own = reward.score_pictures([Image.open(p) for p in pictures], [rows[0]["prompt"]] * 2)
+    assert scores == pytest.approx(own.tolist(), abs=1e-6)
+    assert [row["image"] for row in rows] == pictures
+
+
+def test_a_prompt_an_image_from_flags_or_from_a_file(pictures, capsys, tmp_path):
+    texts = ["a photo of a red circle", "a photo of a blue square"]
+    (tmp_path / "prompts.txt").write_text("\n".join(texts))
+    word = ["--reward", "pickscore=embedded:reward"]
+    by_flags = answer(capsys, *pictures, *word, "--prompt", *texts)
+    by_file = answer(capsys, *pictures, *word, "--prompts", str(tmp_path / "prompts.txt"))
+    assert by_flags == by_file and [row["prompt"] for row in by_flags] == texts
+    swapped = answer(capsys, *pictures, *word, "--prompt", *texts[::-1])
+    assert min(a["scores"][word[1]] - b["scores"][word[1]] for a, b in zip(by_flags, swapped)) > 0.3
+
+
+def test_several_rewards_and_a_readable_table(pictures, capsys):
+    own = f"{EXAMPLE}:warmth"
+    words = ["--reward", "pickscore=embedded:judge", own]
+    assert main(["score", *pictures, *words, "--prompt", "a photo of a red circle", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[0].split() == ["image", *words[1:]] and lines[3].startswith("mean")
+    red, ground = np.array(COLORS["red"]), 0.94 - 0.92
+    warm, cold = (float(line.split()[-1]) for line in lines[1:3])
+    assert warm > ground > cold and warm < red[0] - red[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--reward": ["pickscor"]}, "no reward 'pickscor'; did you mean 'pickscore'?"),
+        ({"--reward": ["no.py:f"]}, "no.py: there is no such file"),
+        ({"--reward": [f"{EXAMPLE}:warmt"]}, "no 'warmt' in the file; did you mean 'warmth'?"),
+        ({"--reward": ["custom"]}, "--reward my_file.py:name"),
+        ({"--prompt": ["a", "b", "c"]}, "2 images and 3 prompts"),
+        ({"--prompt": []}, "give either --prompt"),
+        ({"--prompts": ["x.txt"]}, "give either --prompt"),
+    ],
+)
+def test_mistakes_are_named(pictures, capsys, change, message):
+    flags = {"--reward": ["pickscore=embedded:reward"], "--prompt": ["a photo of a circle"]} | change
+    words = [word for name, values in flags.items() for word in (name, *values) if values]
+    assert main(["score", *pictures, *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
+def test_what_is_no_picture_is_refused(tmp_path, content):
+    file = tmp_path / "bad.png"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"bad\.png: cannot be read as a picture"):
+        read_picture(file)
+    with pytest.raises(UserError, match=r"gone\.png: there is no such file"):
+        read_picture(tmp_path / "gone.png")
+
+
+def test_a_nan_stops_with_picture_and_prompt(pictures, capsys, tmp_path):
+    (tmp_path / "broken.py").write_text("def score(images):\n    return images.mean((1, 2, 3)) * float('nan')\n")
+    assert main(["score", *pictures, "--reward", f"{tmp_path}/broken.py:score", "--prompt", "a red circle"]) == 1
+    message = capsys.readouterr().err
+    assert "is nan" in message and "circle.png" in message and "a red circle" in message
+
+
+# The user's own
+
+
+def test_the_documented_example_trains_with_both_rewards(tmp_path, capsys):
+    flags = ["--steps", "2", "--batch-size", "4", "--micro-batch-size", "4", "--probe-size", "2", "--device", "cpu"]
+    assert main(["train", f"{EXAMPLE}:warmer", *flags, "--out", str(tmp_path / "run")]) == 0
+    last = read_metrics(tmp_path / "run")[-1]
+    assert {"reward/custom", "reward/pickscore", "hinge/custom", "slope/custom", "slope/pickscore"} <= last.keys()
+    assert last["slope/custom"] > 0
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["rewards"][1]["reward"]["function"] == "own_reward.py:warmth"
+
+
+def test_a_run_json_never_runs_the_file_by_itself(monkeypatch):
+    import sys
+
+    monkeypatch.delitem(sys.modules, "leapalign_user_own_reward", raising=False)
+    with pytest.raises(UserError, match=r"own_reward\.py:warmth is code of your own; give its file again"):
+        Custom(function="own_reward.py:warmth").load()
+
+
+def test_a_function_may_take_images_alone_and_its_answer_is_checked(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def bright(images):\n    return images.mean((1, 2, 3))\n"
+        "def one(images, prompts):\n    return images.mean()\n"
+        "def many(a, b, c):\n    return a\n"
+    )
+    load_file(str(file))
+    images = torch.rand(2, 3, 8, 8)
+    torch.testing.assert_close(Custom(function="mine.py:bright").load()(images, ["a", "b"]), images.mean((1, 2, 3)))
+    with pytest.raises(UserError, match=r"mine.py:one gave \[\] for 2 images"):
+        Custom(function="mine.py:one").load()(images, ["a", "b"])
+    with pytest.raises(UserError, match="takes 3 arguments"):
+        Custom(function="mine.py:many").load()
+    with pytest.raises(UserError, match="has no function 'none'"):
+        Custom(function="mine.py:none").load()
+    with pytest.raises(UserError, match=r"expected file.py:name"):
+        Custom(function="mine:bright")
+
+
+def test_a_path_is_for_rewards_that_have_one():
+    assert reward_config("pickscore=some/where") == PickScore(path="some/where")
+    assert reward_config("pickscore") == PickScore()
