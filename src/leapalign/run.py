@@ -43,6 +43,7 @@ class Run:
     num_sampling_steps: int = 25  # T of the training rollout
     learning_rate: float = 1e-5
     warmup_steps: int = 0  # updates over which the learning rate rises in a straight line to its value; 0 = none
+    decay_steps: int = 0  # updates over which it then falls, as half a cosine, to a tenth of its value; 0 = it stays
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 1e-4
     max_grad_norm: float = 1.0  # 0 = no clipping (the paper states none; public code clips at 1)
@@ -72,7 +73,7 @@ class Run:
 FREE_FIELDS = frozenset({"name", "out", "steps", "checkpoint_every", "keep_checkpoints"})
 _LEAST = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "num_sampling_steps": 1, "checkpoint_every": 1}
 _LEAST |= {"keep_checkpoints": 1, "probe_size": 1, "samples_per_draw": 0, "reward_chunk": 0, "probe_every": 0}
-_LEAST |= {"warmup_steps": 0}
+_LEAST |= {"warmup_steps": 0, "decay_steps": 0}
 
 
 def _check_counts(run: Run) -> None:

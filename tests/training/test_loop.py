@@ -57,6 +57,14 @@ def test_the_learning_rate_rises_in_a_straight_line_and_stays(tiny_run):
     assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
+def test_the_learning_rate_falls_to_a_tenth_and_stays(tiny_run):
+    run = tiny_run(warmup_steps=2, decay_steps=8, learning_rate=1.0)
+    rates = [loop.learning_rate(run, step) for step in range(14)]
+    assert rates[:3] == [0.5, 1.0, 1.0] and rates[6] == pytest.approx(0.55)
+    assert rates[2:11] == sorted(rates[2:11], reverse=True) and rates[10:] == pytest.approx([0.1] * 4)
+    assert [loop.learning_rate(tiny_run(learning_rate=1.0), step) for step in (0, 99)] == [1.0, 1.0]
+
+
 def test_the_gradient_is_that_of_the_mean_loss(tiny_run, tiny_module):
     """Second derivation of one update: DRaFT-1 by plain autograd over the whole batch, without the loop's parts."""
     from leapalign.methods.draft import DRaFT

@@ -11,6 +11,7 @@ Decided on purpose:
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -164,10 +165,16 @@ def update(engine: Engine, step: int) -> Metrics:
 
 
 def set_learning_rate(engine: Engine, step: int) -> None:
-    """The warm-up is a function of the step alone, so a resumed run needs no scheduler's state."""
-    run = engine.run
     for group in engine.optimizer.param_groups:
-        group["lr"] = run.learning_rate * min(1.0, (step + 1) / max(1, run.warmup_steps))
+        group["lr"] = learning_rate(engine.run, step)
+
+
+def learning_rate(run: Run, step: int) -> float:
+    """Of the update after `step` others: a function of the step alone, so a resumed run needs no scheduler's state."""
+    if step < run.warmup_steps:
+        return run.learning_rate * (step + 1) / run.warmup_steps
+    passed = min(1.0, (step - run.warmup_steps) / run.decay_steps) if run.decay_steps else 0.0
+    return run.learning_rate * (0.1 + 0.9 * (1 + math.cos(math.pi * passed)) / 2)
 
 
 def _surrogate_and_gradient(engine: Engine, micro: MicroBatch) -> tuple[Surrogate, LatentGradient]:
