@@ -178,14 +178,14 @@ class Batch:
         return cls(captions, scenes, misses, torch.from_numpy(skip))
 
 
-def contrast(logits: Tensor, wrong: Tensor, spoiled: Tensor | None = None) -> Tensor:
+def contrast(logits: Tensor, wrong: Tensor, false: Tensor | None = None) -> Tensor:
     """Symmetric InfoNCE of logits [image, caption], plus each image against near misses of its own caption, [B, K].
 
-    `spoiled` [caption, S] are logits of badly drawn pictures, false of every caption.
+    `false` [caption, F] are logits of further pictures of which that caption is false.
     """
     target = torch.arange(len(logits))
     own = torch.cat([logits.diagonal()[:, None], wrong], dim=1)
-    by_caption = logits.T if spoiled is None else torch.cat([logits.T, spoiled], dim=1)
+    by_caption = logits.T if false is None else torch.cat([logits.T, false], dim=1)
     return F.cross_entropy(logits, target) + F.cross_entropy(by_caption, target) + F.cross_entropy(own, target * 0)
 
 

@@ -1,9 +1,10 @@
-"""The embedded reward's second training, against being gamed by a generator that follows its gradient (LOG.md).
+"""The embedded reward's second training: no gaming, and a way from a wrong scene to the right one (LOG.md).
 
-Badly drawn pictures are false of every caption (spoil.py). And each picture, good or bad, is first moved a little up
-the loss's gradient at its pixels: adversarial training, one step in the L2 norm (arXiv 1412.6572), after which an
-image's gradient tells of shapes and no longer of textures (arXiv 1906.00945). The judge keeps the first training only,
-so that the two do not share their blind spots.
+Pictures between two scenes are shown (between.py): those on the way from a false scene to a true one are to score in
+proportion, so that the gradient at a wrong picture points to the right one, and other mixed or bent ones are to score
+less than the good. And each picture is first moved a little up the loss's gradient at its pixels: adversarial training,
+one step in the L2 norm (arXiv 1412.6572), after which an image's gradient tells of shapes and no longer of textures
+(arXiv 1906.00945). The judge keeps the first training only, so that the two do not share their blind spots.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPModel
 
+from leapalign.shapeworld.build.between import Between, between
 from leapalign.shapeworld.build.clip import NEVER, Batch, Size, Trainee, contrast, roughen, save_clip
 from leapalign.shapeworld.build.progress import Log, cosine_lr
-from leapalign.shapeworld.build.spoil import spoil
 from leapalign.shapeworld.world import render
 
 ATTACK = 1.2  # largest L2 norm of the change of an image; a shape's own is about 10
@@ -39,12 +40,12 @@ def harden_clip(
     for step in range(steps):
         rng = np.random.default_rng((seed, STREAM, step))
         batch = Batch.make(pairs, rng)
-        bad, is_bad = spoil(batch.scenes[:pairs], rng)
-        images = roughen(torch.cat([torch.from_numpy(render(batch.scenes)), bad]), noise)
+        middle = between(batch.captions[:pairs], batch.scenes[:pairs], rng)
+        images = torch.cat([torch.from_numpy(render(batch.scenes)), middle.ends, middle.images])
         text, wrong = model.read(batch.captions)[0], model.read(batch.misses)[0]
         length = ATTACK * torch.rand(len(images), 1, 1, 1, generator=noise)
-        attack = partial(hard_loss, model, batch, is_bad, text.detach(), wrong.detach())
-        loss = hard_loss(model, batch, is_bad, text, wrong, attacked(images, length, attack))
+        attack = partial(hard_loss, model, batch, middle, text.detach(), wrong.detach())
+        loss = hard_loss(model, batch, middle, text, wrong, attacked(roughen(images, noise), length, attack))
         cosine_lr(optimizer, lr, step, steps)
         optimizer.zero_grad()
         loss.backward()
@@ -54,18 +55,27 @@ def harden_clip(
     save_clip(folder, model)
 
 
-def hard_loss(model: Trainee, batch: Batch, is_bad: Tensor, text: Tensor, wrong: Tensor, images: Tensor) -> Tensor:
-    """The first training's contrast with bad pictures in it, and each bad picture against its good one.
+def hard_loss(model: Trainee, batch: Batch, middle: Between, text: Tensor, wrong: Tensor, images: Tensor) -> Tensor:
+    """The first training's contrast, with false ends in it; the way between; what is bad, against what is good.
 
-    `images` are the batch's, followed by spoiled ones of its first S scenes; `is_bad` [S]; `text` and `wrong` are unit
+    `images`: the batch's, then the ends and the pictures between for its first S scenes; `text` and `wrong` are unit
     embeddings of the batch's captions and misses.
     """
-    num = len(is_bad)
-    image, spoiled = model.see(images)[0].split([len(images) - num, num])
+    num = len(middle.bad)
+    image, ends, mixed = model.see(images)[0].split([len(images) - 2 * num, num, num])
     every, near = model.logits(batch, image, text, wrong)
-    bad = (model.scale() * text @ spoiled.T).masked_fill(~is_bad, NEVER)
-    worse = F.softplus(bad.diagonal() - every.diagonal()[:num])[is_bad].mean()
-    return contrast(every, near, bad) + worse
+    good = every.diagonal()[:num]
+    end, score = (model.scale() * (text[:num] * seen).sum(-1) for seen in (ends, mixed))
+    falsified = F.pad(end.masked_fill(~middle.false, NEVER), (0, len(text) - num), value=NEVER)[:, None]
+    way = middle.share * good.detach() + (1 - middle.share) * end.detach()
+    on_the_way = mean_of(F.smooth_l1_loss(score, way, reduction="none"), middle.false)
+    worse = mean_of(F.softplus(score - good), middle.bad)
+    return contrast(every, near, falsified) + worse + on_the_way
+
+
+def mean_of(values: Tensor, rows: Tensor) -> Tensor:
+    """Over the rows that are set; 0 where none is."""
+    return values[rows].sum() / max(1, int(rows.sum()))
 
 
 def attacked(images: Tensor, length: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
