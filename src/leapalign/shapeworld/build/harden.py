@@ -25,6 +25,7 @@ from leapalign.shapeworld.build.progress import Log, cosine_lr
 from leapalign.shapeworld.world import render
 
 ATTACK = 1.2  # largest L2 norm of the change of an image; a shape's own is about 10
+GAP = 5.0  # wanted between a true and a false end, in logits: a third in cosine
 STREAM = 77  # keeps the random numbers apart from the first training's
 
 
@@ -56,7 +57,7 @@ def harden_clip(
 
 
 def hard_loss(model: Trainee, batch: Batch, middle: Between, text: Tensor, wrong: Tensor, images: Tensor) -> Tensor:
-    """The first training's contrast, with false ends in it; the way between; what is bad, against what is good.
+    """The first training's contrast with false ends in it, their distance, the way between, and bad against good.
 
     `images`: the batch's, then the ends and the pictures between for its first S scenes; `text` and `wrong` are unit
     embeddings of the batch's captions and misses.
@@ -70,7 +71,8 @@ def hard_loss(model: Trainee, batch: Batch, middle: Between, text: Tensor, wrong
     way = middle.share * good.detach() + (1 - middle.share) * end.detach()
     on_the_way = mean_of(F.smooth_l1_loss(score, way, reduction="none"), middle.false)
     worse = mean_of(F.softplus(score - good), middle.bad)
-    return contrast(every, near, falsified) + worse + on_the_way
+    apart = mean_of(F.relu(GAP - (good - end)), middle.false)
+    return contrast(every, near, falsified) + apart + on_the_way + worse
 
 
 def mean_of(values: Tensor, rows: Tensor) -> Tensor:
