@@ -66,11 +66,11 @@ def test_an_attack_has_its_length_and_goes_uphill(size):
     middle = between(batch.captions[:4], batch.scenes[:4], rng)
     images = torch.cat([torch.from_numpy(render(batch.scenes)), middle.ends, middle.images])
     with torch.no_grad():
-        text, wrong = model.read(batch.captions)[0], model.read(batch.misses)[0]
+        (text, layout_read), (wrong, _) = model.read(batch.captions), model.read(batch.misses)
     assert len(batch.misses) == NEGATIVES * len(batch.captions) and len(batch.scenes) == 8
 
     def loss(x: torch.Tensor) -> torch.Tensor:
-        return hard_loss(model, batch, middle, text, wrong, x)
+        return hard_loss(model, batch, middle, text, layout_read, wrong, x)
 
     moved = attacked(images, torch.full((16, 1, 1, 1), 0.3), loss)
     assert (moved - images).flatten(1).norm(dim=1).max() <= 0.3 + 1e-5

@@ -23,6 +23,7 @@ from leapalign.shapeworld.world import CELLS, COLORS, SHAPES, SIZE, Scene, place
 
 BENT = 0.2  # share of pictures that are bent instead of mixed
 BEND = (1.2, 2.0)  # pixels, standard deviation of the displacement
+SWAPPED = 0.5  # share of edits that swap, where the caption is about who stands where or who has which colour
 LEAST = 0.08  # share of either scene in a picture that counts as mixed
 
 
@@ -67,11 +68,14 @@ def edited(caption: dict[str, Any], scene: Scene, rng: np.random.Generator) -> t
     if others and others[0].shape != first.shape:
         second, rest = others[0], others[1:]
         shapes = (replace(first, shape=second.shape), replace(second, shape=first.shape), *rest)
-        changes |= dict.fromkeys(("swap", "swap shapes"), (shapes, tag in ("position", "color_attr")))
+        changes["swap shapes"] = (shapes, tag in ("position", "color_attr"))
     if others and others[0].color != first.color:
         second, rest = others[0], others[1:]
         colors = (replace(first, color=second.color), replace(second, color=first.color), *rest)
         changes["swap colors"] = (colors, tag == "color_attr")
+    swap = {"position": "swap shapes", "color_attr": "swap colors"}.get(tag)
+    if swap in changes and rng.random() < SWAPPED:  # what is hardest to tell
+        return changes[swap]
     return changes[rng.choice(list(changes))]
 
 

@@ -189,6 +189,17 @@ def contrast(logits: Tensor, wrong: Tensor, false: Tensor | None = None) -> Tens
     return F.cross_entropy(logits, target) + F.cross_entropy(by_caption, target) + F.cross_entropy(own, target * 0)
 
 
+def head_losses(
+    model: Trainee, scenes: list[Scene], layout_read: Tensor, layout_seen: Tensor, cells: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What stands in each cell, by name; and the scene's layout, as seen and as read."""
+    labels = torch.tensor(np.stack([cell_labels(s) for s in scenes]))
+    naming = F.cross_entropy(model.name_shape(cells).flatten(0, 1), labels[..., 0].flatten())
+    naming = naming + F.cross_entropy(model.name_color(cells).flatten(0, 1), labels[..., 1].flatten())
+    layouts = torch.from_numpy(np.stack([layout(s) for s in scenes]))
+    return naming, F.mse_loss(layout_seen, layouts) + F.mse_loss(layout_read, layouts)
+
+
 def train_clip(folder: Path, size: Size, steps: int, seed: int, *, pairs: int = 48, lr: float = 1e-3) -> None:
     """Train from scratch and save a float16 CLIPModel folder with tokenizer and image processor."""
     torch.manual_seed(seed)
@@ -198,13 +209,9 @@ def train_clip(folder: Path, size: Size, steps: int, seed: int, *, pairs: int = 
     log = Log(folder.name, steps)
     for step in range(steps):
         batch = Batch.make(pairs, np.random.default_rng((seed, step)))
-        image, layout_seen, cells = model.see(roughen(torch.from_numpy(render(batch.scenes)), noise))
-        labels = torch.tensor(np.stack([cell_labels(s) for s in batch.scenes]))
-        naming = F.cross_entropy(model.name_shape(cells).flatten(0, 1), labels[..., 0].flatten())
-        naming = naming + F.cross_entropy(model.name_color(cells).flatten(0, 1), labels[..., 1].flatten())
+        image, *seen = model.see(roughen(torch.from_numpy(render(batch.scenes)), noise))
         text, layout_read = model.read(batch.captions)
-        layouts = torch.from_numpy(np.stack([layout(s) for s in batch.scenes]))
-        placing = F.mse_loss(layout_seen, layouts) + F.mse_loss(layout_read, layouts)
+        naming, placing = head_losses(model, batch.scenes, layout_read, *seen)
         matching = contrast(*model.logits(batch, image, text, model.read(batch.misses)[0]))
         cosine_lr(optimizer, lr, step, steps)
         optimizer.zero_grad()

@@ -20,50 +20,65 @@ from torch.nn import functional as F
 from transformers import CLIPModel
 
 from leapalign.shapeworld.build.between import Between, between
-from leapalign.shapeworld.build.clip import NEVER, Batch, Size, Trainee, contrast, roughen, save_clip
+from leapalign.shapeworld.build.clip import (
+    LAYOUT_WEIGHT,
+    NEVER,
+    Batch,
+    Size,
+    Trainee,
+    contrast,
+    head_losses,
+    roughen,
+    save_clip,
+)
 from leapalign.shapeworld.build.progress import Log, cosine_lr
 from leapalign.shapeworld.world import render
 
-ATTACK = 1.2  # largest L2 norm of the change of an image; a shape's own is about 10
+ATTACK = 0.6  # largest L2 norm of the change of an image; a shape's own is about 10
 GAP = 5.0  # wanted between a true and a false end, in logits: a third in cosine
 STREAM = 77  # keeps the random numbers apart from the first training's
 
 
 def harden_clip(
-    source: Path, folder: Path, size: Size, steps: int, seed: int, *, pairs: int = 48, lr: float = 4e-4
+    source: Path, folder: Path, size: Size, steps: int, seed: int, *, pairs: int = 32, lr: float = 4e-4
 ) -> None:
     """Train the CLIP of `source` on and save it as `folder`."""
     noise = torch.Generator().manual_seed(seed)
     model = Trainee(size)
     model.clip = CLIPModel.from_pretrained(source, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.clip.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.02)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.02)
     log = Log(folder.name, steps)
     for step in range(steps):
         rng = np.random.default_rng((seed, STREAM, step))
         batch = Batch.make(pairs, rng)
         middle = between(batch.captions[:pairs], batch.scenes[:pairs], rng)
         images = torch.cat([torch.from_numpy(render(batch.scenes)), middle.ends, middle.images])
-        text, wrong = model.read(batch.captions)[0], model.read(batch.misses)[0]
+        (text, layout_read), (wrong, _) = model.read(batch.captions), model.read(batch.misses)
         length = ATTACK * torch.rand(len(images), 1, 1, 1, generator=noise)
-        attack = partial(hard_loss, model, batch, middle, text.detach(), wrong.detach())
-        loss = hard_loss(model, batch, middle, text, wrong, attacked(roughen(images, noise), length, attack))
+        words = (text, layout_read, wrong)
+        attack = partial(hard_loss, model, batch, middle, *(each.detach() for each in words))
+        loss = hard_loss(model, batch, middle, *words, attacked(roughen(images, noise), length, attack))
         cosine_lr(optimizer, lr, step, steps)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.clip.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         log(step, loss=loss)
     save_clip(folder, model)
 
 
-def hard_loss(model: Trainee, batch: Batch, middle: Between, text: Tensor, wrong: Tensor, images: Tensor) -> Tensor:
-    """The first training's contrast with false ends in it, their distance, the way between, and bad against good.
+def hard_loss(
+    model: Trainee, batch: Batch, middle: Between, text: Tensor, layout_read: Tensor, wrong: Tensor, images: Tensor
+) -> Tensor:
+    """The first training's loss with false ends in it, their distance, the way between, and bad against good.
 
-    `images`: the batch's, then the ends and the pictures between for its first S scenes; `text` and `wrong` are unit
-    embeddings of the batch's captions and misses.
+    `images`: the batch's, then the ends and the pictures between for its first S scenes; `text`, `layout_read` and
+    `wrong` are what the text tower made of the batch's captions and misses.
     """
-    num = len(middle.bad)
-    image, ends, mixed = model.see(images)[0].split([len(images) - 2 * num, num, num])
+    num, size = len(middle.bad), len(batch.scenes)
+    every_image, layout_seen, cells = model.see(images)
+    image, ends, mixed = every_image.split([size, num, num])
+    naming, placing = head_losses(model, batch.scenes, layout_read, layout_seen[:size], cells[:size])
     every, near = model.logits(batch, image, text, wrong)
     good = every.diagonal()[:num]
     end, score = (model.scale() * (text[:num] * seen).sum(-1) for seen in (ends, mixed))
@@ -72,7 +87,8 @@ def hard_loss(model: Trainee, batch: Batch, middle: Between, text: Tensor, wrong
     on_the_way = mean_of(F.smooth_l1_loss(score, way, reduction="none"), middle.false)
     worse = mean_of(F.softplus(score - good), middle.bad)
     apart = mean_of(F.relu(GAP - (good - end)), middle.false)
-    return contrast(every, near, falsified) + apart + on_the_way + worse
+    matching = contrast(every, near, falsified) + apart + on_the_way + worse
+    return matching + naming + LAYOUT_WEIGHT * placing
 
 
 def mean_of(values: Tensor, rows: Tensor) -> Tensor:
