@@ -72,11 +72,11 @@ def load_aesthetic(
     name: str, path: str, head: str, files: Sequence[str], processor: str, device: str, dtype: str
 ) -> AestheticReward:
     """CLIP and head. UserError if one is missing, if they do not fit, or if the CLIP has another activation."""
-    folder = resolve(path)
+    target, folder = torch_dtype(name, dtype), resolve(path)
     checkpoint = read_checkpoint(name, head, files)
     widths = head_widths(checkpoint)
     linear = checkpoint.fill(lambda: LinearHead(widths), checkpoint.weights)
-    linear.to(device, head_dtype(torch_dtype(name, dtype)))
+    linear.to(device, head_dtype(target))
     clip, _ = load_model(name, folder, device, dtype)
     vision: Any = clip.config.vision_config  # transformers types it as dict or None
     if vision.hidden_act != "quick_gelu":
