@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from golden_folder import golden
+from golden_folder import golden, tokenizer
 from leapalign.rewards import preprocess
 from leapalign.rewards.checkpoint import Checkpoint
 from leapalign.rewards.clip_model import ClipReward
@@ -104,6 +104,19 @@ def test_gradients_through_the_public_call(reward: ClipReward, cases: dict, imag
         (gradient,) = torch.autograd.grad(score.sum(), image)
         expected = data[case["grad_key"]][None]
         assert largest(gradient, expected) < 1e-4 * expected.abs().max()
+
+
+def test_prompts_through_the_published_vocabulary(cases: dict, data: dict) -> None:
+    """From words to features. The recorded facts say for which prompts transformers' tokenizer gives the same ids."""
+    reward = HPSv2(path=str(golden("hpsv2")), processor=tokenizer("clip")).load()
+    same = []
+    for prompt, expected in zip(cases["prompts"], data["input_ids"]):
+        (ids,), (mask,) = reward.tokenize(prompt)
+        length = int(mask.sum())
+        same.append(length == int(expected.argmax()) + 1 and torch.equal(ids[:length], expected[:length]))
+    assert same == cases["hf_clip_tokenizer_gives_same_ids"] and same.count(False) == 2
+    equal = [prompt for prompt, is_same in zip(cases["prompts"], same) if is_same]
+    assert largest(reward.text_features(equal), data["text_features"][torch.tensor(same)]) < 1e-5
 
 
 def test_another_activation_is_noticed(tmp_path: Path, data: dict) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from golden_folder import golden
+from golden_folder import golden, tokenizer
 from leapalign.rewards.checkpoint import Checkpoint
 from leapalign.rewards.imagereward import ImageReward
 from leapalign.rewards.imagereward_model import MEAN, STD, BlipReward, BlipScorer, blip_configs, from_original
@@ -94,6 +94,13 @@ def test_gradient_through_the_public_call(reward: BlipReward, cases: dict, pictu
         (gradient,) = torch.autograd.grad(score.sum(), image)
         expected = data[case["grad_key"]][None]
         assert largest(gradient, expected) < 1e-4 * expected.abs().max()
+
+
+def test_prompts_through_the_published_vocabulary(cases: dict, data: dict) -> None:
+    reward = ImageReward(path=str(golden("imagereward")), processor=tokenizer("bert")).load()
+    ids, mask = reward.tokenize(cases["prompts"])
+    count = len(cases["prompts"])
+    assert torch.equal(ids, data["input_ids"][:count]) and torch.equal(mask, data["attention_mask"][:count])
 
 
 def test_another_epsilon_and_another_crop_are_noticed(pictures: list, data: dict) -> None:
