@@ -16,3 +16,11 @@ def golden(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"no expected outputs at {folder}; set LEAPALIGN_GOLDEN")
     return folder
+
+
+def tokenizer(name: str) -> str:
+    """A published tokenizer in `$LEAPALIGN_TOKENIZERS`/NAME, as its save_pretrained writes it; skips where absent."""
+    folder = Path(os.environ.get("LEAPALIGN_TOKENIZERS", GOLDEN.parent / "tokenizers")) / name
+    if not folder.is_dir():
+        pytest.skip(f"no tokenizer at {folder}; set LEAPALIGN_TOKENIZERS")
+    return str(folder)

@@ -16,12 +16,31 @@ from PIL import Image
 from torch import Tensor
 
 import leapalign.rewards
+from leapalign.rewards.aesthetic import Aesthetic
 from leapalign.rewards.base import RewardConfig
 from leapalign.rewards.clip import CLIPScore, PickScore
+from leapalign.rewards.hpsv2 import HPSv2
+from leapalign.rewards.imagereward import ImageReward
+from leapalign.rewards.ocr import OCR
 from leapalign.rewards.preprocess import to_levels
+from tiny_checkpoints import write_tiny_aesthetic, write_tiny_hpsv2, write_tiny_imagereward
 from tiny_clip import write_tiny_clip
+from tiny_crnn import write_tiny_crnn
 
-HELPERS = {"base", "preprocess", "clip_model", "clip_files"}  # files of the folder that hold no reward
+HELPERS = {  # files of the folder that hold no reward
+    "base",
+    "preprocess",
+    "checkpoint",
+    "linear_head",
+    "clip_model",
+    "clip_files",
+    "hpsv2_model",
+    "aesthetic_model",
+    "imagereward_model",
+    "ocr_model",
+}
+PROMPTS = ("a red circle", "two blue star left of a square", "a photo of green")
+QUOTING = ('a sign that says "red"', "'blue star' on a square", 'the word "green"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +49,14 @@ class Case:
 
     make: Callable[[Path], Any]
     pillow_tolerance: float  # in units of the score; about 2.5 times what `photos` give
+    prompts: tuple[str, ...] = PROMPTS
+    step: float = 1e-5  # of finite differences; smaller for networks with kinks, so that it crosses none
 
 
 # Measured: cosine 0.0043, logit 0.17, hessel 0.012, torchmetrics 0.43. Without antialiasing 0.138, and bilinear 0.042
 # for the cosine, so the tolerance tells the paths' difference from a mistake (tests/rewards/test_clip.py does it).
+# HPSv2 0.0005 (0.074 and 0.0085), ImageReward 0.025 (0.78 and 0.18), aesthetic 0.0092 (2.4 and 0.45).
+# OCR 0.0065 (0.083 and 0.30); tests/rewards/test_ocr.py has pictures that shrink.
 CASES = {
     "pickscore cosine": Case(lambda folder: PickScore(path=str(write_tiny_clip(folder))), 1e-2),
     "pickscore logit": Case(lambda folder: PickScore(path=str(write_tiny_clip(folder)), output="logit"), 0.45),
@@ -42,8 +65,20 @@ CASES = {
     "clipscore torchmetrics": Case(
         lambda folder: CLIPScore(path=str(write_tiny_clip(folder)), convention="torchmetrics"), 1.0
     ),
+    "hpsv2": Case(lambda folder: HPSv2(path=str(write_tiny_hpsv2(folder / "hpsv2")), processor=""), 1.2e-3),
+    "imagereward": Case(
+        lambda folder: ImageReward(path=str(write_tiny_imagereward(folder / "imagereward")), processor=""), 0.065
+    ),
+    "aesthetic": Case(lambda folder: aesthetic(write_tiny_aesthetic(folder / "aesthetic")), 0.023),
+    "ocr": Case(lambda folder: OCR(path=str(write_tiny_crnn(folder))), 0.016, QUOTING, 1e-6),
+    "ocr region": Case(
+        lambda folder: OCR(path=str(write_tiny_crnn(folder)), region=(0.1, 0.3, 0.9, 0.8)), 0.016, QUOTING, 1e-6
+    ),
 }
-PROMPTS = ["a red circle", "two blue star left of a square", "a photo of green"]
+
+
+def aesthetic(folder: Path) -> Aesthetic:
+    return Aesthetic(path=str(folder), head=str(folder / "sac+logos+ava1-l14-linearMSE.pth"))
 
 
 def reward_files() -> set[str]:
@@ -64,6 +99,11 @@ def reward_classes() -> dict[str, type]:
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
+
+
+@pytest.fixture
+def prompts(case: Case) -> tuple[str, ...]:
+    return case.prompts
 
 
 @pytest.fixture
@@ -106,89 +146,94 @@ def test_configuration_declares_its_facts(name: str) -> None:
     assert all(field.kw_only for field in dataclasses.fields(cls))
     for fact in get_type_hints(RewardConfig):
         value = getattr(cls, fact)
-        assert isinstance(value, bool) if fact == "differentiable" else isinstance(value, str) and value, fact
+        said = fact in ("differentiable", "reads_prompt")
+        assert isinstance(value, bool) if said else isinstance(value, str) and value, fact
 
 
-def test_returns_one_float32_score_an_image(config: Any) -> None:
-    scores = config.load()(as_images(photos()), PROMPTS)
+def test_returns_one_float32_score_an_image(config: Any, prompts: Any) -> None:
+    scores = config.load()(as_images(photos()), prompts)
     assert scores.shape == (3,) and scores.dtype == torch.float32 and bool(scores.isfinite().all())
 
 
-def test_depends_on_picture_and_prompt(config: Any) -> None:
+def test_depends_on_picture_and_on_the_prompt_if_it_says_so(config: Any, prompts: Any) -> None:
     images, reward = as_images(photos()), config.load()
-    scores = reward(images, PROMPTS)
-    assert (scores - reward(images.flip(0), PROMPTS))[[0, 2]].abs().min() > 1e-3
-    assert (scores - reward(images, PROMPTS[::-1]))[[0, 2]].abs().min() > 1e-3
+    scores = reward(images, prompts)
+    assert (scores - reward(images.flip(0), prompts))[[0, 2]].abs().min() > 1e-3
+    with_others = reward(images, prompts[::-1])
+    if config.reads_prompt:
+        assert (scores - with_others)[[0, 2]].abs().min() > 1e-3
+    else:
+        assert torch.equal(scores, with_others)
 
 
-def test_same_input_same_score(config: Any) -> None:
+def test_same_input_same_score(config: Any, prompts: Any) -> None:
     images = as_images(photos())
-    assert torch.equal(config.load()(images, PROMPTS), config.load()(images, PROMPTS))
+    assert torch.equal(config.load()(images, prompts), config.load()(images, prompts))
 
 
-def test_samples_are_independent(config: Any) -> None:
+def test_samples_are_independent(config: Any, prompts: Any) -> None:
     """Alone or among others, in value and in gradient."""
     reward = config.load(dtype="float64")
     images = as_images(photos(), torch.float64)
-    together = reward(images, PROMPTS)
-    alone = torch.cat([config.load(dtype="float64")(images[b : b + 1], PROMPTS[b : b + 1]) for b in range(3)])
+    together = reward(images, prompts)
+    alone = torch.cat([config.load(dtype="float64")(images[b : b + 1], prompts[b : b + 1]) for b in range(3)])
     torch.testing.assert_close(together, alone, atol=1e-12, rtol=1e-12)
     images.requires_grad_()
-    (gradient,) = torch.autograd.grad(reward(images, PROMPTS)[1], images)
+    (gradient,) = torch.autograd.grad(reward(images, prompts)[1], images)
     assert gradient[1].any() and not gradient[0].any() and not gradient[2].any()
 
 
-def test_gradient_is_finite_and_reaches_every_sample(config: Any) -> None:
+def test_gradient_is_finite_and_reaches_every_sample(config: Any, prompts: Any) -> None:
     if not config.differentiable:
         pytest.skip("declared not differentiable")
     images = as_images(photos()).requires_grad_()
-    (gradient,) = torch.autograd.grad(config.load()(images, PROMPTS).sum(), images)
+    (gradient,) = torch.autograd.grad(config.load()(images, prompts).sum(), images)
     assert bool(gradient.isfinite().all())
     assert gradient.abs().amax(dim=(1, 2, 3)).min() > 1e-6
 
 
-def test_gradient_against_finite_differences(config: Any) -> None:
+def test_gradient_against_finite_differences(case: Case, config: Any, prompts: Any) -> None:
     """Along random directions, in float64: central differences, error O(h^2)."""
     if not config.differentiable:
         pytest.skip("declared not differentiable")
-    reward, h = config.load(dtype="float64"), 1e-5
+    reward, h = config.load(dtype="float64"), case.step
     images = (0.1 + 0.8 * as_images(photos(), torch.float64)).requires_grad_()
-    (gradient,) = torch.autograd.grad(reward(images, PROMPTS).sum(), images)
+    (gradient,) = torch.autograd.grad(reward(images, prompts).sum(), images)
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
         direction = torch.randn(images.shape, generator=generator, dtype=torch.float64)
         with torch.no_grad():
-            slope = (reward(images + h * direction, PROMPTS) - reward(images - h * direction, PROMPTS)) / (2 * h)
+            slope = (reward(images + h * direction, prompts) - reward(images - h * direction, prompts)) / (2 * h)
         along = (gradient * direction).sum(dim=(1, 2, 3))
         torch.testing.assert_close(along, slope, rtol=1e-6, atol=1e-8)
 
 
-def test_weights_are_frozen(config: Any) -> None:
+def test_weights_are_frozen(config: Any, prompts: Any) -> None:
     reward = config.load()
     images = as_images(photos()).requires_grad_()
-    reward(images, PROMPTS).sum().backward()
+    reward(images, prompts).sum().backward()
     assert not reward.model.training
     assert all(not weight.requires_grad and weight.grad is None for weight in reward.model.parameters())
 
 
-def test_agrees_with_pillow_on_picture_files(case: Case, config: Any) -> None:
+def test_agrees_with_pillow_on_picture_files(case: Case, config: Any, prompts: Any) -> None:
     reward, pictures = config.load(), photos()
-    difference = (reward(as_images(pictures), PROMPTS) - reward.score_pictures(pictures, PROMPTS)).abs().max()
+    difference = (reward(as_images(pictures), prompts) - reward.score_pictures(pictures, prompts)).abs().max()
     assert 0 < difference < case.pillow_tolerance
 
 
-def test_bfloat16_weights_give_float32_scores(config: Any) -> None:
+def test_bfloat16_weights_give_float32_scores(config: Any, prompts: Any) -> None:
     images = as_images(photos())
-    rough, exact = config.load(dtype="bfloat16")(images, PROMPTS), config.load()(images, PROMPTS)
+    rough, exact = config.load(dtype="bfloat16")(images, prompts), config.load()(images, prompts)
     assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
     torch.testing.assert_close(rough, exact, rtol=0.05, atol=0.05 * float(exact.abs().max()))
 
 
 @pytest.mark.parametrize("pixel", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_not_swallowed(config: Any, pixel: float) -> None:
+def test_what_is_not_finite_is_not_swallowed(config: Any, prompts: Any, pixel: float) -> None:
     images = as_images(photos())
     images[1, 0, 16, 16] = pixel
-    scores = config.load()(images, PROMPTS)
+    scores = config.load()(images, prompts)
     assert scores.isfinite().tolist() == [True, False, True]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
 RANGE_SLACK = 0.01  # decoders round; a picture in [-1, 1] or [0, 255] is far outside
@@ -32,6 +33,7 @@ class RewardConfig(Protocol):
 
     name: ClassVar[str]  # as in flags and tables
     differentiable: ClassVar[bool]  # False: a direct-gradient method refuses it at start-up
+    reads_prompt: ClassVar[bool]  # False: the score is the picture's alone, though a prompt an image must still come
     resolution: ClassVar[str]  # what the network sees
     output_range: ClassVar[str]  # of the default settings, and where published models usually lie
     code_licence: ClassVar[str]
@@ -48,6 +50,19 @@ def check_inputs(name: str, images: Tensor, prompts: Sequence[str]) -> None:
         raise ValueError(f"{name}: prompts is one string; expected a sequence with one prompt an image: [{prompts!r}]")
     if len(prompts) != len(images):
         raise ValueError(f"{name}: {len(images)} images and {len(prompts)} prompts; give one prompt an image")
+
+
+def check_ids(name: str, images: Tensor, input_ids: Tensor) -> None:
+    """Raise ValueError unless images are float [B, 3, H, W] in [0, 1] with one row of token ids each."""
+    check_images(name, images)
+    if len(input_ids) != len(images):
+        raise ValueError(f"{name}: {len(images)} images and {len(input_ids)} rows of ids; give one row an image")
+
+
+def check_pictures(name: str, pictures: Sequence[Image], prompts: Sequence[str]) -> None:
+    """Raise ValueError unless there is one prompt a picture file."""
+    if len(pictures) != len(prompts):
+        raise ValueError(f"{name}: {len(pictures)} pictures and {len(prompts)} prompts; give one prompt a picture")
 
 
 def check_images(name: str, images: Tensor) -> None:

@@ -24,6 +24,7 @@ class PickScore:
 
     name: ClassVar[str] = "pickscore"
     differentiable: ClassVar[bool] = True
+    reads_prompt: ClassVar[bool] = True
     resolution: ClassVar[str] = "224 (shortest edge, centre crop; the folder's own number counts)"
     output_range: ClassVar[str] = "[-1, 1], published model about 0.2; output=logit: x exp(logit_scale), about 100"
     code_licence: ClassVar[str] = "Apache-2.0 (ours, on transformers)"
@@ -65,6 +66,7 @@ class CLIPScore:
 
     name: ClassVar[str] = "clipscore"
     differentiable: ClassVar[bool] = True
+    reads_prompt: ClassVar[bool] = True
     resolution: ClassVar[str] = "224 (shortest edge, centre crop; the folder's own number counts)"
     output_range: ClassVar[str] = "[-1, 1], usually 0.1 to 0.35; hessel x 2.5, torchmetrics x 100"
     code_licence: ClassVar[str] = "Apache-2.0 (ours, on transformers)"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BICUBIC = 3  # Pillow's number, which preprocessor_config.json stores as "resample"
-TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either set is a whole tokenizer
+CLIP_TOKENIZER = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either set of files is a whole tokenizer
 
 
 def resolve(path: str) -> str:
@@ -36,8 +37,7 @@ def load_model(name: str, folder: str, device: str, dtype: str) -> tuple[CLIPMod
     """The frozen CLIPModel in eval mode, and exp(logit_scale) unrounded. Every weight must be in the file."""
     from transformers import CLIPModel
 
-    if dtype not in DTYPES:
-        raise UserError(f"{name}: dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    target = torch_dtype(name, dtype)
     check_architecture(name, folder)
     try:
         model, report = cast(Any, CLIPModel).from_pretrained(
@@ -53,7 +53,13 @@ def load_model(name: str, folder: str, device: str, dtype: str) -> tuple[CLIPMod
             f"{name}: {folder} lacks {len(missing)} weights of a CLIPModel, e.g. {missing[0]}; save it whole"
         )
     scale = math.exp(float(model.logit_scale.detach()))  # in bfloat16 ln(100) would be off by 1 %
-    return model.requires_grad_(False).eval().to(device, DTYPES[dtype]), scale
+    return model.requires_grad_(False).eval().to(device, target), scale
+
+
+def torch_dtype(name: str, dtype: str) -> torch.dtype:
+    if dtype not in DTYPES:
+        raise UserError(f"{name}: dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
 
 
 def check_architecture(name: str, folder: str) -> None:
@@ -100,17 +106,24 @@ def shortest(size: int | dict[str, int]) -> int:
     return size if isinstance(size, int) else size.get("shortest_edge", 0)
 
 
-def load_tokenizer(name: str, folder: str, vocabulary: int) -> Any:
-    """The folder's own tokenizer; its ids must fit the model's table."""
+def load_tokenizer(name: str, folder: str, vocabulary: int, sets: Sequence[Sequence[str]] = CLIP_TOKENIZER) -> Any:
+    """The tokenizer of a folder or hub id that has one of the `sets` of files; its ids must fit the model's table."""
     from transformers import AutoTokenizer
 
     # Asked for first: transformers builds an empty tokenizer from config.json alone, and says nothing.
-    if not any(all(find(folder, file) for file in files) for files in TOKENIZER_FILES):
+    if not any(all(find(folder, file) for file in files) for files in sets):
+        expected = ", or ".join(" with ".join(files) for files in sets)
         raise UserError(
-            f"{name}: no tokenizer at {folder!r}; expected tokenizer.json, or vocab.json with merges.txt, beside the "
-            "model. Copy them there, or name another folder or hub id with `processor`"
+            f"{name}: no tokenizer at {folder!r}; expected {expected}. Copy the files there, or name another folder or "
+            "hub id with `processor`; a hub id must be reachable (HF_HUB_OFFLINE=1 forbids it)"
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:  # a file that is no JSON, or no tokenizer_config.json to say which class
+        raise UserError(
+            f"{name}: transformers cannot read the tokenizer at {folder!r}: {error}; expected what save_pretrained of "
+            "a tokenizer writes"
+        ) from error
     if len(tokenizer) > vocabulary:
         raise UserError(f"{name}: the tokenizer at {folder} has {len(tokenizer)} entries, the model knows {vocabulary}")
     return tokenizer
@@ -119,7 +132,15 @@ def load_tokenizer(name: str, folder: str, vocabulary: int) -> Any:
 def read_json(folder: str, file: str) -> dict[str, Any]:
     """The file's content, empty where there is none."""
     found = find(folder, file)
-    return json.loads(Path(found).read_text(encoding="utf-8")) if found else {}
+    if not found:
+        return {}
+    try:
+        content = json.loads(Path(found).read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise UserError(f"{found} is not JSON: {error}; expected an object with settings") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{found} holds a {type(content).__name__}; expected an object with settings")
+    return content
 
 
 def find(folder: str, file: str) -> str | None:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import Linear, Module
 
 from leapalign.errors import UserError
-from leapalign.rewards.base import check_images, check_inputs
+from leapalign.rewards.base import check_ids, check_inputs, check_pictures
 from leapalign.rewards.clip_files import load_model, load_preprocess, load_tokenizer, resolve
 from leapalign.rewards.preprocess import Preprocess
 
@@ -56,21 +57,14 @@ class ClipReward:
 
     def score_ids(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Differentiable scores [B] for captions given as token ids [B, L], the head's prefix included."""
-        check_images(self.name, images)
-        if len(input_ids) != len(images):
-            raise ValueError(
-                f"{self.name}: {len(images)} images and {len(input_ids)} rows of ids; give one row an image"
-            )
+        check_ids(self.name, images, input_ids)
         text = self.text_features_of_ids(input_ids, attention_mask)
         return self.score(self.image_features(self.preprocess(images)), text)
 
     @torch.no_grad()  # Pillow's path is for evaluating picture files
     def score_pictures(self, pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
         """Scores [B] of 8-bit pictures of any sizes through the reference preprocessing."""
-        if len(pictures) != len(prompts):
-            raise ValueError(
-                f"{self.name}: {len(pictures)} pictures and {len(prompts)} prompts; give one prompt a picture"
-            )
+        check_pictures(self.name, pictures, prompts)
         return self.score(self.image_features(self.preprocess.pictures(pictures)), self.text_features(prompts))
 
     def score(self, image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -81,10 +75,8 @@ class ClipReward:
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """Normalised pixels [B, 3, size, size] to [B, D] of length 1, on the device of the pixels."""
-        # The weight itself as the target: its device and its dtype.
-        pixels = pixel_values.to(self.model.visual_projection.weight)
-        pooled = self.model.vision_model(pixel_values=pixels).pooler_output
-        return unit_length(self.model.visual_projection(pooled)).to(pixel_values.device)
+        features = project(self.model.vision_model, self.model.visual_projection, pixel_values)
+        return unit_length(features).to(pixel_values.device)
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Prompts to [B, D] of length 1, on the model's device."""
@@ -113,6 +105,12 @@ class ClipReward:
             return_tensors="pt",
         )
         return tokens["input_ids"], tokens["attention_mask"]
+
+
+def project(vision: Module, projection: Linear, pixel_values: Tensor) -> Tensor:
+    """Normalised pixels [B, 3, size, size] to projected features [B, D] of any length, on the weights' device."""
+    # The weight itself as the target: its device and its dtype.
+    return projection(vision(pixel_values=pixel_values.to(projection.weight)).pooler_output)
 
 
 def unit_length(features: Tensor) -> Tensor:
