@@ -26,6 +26,7 @@ class Custom:
 
     name: ClassVar[str] = "custom"
     differentiable: ClassVar[bool] = True
+    reads_prompt: ClassVar[bool] = True
     resolution: ClassVar[str] = "the picture's own"
     output_range: ClassVar[str] = "yours"
     code_licence: ClassVar[str] = "yours"
