@@ -44,7 +44,7 @@ class Build:
     vae_steps: int = 2400
     generator_steps: int = 7000
     reward_steps: int = 3000
-    hardening_steps: int = 800
+    hardening_steps: int = 1000
     """Of the reward's second training, against being gamed."""
     judge_steps: int = 3000
     seed: int = 0

@@ -23,6 +23,8 @@ from leapalign.shapeworld.world import CELLS, COLORS, SHAPES, SIZE, Scene, place
 
 BENT = 0.2  # share of pictures that are bent instead of mixed
 BEND = (1.2, 2.0)  # pixels, standard deviation of the displacement
+OPEN_COLORS = ("single_object", "two_object", "counting", "position")
+RECOLORED = 0.25  # share of their edits that recolour, more than its turn among the others
 SWAPPED = 0.5  # share of edits that swap, where the caption is about who stands where or who has which colour
 LEAST = 0.08  # share of either scene in a picture that counts as mixed
 
@@ -33,7 +35,8 @@ class Between:
 
     images: Tensor  # [B, 3, 32, 32]
     ends: Tensor  # [B, 3, 32, 32] the edited scenes, well drawn
-    false: Tensor  # [B] whether the caption is false of the edited scene
+    false: Tensor  # [B] whether the caption is false of the edited scene; not for bent ones
+    true: Tensor  # [B] whether it is true of it
     share: Tensor  # [B] of the true scene in the picture, by squared distance; 1 for bent ones
     bad: Tensor  # [B] whether the picture is bad although both ends are good, or bent
 
@@ -49,7 +52,7 @@ def between(captions: list[dict[str, Any]], scenes: list[Scene], rng: np.random.
     bent = torch.from_numpy(rng.random(len(scenes)) < BENT)
     images[bent] = bend(clean[bent], rng)
     mixed = (share > LEAST) & (share < 1 - LEAST)
-    return Between(images, ends, false & ~bent, share.masked_fill(bent, 1.0), bent | (mixed & ~false))
+    return Between(images, ends, false & ~bent, ~false, share.masked_fill(bent, 1.0), bent | (mixed & ~false))
 
 
 def edited(caption: dict[str, Any], scene: Scene, rng: np.random.Generator) -> tuple[Scene, bool]:
@@ -73,6 +76,8 @@ def edited(caption: dict[str, Any], scene: Scene, rng: np.random.Generator) -> t
         second, rest = others[0], others[1:]
         colors = (replace(first, color=second.color), replace(second, color=first.color), *rest)
         changes["swap colors"] = (colors, tag == "color_attr")
+    if tag in OPEN_COLORS and rng.random() < RECOLORED:  # what the caption leaves open
+        return changes["recolor"]
     swap = {"position": "swap shapes", "color_attr": "swap colors"}.get(tag)
     if swap in changes and rng.random() < SWAPPED:  # what is hardest to tell
         return changes[swap]

@@ -21,9 +21,8 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionConfig
 
 from leapalign.shapeworld import captions as c
-from leapalign.shapeworld.build.generator import cell_labels
 from leapalign.shapeworld.build.progress import Log, cosine_lr
-from leapalign.shapeworld.build.scenes import random_caption
+from leapalign.shapeworld.build.scenes import LAYOUT, cell_labels, layout, random_caption
 from leapalign.shapeworld.build.text import clip_text_config, clip_tokenizer
 from leapalign.shapeworld.world import COLORS, SHAPES, Scene, render
 
@@ -31,7 +30,6 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 MAX_SCALE = math.log(15.0)  # keeps cosines spread wide, so that the reward has room to rise
 NEGATIVES = 3
 TEXT_WIDTH = 96
-LAYOUT = len(SHAPES) * (3 + len(COLORS))
 LAYOUT_WEIGHT = 10.0
 NEVER = -1e4  # a logit
 
@@ -146,18 +144,6 @@ class Trainee(nn.Module):
         every = (self.scale() * image @ text.T).masked_fill(batch.skip, NEVER)
         near = wrong.unflatten(0, (len(image), NEGATIVES))
         return every, self.scale() * (image[:, None] * near).sum(-1)
-
-
-def layout(scene: Scene) -> np.ndarray:
-    """[LAYOUT]: for each shape its number, its mean place (x, y in -1..1), and its number in each colour."""
-    values = np.zeros((len(SHAPES), 3 + len(COLORS)), np.float32)
-    for i, shape in enumerate(SHAPES):
-        mine = [o for o in scene if o.shape == shape]
-        if mine:
-            values[i, :3] = len(mine), np.mean([o.x / 8 - 2 for o in mine]), np.mean([o.y / 8 - 2 for o in mine])
-        for o in mine:
-            values[i, 3 + list(COLORS).index(o.color)] += 1
-    return values.ravel()
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,10 @@
 """The embedded generator: a small SD3 pipeline, trained by flow matching on captions that are partly wrong.
 
 Flow matching (paper Eq. 2) in the VAE's latents, times logit-normal, captions dropped for classifier-free guidance.
-One departure from SD3's recipe, for speed on a CPU: image tokens half-way up also name the shape and colour of the
-object in their cell (a dense form of representation alignment, arXiv 2410.06940); those heads are thrown away.
+Two departures from SD3's recipe, for speed on a CPU: image tokens half-way up also name the shape and colour of the
+object in their cell (a dense form of representation alignment, arXiv 2410.06940), and the pooled text also tells the
+layout that a caption asks for, since text encoders that start from nothing learn relations last of all. Those heads are
+thrown away.
 """
 
 # diffusers and transformers annotate some constructors more narrowly than they accept
@@ -25,14 +27,16 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from leapalign.shapeworld.build.progress import Log, flat_then_decay
-from leapalign.shapeworld.build.scenes import random_caption, sloppy_scene
+from leapalign.shapeworld.build.scenes import LAYOUT, cell_labels, layout, random_caption, sloppy_scene
 from leapalign.shapeworld.build.text import WIDTH, TextEncoders
 from leapalign.shapeworld.build.vae import encode
-from leapalign.shapeworld.world import CELLS, COLORS, SHAPES, Scene, render
+from leapalign.shapeworld.captions import scene_of
+from leapalign.shapeworld.world import COLORS, SHAPES, render
 
 CAPTION_DROPOUT = 0.1
 EMA_DECAY = 0.999
 ALIGN_WEIGHT, ALIGN_BLOCK = 0.3, 2
+READ_WEIGHT = 3.0
 CHECKPOINT_EVERY = 500
 
 
@@ -65,6 +69,7 @@ class Data:
     latents: Tensor  # [N, 8, 8, 8]
     clip_ids: Tensor  # [N, 12]
     t5_ids: Tensor  # [N, 5]
+    layouts: Tensor  # [N, LAYOUT] of a scene of which the caption is true; zeros for a dropped caption
     cells: Tensor  # [N, 4, 2] shape and colour number of the object in each cell, 0 for none
 
     @classmethod
@@ -73,17 +78,11 @@ class Data:
         captions = [random_caption(rng) for _ in range(num)]
         scenes = [sloppy_scene(caption, rng) for caption in captions]
         prompts = ["" if rng.random() < CAPTION_DROPOUT else caption["prompt"] for caption in captions]
+        asked = [layout(scene_of(caption, rng) if prompt else ()) for caption, prompt in zip(captions, prompts)]
         chunks = [torch.from_numpy(render(scenes[i : i + 500])) for i in range(0, num, 500)]
         latents = torch.cat([encode(vae, chunk) for chunk in chunks])
-        return cls(latents, *text.token_ids(prompts), torch.tensor(np.stack([cell_labels(s) for s in scenes])))
-
-
-def cell_labels(scene: Scene) -> np.ndarray:
-    labels = np.zeros((len(CELLS), 2), np.int64)
-    for o in scene:
-        cell = int(o.x > 16) + 2 * int(o.y > 16)
-        labels[cell] = SHAPES.index(o.shape) + 1, list(COLORS).index(o.color) + 1
-    return labels
+        cells = torch.tensor(np.stack([cell_labels(s) for s in scenes]))
+        return cls(latents, *text.token_ids(prompts), torch.from_numpy(np.stack(asked)), cells)
 
 
 class Denoiser(nn.Module):
@@ -94,33 +93,34 @@ class Denoiser(nn.Module):
         self.text, self.transformer = TextEncoders(), new_transformer()
         width = self.transformer.inner_dim
         self.name_shape, self.name_color = nn.Linear(width, len(SHAPES) + 1), nn.Linear(width, len(COLORS) + 1)
+        self.place_read = nn.Linear(2 * WIDTH, LAYOUT)
         self.tokens: Tensor | None = None
         self.transformer.transformer_blocks[ALIGN_BLOCK].register_forward_hook(self._keep)
 
     def _keep(self, _module: nn.Module, _inputs: tuple, output: tuple) -> None:
         self.tokens = output[1]  # image tokens [B, 16, width]
 
-    def forward(self, x: Tensor, sigma: Tensor, clip_ids: Tensor, t5_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-> velocity [B, 8, 8, 8]; logits of shape and colour for each of the four cells [B, 4, classes]."""
+    def forward(self, x: Tensor, sigma: Tensor, clip_ids: Tensor, t5_ids: Tensor) -> tuple[Tensor, ...]:
+        """-> velocity [B, 8, 8, 8]; logits of shape and colour of the four cells [B, 4, classes]; layout as read."""
         text, pooled = self.text(clip_ids, t5_ids)
         v = self.transformer(x, text, pooled, sigma * 1000, return_dict=False)[0]
         tokens, self.tokens = self.tokens, None  # not kept: a graph on the module could not be copied
         assert tokens is not None
         cells = tokens.unflatten(1, (2, 2, 2, 2)).mean(dim=(2, 4)).flatten(1, 2)  # 4 × 4 tokens -> 2 × 2 cells
-        return v, self.name_shape(cells), self.name_color(cells)
+        return v, self.name_shape(cells), self.name_color(cells), self.place_read(pooled)
 
 
-def losses(model: Callable[..., Any], data: Data, rows: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Flow-matching loss (Eq. 2) and the naming loss of a batch."""
+def losses(model: Callable[..., Any], data: Data, rows: Tensor, rng: torch.Generator) -> tuple[Tensor, ...]:
+    """Flow-matching loss (Eq. 2), naming loss and reading loss of a batch."""
     x_0 = data.latents[rows]
     x_1 = torch.randn(x_0.shape, generator=rng)
     sigma = torch.sigmoid(torch.randn(len(rows), generator=rng))
     at = sigma[:, None, None, None]
-    v, shapes, colors = model((1 - at) * x_0 + at * x_1, sigma, data.clip_ids[rows], data.t5_ids[rows])
+    v, shapes, colors, read = model((1 - at) * x_0 + at * x_1, sigma, data.clip_ids[rows], data.t5_ids[rows])
     labels = data.cells[rows]
     naming = F.cross_entropy(shapes.flatten(0, 1), labels[..., 0].flatten())
     naming = naming + F.cross_entropy(colors.flatten(0, 1), labels[..., 1].flatten())
-    return F.mse_loss(v, x_1 - x_0), naming
+    return F.mse_loss(v, x_1 - x_0), naming, F.mse_loss(read, data.layouts[rows])
 
 
 def train_generator(
@@ -141,14 +141,14 @@ def train_generator(
     log = Log("generator", steps)
     for step in range(state.load(), steps):
         rows = torch.randint(num, (batch,), generator=rng)
-        flow, naming = losses(compiled, data, rows, rng)
+        flow, naming, reading = losses(compiled, data, rows, rng)
         flat_then_decay(optimizer, lr, step, steps)
         optimizer.zero_grad()
-        (flow + ALIGN_WEIGHT * naming).backward()
+        (flow + ALIGN_WEIGHT * naming + READ_WEIGHT * reading).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         average.update_parameters(model)
-        log(step, flow=flow, naming=naming)
+        log(step, flow=flow, naming=naming, reading=reading)
         if (step + 1) % CHECKPOINT_EVERY == 0:
             state.save(step + 1)
             save_pipeline(folder, average.module, vae)

@@ -1,10 +1,12 @@
 """The embedded reward's second training: no gaming, and a way from a wrong scene to the right one (LOG.md).
 
 Pictures between two scenes are shown (between.py): those on the way from a false scene to a true one are to score in
-proportion, so that the gradient at a wrong picture points to the right one, and other mixed or bent ones are to score
-less than the good. And each picture is first moved a little up the loss's gradient at its pixels: adversarial training,
-one step in the L2 norm (arXiv 1412.6572), after which an image's gradient tells of shapes and no longer of textures
-(arXiv 1906.00945). The judge keeps the first training only, so that the two do not share their blind spots.
+proportion, so that the gradient at a wrong picture points to the right one; other mixed or bent ones are to score less
+than the good; and two scenes of which a caption is true are to score alike, or what the caption leaves open would
+collapse to one favourite (all shapes yellow). And each picture is first moved a little up the loss's gradient at its
+pixels: adversarial training, one step in the L2 norm (arXiv 1412.6572), after which an image's gradient tells of shapes
+and no longer of textures (arXiv 1906.00945). The judge keeps the first training only, so that the two do not share
+their blind spots.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ def harden_clip(
     source: Path, folder: Path, size: Size, steps: int, seed: int, *, pairs: int = 32, lr: float = 4e-4
 ) -> None:
     """Train the CLIP of `source` on and save it as `folder`."""
+    torch.manual_seed(seed)  # of the heads, which begin anew
     noise = torch.Generator().manual_seed(seed)
     model = Trainee(size)
     model.clip = CLIPModel.from_pretrained(source, dtype=torch.float32)
@@ -70,7 +73,7 @@ def harden_clip(
 def hard_loss(
     model: Trainee, batch: Batch, middle: Between, text: Tensor, layout_read: Tensor, wrong: Tensor, images: Tensor
 ) -> Tensor:
-    """The first training's loss with false ends in it, their distance, the way between, and bad against good.
+    """The first training's loss with false ends in it, their distance, the way between, bad against good, good ends.
 
     `images`: the batch's, then the ends and the pictures between for its first S scenes; `text`, `layout_read` and
     `wrong` are what the text tower made of the batch's captions and misses.
@@ -87,7 +90,8 @@ def hard_loss(
     on_the_way = mean_of(F.smooth_l1_loss(score, way, reduction="none"), middle.false)
     worse = mean_of(F.softplus(score - good), middle.bad)
     apart = mean_of(F.relu(GAP - (good - end)), middle.false)
-    matching = contrast(every, near, falsified) + apart + on_the_way + worse
+    alike = mean_of(F.smooth_l1_loss(end, good, reduction="none"), middle.true)
+    matching = contrast(every, near, falsified) + apart + on_the_way + worse + alike
     return matching + naming + LAYOUT_WEIGHT * placing
 
 

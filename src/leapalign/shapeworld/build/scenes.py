@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from leapalign.shapeworld import captions as c
-from leapalign.shapeworld.world import Scene, render
+from leapalign.shapeworld.world import CELLS, COLORS, SHAPES, Scene, render
 
 TASK_SHARE = {
     "single_object": 0.16,
@@ -29,6 +29,7 @@ TRUTHFUL = {  # share of training images in which the caption of that task is tr
     "position": 0.50,
     "color_attr": 0.50,
 }
+LAYOUT = len(SHAPES) * (3 + len(COLORS))
 POOLS = {tag: c.all_captions(tag) for tag in c.TASKS}
 
 
@@ -52,3 +53,24 @@ def random_images(batch: int, seed: tuple[int, ...]) -> Tensor:
     """Clean scenes of random captions -> [B, 3, 32, 32] in [0, 1]."""
     rng = np.random.default_rng(seed)
     return torch.from_numpy(render([c.scene_of(random_caption(rng), rng) for _ in range(batch)]))
+
+
+def cell_labels(scene: Scene) -> np.ndarray:
+    """[4, 2]: the number of the shape and of the colour that stand in each cell, 0 for none."""
+    labels = np.zeros((len(CELLS), 2), np.int64)
+    for o in scene:
+        cell = int(o.x > 16) + 2 * int(o.y > 16)
+        labels[cell] = SHAPES.index(o.shape) + 1, list(COLORS).index(o.color) + 1
+    return labels
+
+
+def layout(scene: Scene) -> np.ndarray:
+    """[LAYOUT]: for each shape its number, its mean place (x, y in -1..1), and its number in each colour."""
+    values = np.zeros((len(SHAPES), 3 + len(COLORS)), np.float32)
+    for i, shape in enumerate(SHAPES):
+        mine = [o for o in scene if o.shape == shape]
+        if mine:
+            values[i, :3] = len(mine), np.mean([o.x / 8 - 2 for o in mine]), np.mean([o.y / 8 - 2 for o in mine])
+        for o in mine:
+            values[i, 3 + list(COLORS).index(o.color)] += 1
+    return values.ravel()
