@@ -18,10 +18,13 @@ from torch import Tensor
 import leapalign.rewards
 from leapalign.rewards.base import RewardConfig
 from leapalign.rewards.clip import CLIPScore, PickScore
+from leapalign.rewards.hpsv3 import HPSv3
 from leapalign.rewards.preprocess import to_levels
 from tiny_clip import write_tiny_clip
+from tiny_qwen import write_tiny_hpsv3
 
-HELPERS = {"base", "preprocess", "clip_model", "clip_files"}  # files of the folder that hold no reward
+# Files of the folder that hold no reward.
+HELPERS = {"base", "preprocess", "clip_model", "clip_files", "hpsv3_model", "qwen_vl"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Case:
 
 # Measured: cosine 0.0043, logit 0.17, hessel 0.012, torchmetrics 0.43. Without antialiasing 0.138, and bilinear 0.042
 # for the cosine, so the tolerance tells the paths' difference from a mistake (tests/rewards/test_clip.py does it).
+# HPSv3: 0.015 at scores of 3 to 6. It enlarges `photos`; its shrinking is compared in tests/golden/test_hpsv3.py.
 CASES = {
     "pickscore cosine": Case(lambda folder: PickScore(path=str(write_tiny_clip(folder))), 1e-2),
     "pickscore logit": Case(lambda folder: PickScore(path=str(write_tiny_clip(folder)), output="logit"), 0.45),
@@ -42,6 +46,7 @@ CASES = {
     "clipscore torchmetrics": Case(
         lambda folder: CLIPScore(path=str(write_tiny_clip(folder)), convention="torchmetrics"), 1.0
     ),
+    "hpsv3": Case(lambda folder: HPSv3(path=str(write_tiny_hpsv3(folder)), processor=str(folder)), 0.04),
 }
 PROMPTS = ["a red circle", "two blue star left of a square", "a photo of green"]
 
