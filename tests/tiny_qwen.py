@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ TEXT |= {"num_key_value_heads": 1, "max_position_embeddings": 4096, "rms_norm_ep
 ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}  # half of a head's 16 numbers
 VISION = {"depth": 2, "num_heads": 2, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+ANSWER = "Alignment Score (1-5): {:.1f}\nCoherence Score (1-5): {:.1f}\nStyle Score (1-5): {:.2f}\n"
 
 
 def write_tiny_hpsv3(folder: Path, *, seed: int = 1) -> Path:
@@ -38,12 +40,36 @@ def write_tiny_hpsv3(folder: Path, *, seed: int = 1) -> Path:
     return folder
 
 
+def write_tiny_unified(folder: Path, *, seed: int = 39, talks: bool = True) -> Path:
+    """A Qwen2.5-VL. `talks`: every token that it can choose is a whole answer, so that a random model is understood.
+
+    Of the seeds 0 to 39 the last is the one whose answers to the contracts' pictures and prompts all differ.
+    """
+    from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    answers = [ANSWER.format(1 + n / 10, 5 - n / 10, 3 + n / 50) for n in range(41)] if talks else []
+    tokenizer = write_tokenizer(folder, "unified_prompt_1.txt", added=answers)
+    text = TEXT | {"rope_parameters": dict(ROPE), "vocab_size": len(tokenizer)}
+    vision = VISION | {"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64, "fullatt_block_indexes": [1]}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **token_ids(tokenizer))
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    enlarge(model, 8.0)
+    if talks:
+        with torch.no_grad():
+            model.lm_head.weight[: -len(answers)] = 0
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    model.generation_config = GenerationConfig(eos_token_id=[end], pad_token_id=end)
+    model.save_pretrained(folder)
+    return folder
+
+
 def published(key: str) -> str:
     return key.removeprefix("backbone.").replace("language_model.", "model.")
 
 
-def write_tokenizer(folder: Path, *templates: str) -> Any:
-    """Byte-level BPE, learnt from the templates, so that their chat texts have hundreds of tokens and not thousands."""
+def write_tokenizer(folder: Path, template: str, added: Sequence[str] = ()) -> Any:
+    """Byte-level BPE, learnt from the template, so that its chat text has hundreds of tokens and not thousands."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -54,9 +80,10 @@ def write_tokenizer(folder: Path, *templates: str) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([read_template(file) for file in templates], trainer)
+    tokenizer.train_from_iterator([read_template(template)], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.add_tokens(SPECIAL, special_tokens=True)
+    fast.add_tokens(list(added))
     fast.save_pretrained(folder)
     return fast
 

@@ -6,7 +6,8 @@
 - One sample at a time: no padding, so a score has the same bits in any company. 8 G parameters over some 800 tokens
   keep a device busy without a batch.
 
-Departure: the texts of special tokens are taken out of prompts, which the published code leaves in.
+Departures: texts of special tokens are taken out of prompts; a picture too narrow for a block of 28 pixels is an error,
+where published code goes on with a size of 0.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from torch.overrides import TorchFunctionMode
 
 from leapalign.errors import UserError
 from leapalign.rewards.base import check_images, check_inputs
-from leapalign.rewards.clip_files import DTYPES, find, load_tokenizer, read_json
-from leapalign.rewards.qwen_vl import Chat, Patches, QwenPreprocess, check_tokens, read_template
+from leapalign.rewards.clip_files import find, known_dtype, load_tokenizer, read_json
+from leapalign.rewards.qwen_vl import Chat, Patches, QwenPreprocess, check_tokens, check_vision, read_template
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,7 +44,7 @@ class HPSv3Model(nn.Module):
     def __init__(self, backbone: Qwen2VLModel) -> None:
         super().__init__()
         self.backbone = backbone
-        width = backbone.get_input_embeddings().weight.shape[1]
+        width: int = backbone.language_model.config.hidden_size
         self.rm_head = nn.Sequential(
             nn.Linear(width, WIDTHS[0]),
             nn.ReLU(),
@@ -61,10 +62,11 @@ class HPSv3Model(nn.Module):
 
     def hidden(self, ids: Tensor, picture: Patches) -> Tensor:
         """The last hidden state [width] of ids [L]."""
-        backbone, device = self.backbone, self.backbone.device
+        backbone: Any = self.backbone  # transformers' annotations are narrower than its code
+        device = backbone.device
         ids, grid = ids.to(device)[None], torch.tensor([picture.grid], device=device)
         embeds = backbone.get_input_embeddings()(ids)
-        tokens: Any = backbone.get_image_features(picture.values.to(device), grid)
+        tokens = backbone.get_image_features(picture.values.to(device), grid)
         places = (ids == backbone.config.image_token_id)[..., None]
         embeds = embeds.masked_scatter(places, tokens.pooler_output[0].to(embeds.dtype))
         positions = torch.arange(ids.shape[1], device=device).expand(3, 1, -1)
@@ -142,15 +144,14 @@ class HPSv3Reward:
 
 def load_hpsv3(name: str, path: str, processor: str, device: str, dtype: str, *, prompts: bool) -> HPSv3Reward:
     """Published weights on the backbone that `processor` describes. UserError if something is missing or other."""
-    if dtype not in DTYPES:
-        raise UserError(f"{name}: dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+    known = known_dtype(name, dtype)
     config, weights = load_config(name, processor), load_weights(name, path)
     vocabulary = len(weights[EMBEDDING])  # <|Reward|> came last, so config.json's number is another
     config.text_config.vocab_size = vocabulary
     chat = load_chat(name, processor, vocabulary, config.image_token_id) if prompts else None
     return HPSv3Reward(
         name=name,
-        model=build_model(name, path, config, weights, DTYPES[dtype]).to(device),
+        model=build_model(name, path, config, weights, known).to(device),
         preprocess=QwenPreprocess(min_pixels=PIXELS, max_pixels=PIXELS),
         reward_token_id=vocabulary - 1,
         chat=chat,
@@ -167,6 +168,7 @@ def load_config(name: str, folder: str) -> Any:
             f"{name}: no config.json of a Qwen2-VL model at {folder!r}; expected Qwen/Qwen2-VL-7B-Instruct as a local "
             "folder or as a hub id that can be reached (HF_HUB_OFFLINE=1 forbids it). Name it with `processor`"
         )
+    check_vision(name, folder, config.get("vision_config", {}))
     return Qwen2VLConfig(**config)
 
 

@@ -147,3 +147,12 @@ def check_tokens(name: str, folder: str, tokenizer: Any, template: str, image_to
             f"{name}: {IMAGE_TOKEN} is {known[IMAGE_TOKEN]} for the tokenizer at {folder} and {image_token_id} for the "
             "model's config.json; give both from one Qwen-VL folder"
         )
+
+
+def check_vision(name: str, folder: str, vision: dict[str, Any]) -> None:
+    """UserError unless config.json's patches are the ones that are cut here."""
+    for key, value in (("patch_size", PATCH), ("spatial_merge_size", MERGE), ("temporal_patch_size", FRAMES)):
+        if vision.get(key, value) != value:
+            raise UserError(
+                f"{name}: {key} is {vision[key]} in config.json at {folder}; only Qwen-VL's {value} is known"
+            )
