@@ -1,12 +1,13 @@
 """From an empty picture to a word, by the OCR reward's gradient alone: does another recogniser read it too?
 
     python benches/ocr_ascent.py > ocr_ascent.json                      # pictures in runs/ocr_ascent
-    python benches/ocr_ascent.py --words Hello --grains 1 --copies 1 --noise 0 --shift 0 --zoom 0 --rotation 0 --shrink 0
+    python benches/ocr_ascent.py --words Hello --grains 1 --copies 1 --noise 0 --shift 0 --zoom 0 --rotation 0
 
 The picture is sigmoid(z), grey; z is the sum of coarse pictures, one for each of `grains`, with one number for
-grain x grain pixels, enlarged bicubically. All start at 0: plain grey. Adam, its rate falling along half a cosine, ascends the mean score of `copies` pictures, each
-shifted, zoomed and rotated at random, noisy, and seen at a random lower resolution, less `smoothness` times the mean
-absolute difference of neighbouring pixels. Nothing here knows a letter but the recogniser.
+grain x grain pixels, enlarged bicubically. All start at 0: plain grey. Adam, its rate falling along half a cosine,
+ascends the mean score of `copies` pictures, each shifted, zoomed and rotated at random, noisy, and seen at a random
+lower resolution, less `smoothness` times the mean absolute difference of neighbouring pixels. Nothing here knows a
+letter but the recogniser.
 
 A row says what each recogniser reads in the plain 8-bit picture, as the PNG has it: `ocr` is the one that was climbed
 (EasyOCR's english_g2); `judge` is RapidOCR's recogniser on the whole picture, `judge_detects` behind its text detector.

@@ -184,6 +184,8 @@ class EvaluateFlags:
     """A run's folder, a diffusers pipeline folder, or embedded:generator."""
     against: str = ""
     """A second model, compared over the same prompts and noises."""
+    reward: tuple[str, ...] = ()
+    """More rewards than the run's own: NAME, NAME=PATH, or file.py:name of your own, which is executed."""
     prompts: str = ""
     """A .txt, .jsonl or .csv file; empty = ShapeWorld's test prompts. GenEval needs .jsonl with its metadata."""
     per_task: int = 60

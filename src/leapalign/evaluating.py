@@ -14,6 +14,7 @@ from leapalign.evaluation.sampling import Sampling
 from leapalign.prompts import Prompt, PromptFile, ShapeWorldPrompts
 from leapalign.recipe_files import load_plugins, read_run
 from leapalign.sampling import model_config
+from leapalign.scoring import reward_config
 from leapalign.training.loop import resolve_device, reward_names
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def as_text(answer: dict[str, Any]) -> str:
 def _line(name: str, row: dict[str, Any]) -> str:
     if "difference" not in row:
         value = row["accuracy"] if "accuracy" in row else row["mean"]
-        return f"  {name:18}{value:.3f} ± {row['standard_error']:.3f}"
+        failures = f"   without a number: {row['failures']}" if row.get("failures") else ""
+        return f"  {name:18}{value:.3f} ± {row['standard_error']:.3f}{failures}"
     cells = [f"{row[key]:.3f} ± {row[f'{key}_standard_error']:.3f}" for key in ("before", "after", "difference")]
     return f"  {name:18}{cells[0]}  →  {cells[1]}   change {cells[2]}"
 
@@ -71,7 +73,8 @@ def _subject(source: str, flags: EvaluateFlags, plugins: dict[str, ModuleType]) 
     model, num_steps = model_config(source, plugins)
     if flags.guidance >= 0:
         model = replace(model, guidance_scale=flags.guidance)
-    return Subject(model=model, num_steps=flags.steps or num_steps, rewards=_rewards(source, plugins))
+    more = {word: reward_config(word) for word in flags.reward}
+    return Subject(model=model, num_steps=flags.steps or num_steps, rewards=_rewards(source, plugins) | more)
 
 
 def _rewards(source: str, plugins: dict[str, ModuleType]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from leapalign.errors import UserError
+from leapalign.errors import RunStopped, UserError
 from leapalign.evaluation.evaluate import Evaluation, compare, evaluate, report, score
 from leapalign.evaluation.folders import read_pictures, write_pictures
 from leapalign.evaluation.sampling import Sampling, draw_images
@@ -35,6 +35,29 @@ def mean_red(images: torch.Tensor, texts: list[str]) -> torch.Tensor:
 
 def judged(wrong_every: int) -> Evaluation:
     return score(drawn(wrong_every), PROMPTS, rewards={"red": mean_red}, detector=detect, batch_size=5)
+
+
+def test_answers_without_a_number_are_counted_and_left_out_of_the_mean():
+    class InWords:
+        failures = 0  # what a reward that answers in words declares
+
+        def __call__(self, images, texts):
+            return torch.tensor([float("nan") if "cross" in text else 3.0 for text in texts])
+
+    images, failures = drawn(99), sum("cross" in p.text for p in PROMPTS)
+    found = report(score(images, PROMPTS, rewards={"words": InWords()}, detector=None))["rewards"]["words"]
+    assert found == {"mean": 3.0, "standard_error": 0.0, "num": len(PROMPTS), "failures": failures} and failures > 2
+    crosses = [p for p in PROMPTS if "cross" in p.text]
+    with pytest.raises(UserError, match="no readable number"):
+        score(images[: len(crosses)], crosses, rewards={"words": InWords()}, detector=None)
+
+
+def test_any_other_reward_that_is_nan_stops_with_the_prompt():
+    def broken(images, texts):
+        return torch.tensor([float("nan") if i == 3 else 1.0 for i in range(len(texts))])
+
+    with pytest.raises(RunStopped, match=f"the reward mine: nan for the prompt '{PROMPTS[3].text}'"):
+        score(drawn(99), PROMPTS, rewards={"mine": broken}, detector=None)
 
 
 def test_pictures_do_not_depend_on_the_batch(model_config) -> None:

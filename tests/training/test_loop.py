@@ -265,6 +265,26 @@ def test_a_folder_with_something_in_it_is_refused(tiny_run):
     assert (Path(run.out) / "thesis.txt").read_text() == "mine"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Unloadable:
+    """Stands for a model, prompts or a reward of many gigabytes."""
+
+    name: ClassVar[str] = "judge"
+    differentiable: ClassVar[bool] = False
+
+    def load(self, *_):
+        raise AssertionError("nothing is loaded before the run has been refused")
+
+
+def test_a_reward_without_gradient_is_refused_before_anything_is_loaded(tiny_run, tiny_module):
+    good = RewardTerm(reward=tiny_module.TinyReward(), threshold=2.0)
+    bad = RewardTerm(reward=Unloadable(), threshold=2.0)
+    run = tiny_run(model=Unloadable(), prompts=Unloadable(), rewards=(good, bad))
+    with pytest.raises(UserError, match="the reward judge has no gradient, and leapalign trains by") as refused:
+        loop.build(run)
+    assert "leapalign evaluate --reward judge" in str(refused.value) and "differentiable one" in str(refused.value)
+
+
 def test_an_unknown_device_is_a_sentence(tiny_run):
     with pytest.raises(UserError, match="device 'gpu'"):
         loop.train(tiny_run(device="gpu"))

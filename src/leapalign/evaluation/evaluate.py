@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from leapalign.errors import UserError
+from leapalign.errors import RunStopped, UserError
 from leapalign.evaluation.geneval import Detection, Verdict, judge, overall, paired_difference, summary
 from leapalign.evaluation.sampling import Sampling, draw_images
 from leapalign.prompts import Prompt
@@ -72,7 +72,20 @@ def score(
     texts = [prompt.text for prompt in prompts]
     parts = [slice(start, start + batch_size) for start in range(0, len(texts), batch_size)]
     values = {name: torch.cat([r(images[p], texts[p]).float().cpu() for p in parts]) for name, r in rewards.items()}
+    for name, reward in rewards.items():
+        _check(name, reward, values[name], texts)
     return Evaluation(prompts=tuple(prompts), images=images, detections=detections, verdicts=verdicts, rewards=values)
+
+
+def _check(name: str, reward: Any, values: Tensor, texts: list[str]) -> None:
+    """A reward that answers in words counts its answers without a number (`failures`); of any other NaN is an error."""
+    missing = (~values.isfinite()).nonzero().flatten().tolist()
+    if missing and not hasattr(reward, "failures"):
+        raise RunStopped(f"the reward {name}: {values[missing[0]]} for the prompt {texts[missing[0]]!r}")
+    if len(missing) == len(values):
+        raise UserError(
+            f"the reward {name} gave no readable number for any of {len(values)} pictures; are its weights right?"
+        )
 
 
 def _metadata(prompt: Prompt) -> dict[str, Any]:
@@ -123,11 +136,12 @@ def _pair(before: dict[str, Any], after: dict[str, Any], key: str, change: tuple
 
 
 def _mean(values: Tensor) -> dict[str, Any]:
+    """Over the numbers there are; `failures` counts the pictures without one."""
     mean, error = _change(values)
-    return {"mean": mean, "standard_error": error, "num": len(values)}
+    return {"mean": mean, "standard_error": error, "num": len(values), "failures": int(values.isnan().sum())}
 
 
 def _change(values: Tensor) -> tuple[float, float]:
-    """Mean and its standard error; of one value there is none (0)."""
-    array = values.double().numpy()
+    """Mean and its standard error over what is not NaN; of one value there is none (0)."""
+    array = values[~values.isnan()].double().numpy()
     return float(array.mean()), float(array.std(ddof=1) / np.sqrt(len(array))) if len(array) > 1 else 0.0

@@ -38,22 +38,9 @@ def load_model(name: str, folder: str, device: str, dtype: str) -> tuple[CLIPMod
     from transformers import CLIPModel
 
     target = torch_dtype(name, dtype)
-    check_architecture(name, folder)
-    try:
-        model, report = cast(Any, CLIPModel).from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"{name}: {folder} has no weights that CLIPModel can read (model.safetensors): {error}"
-        ) from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise UserError(
-            f"{name}: {folder} lacks {len(missing)} weights of a CLIPModel, e.g. {missing[0]}; save it whole"
-        )
+    model = read_model(name, folder, CLIPModel, "clip", torch.float32)
     scale = math.exp(float(model.logit_scale.detach()))  # in bfloat16 ln(100) would be off by 1 %
-    return model.requires_grad_(False).eval().to(device, target), scale
+    return model.to(device, target), scale
 
 
 def torch_dtype(name: str, dtype: str) -> torch.dtype:
@@ -62,15 +49,33 @@ def torch_dtype(name: str, dtype: str) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def check_architecture(name: str, folder: str) -> None:
+def read_model(name: str, folder: str, model_class: type, model_type: str, dtype: torch.dtype) -> Any:
+    """A transformers model of a folder or hub id, frozen and in eval mode. UserError unless it is there as a whole."""
+    kind = model_class.__name__
+    check_architecture(name, folder, kind, model_type)
+    try:
+        model, report = cast(Any, model_class).from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{name}: {folder} has no weights that {kind} can read (model.safetensors): {error}") from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(f"{name}: {folder} lacks {len(missing)} weights of a {kind}, e.g. {missing[0]}; save it whole")
+    return model.requires_grad_(False).eval()
+
+
+def check_architecture(name: str, folder: str, kind: str, model_type: str) -> dict[str, Any]:
+    """The folder's config.json. UserError unless it is there and of that type."""
     config = read_json(folder, "config.json")
     if not config:
         raise UserError(
-            f"{name}: no config.json at {folder!r}; expected a local folder of a transformers CLIPModel, or a hub id "
+            f"{name}: no config.json at {folder!r}; expected a local folder of a transformers {kind}, or a hub id "
             "that can be reached (HF_HUB_OFFLINE=1 forbids it). Give --path or fetch the model first"
         )
-    if config.get("model_type") != "clip":
-        raise UserError(f"{name}: {folder} is a {config.get('model_type')!r} model; expected 'clip' (CLIPModel)")
+    if config.get("model_type") != model_type:
+        raise UserError(f"{name}: {folder} is a {config.get('model_type')!r} model; expected {model_type!r} ({kind})")
+    return config
 
 
 def load_preprocess(name: str, folder: str, image_size: int, rounding: Rounding) -> Preprocess:

@@ -87,6 +87,7 @@ def train(run: Run, *, resume: bool = False, on_step: Callable[[Metrics], None] 
 
 def build(run: Run) -> Engine:
     """Load model, rewards and prompts, and encode every prompt that the run will meet."""
+    _refuse_without_gradient(run)
     device = resolve_device(run.device)
     prompts = run.prompts.load()
     model = run.model.load(device, run.dtype)
@@ -266,6 +267,16 @@ def reward_names(run: Run) -> list[str]:
         name = getattr(term.reward, "name", type(term.reward).__name__)
         names.append(name if name not in names else f"{name}-{len(names) + 1}")
     return names
+
+
+def _refuse_without_gradient(run: Run) -> None:
+    """Before anything is loaded; a reward of the user's own that does not say has one."""
+    for name, term in zip(reward_names(run), run.rewards):
+        if not getattr(term.reward, "differentiable", True):
+            raise UserError(
+                f"the reward {name} has no gradient, and {run.method.name} trains by the reward's gradient; use it in "
+                f"evaluation (leapalign evaluate --reward {name}), and train with a differentiable one (leapalign list)"
+            )
 
 
 def _checkpoint_blocks(policy: nn.Module) -> None:
