@@ -58,7 +58,7 @@ def load_hpsv2(
     vocabulary = config.text_config.vocab_size
     return ClipReward(
         name=name,
-        model=model.to(device, target),
+        model=model.to(device, target),  # type: ignore[call-arg]  # transformers types it as unbound
         preprocess=Preprocess(size=config.vision_config.image_size, fit="pad"),
         head=Head(),
         logit_scale=logit_scale,
