@@ -50,7 +50,7 @@ def between(captions: list[dict[str, Any]], scenes: list[Scene], rng: np.random.
     images, change = clean + mask * (ends - clean), (ends - clean).square()
     share = 1 - (mask * change).sum((1, 2, 3)) / change.sum((1, 2, 3))
     bent = torch.from_numpy(rng.random(len(scenes)) < BENT)
-    images[bent] = bend(clean[bent], rng)
+    images = torch.where(bent[:, None, None, None], bend(clean, rng), images)
     mixed = (share > LEAST) & (share < 1 - LEAST)
     return Between(images, ends, false & ~bent, ~false, share.masked_fill(bent, 1.0), bent | (mixed & ~false))
 
