@@ -32,9 +32,11 @@ from torch import Tensor, nn
 from leapalign.errors import UserError
 from leapalign.rewards.aesthetic_model import AestheticReward, AestheticScorer
 from leapalign.rewards.clip_model import ClipReward, Head
+from leapalign.rewards.hpsv3_model import PIXELS, HPSv3Model, HPSv3Reward
 from leapalign.rewards.imagereward_model import BlipReward, BlipScorer, imagereward_preprocess
 from leapalign.rewards.linear_head import WIDTHS, LinearHead
 from leapalign.rewards.preprocess import Preprocess
+from leapalign.rewards.qwen_vl import QwenPreprocess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,12 +133,46 @@ def imagereward() -> BlipReward:
     )
 
 
+HPSV3_VOCABULARY = 151_658  # <|Reward|> comes last
+
+
+def hpsv3(text_layers: int, vision_layers: int) -> Architecture:
+    """Qwen2-VL-7B with HPSv3's head; fewer layers than 28 and 32 are a cut of the same width, which fits in memory."""
+
+    def make() -> HPSv3Reward:
+        from transformers import Qwen2VLConfig, Qwen2VLModel
+
+        text = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": text_layers}
+        text |= {"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": HPSV3_VOCABULARY}
+        text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
+        vision = {"depth": vision_layers, "embed_dim": 1280, "hidden_size": 3584, "num_heads": 16, "patch_size": 14}
+        config = Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=151655)
+        return HPSv3Reward(
+            name="hpsv3",
+            model=HPSv3Model(Qwen2VLModel(config)),
+            preprocess=QwenPreprocess(min_pixels=PIXELS, max_pixels=PIXELS),
+            reward_token_id=HPSV3_VOCABULARY - 1,
+            chat=None,
+        )
+
+    def score(reward: HPSv3Reward, images: Tensor) -> Tensor:
+        """Ids as many as the instruction has (about 500) around the picture's tokens."""
+        num = reward.preprocess(images)[0].num_tokens
+        words = torch.randint(150_000, (500,))
+        ids = torch.cat([words, torch.full((num,), 151655), torch.tensor([HPSV3_VOCABULARY - 1])])
+        return reward.score_ids(images, [ids] * len(images))
+
+    return Architecture(make=make, score=score)
+
+
 ARCHITECTURES = {
     "pickscore": clip("pickscore", vit_h, Preprocess(size=224)),
     "hpsv2": clip("hpsv2", vit_h, Preprocess(size=224, fit="pad")),
     "clipscore": clip("clipscore", vit_l, Preprocess(size=224, rounding="half-even")),
     "aesthetic": Architecture(make=aesthetic, score=lambda reward, images: reward.score_images(images)),
     "imagereward": Architecture(make=imagereward, score=token_ids(30522, 35)),
+    "hpsv3": hpsv3(28, 32),
+    "hpsv3-cut": hpsv3(2, 2),  # 2 of 28 and 2 of 32 layers
 }
 
 

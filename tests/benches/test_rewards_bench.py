@@ -40,6 +40,18 @@ def test_sizes_are_the_published_checkpoints(bench, name, convert):
     }
 
 
+def test_hpsv3_has_the_published_shapes(bench):
+    stored = json.loads((golden("hpsv3") / "full_size_keys.json").read_text())["keys"]
+    model = bench.empty(bench.ARCHITECTURES["hpsv3"]).model
+    names = {
+        key.replace("backbone.", "").replace("language_model.", "model."): w for key, w in model.state_dict().items()
+    }
+    assert {key: list(weight.shape) for key, weight in names.items()} == {
+        key: shape for key, shape in stored.items() if key != "lm_head.weight"
+    }
+    assert bench.sizes(bench.ARCHITECTURES["hpsv3"])["parameters"] == 7_748_610_610
+
+
 def test_nothing_is_allocated_for_sizes(bench):
     for architecture in bench.ARCHITECTURES.values():
         assert {weight.device.type for weight in bench.empty(architecture).model.parameters()} == {"meta"}
