@@ -6,12 +6,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv test test-slow lint format demo wheel clean
+.PHONY: help venv test test-slow test-ocr lint format demo wheel clean
 
 help:
 	@echo "make venv       .venv with leapalign (editable), exact versions from constraints.txt, and the tools for tests"
 	@echo "make demo       align the embedded pipeline with the embedded reward: minutes on two CPU cores"
 	@echo "make test       the tests; make test-slow: those that take minutes as well"
+	@echo "make test-ocr   installs leapalign[ocr] (120 MB) and tests the OCR reward with its published weights"
 	@echo "make lint       ruff and pyright; make format: let ruff rewrite"
 	@echo "make wheel      the wheel, in dist/"
 
@@ -27,6 +28,10 @@ test: venv
 
 test-slow: venv
 	$(BIN)/python -m pytest -m "not gpu"
+
+test-ocr: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[ocr]"
+	$(BIN)/python -m pytest tests/rewards/test_ocr.py tests/evaluation/test_text_accuracy.py tests/contracts/test_rewards.py
 
 lint: venv
 	$(BIN)/ruff check .

@@ -43,7 +43,7 @@ class TextAccuracy:
         """onnxruntime chooses neither device nor dtype here: it runs on the CPU, in float32."""
         if importlib.util.find_spec("rapidocr") is None or importlib.util.find_spec("onnxruntime") is None:
             raise UserError(f"{self.name}: rapidocr or onnxruntime is missing; pip install 'leapalign[ocr]'")
-        from rapidocr import RapidOCR
+        from rapidocr import RapidOCR  # pyright: ignore[reportMissingImports]
 
         # Flags given to a call would stay for the next ones, so each judge has its own engine.
         flags = {"Global.use_det": self.detect, "Global.use_cls": False, "Global.log_level": "error"}
