@@ -22,7 +22,13 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from leapalign.errors import UserError
 
 Plugins = Mapping[str, types.ModuleType]  # the user's own files, by file name
-FOLDERS = {"model": "models", "method": "methods", "reward": "rewards", "prompts": "prompts"}  # of plug-in fields
+FOLDERS = {  # of plug-in fields
+    "model": "models",
+    "method": "methods",
+    "reward": "rewards",
+    "prompts": "prompts",
+    "tuning": "tuning",
+}
 
 
 def encode(value: Any) -> Any:

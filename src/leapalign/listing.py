@@ -9,7 +9,7 @@ import pkgutil
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-KINDS = ("methods", "models", "rewards", "recipes")
+KINDS = ("methods", "models", "rewards", "tuning", "recipes")
 
 
 def listing(kinds: Sequence[str]) -> dict[str, list[dict[str, Any]]]:

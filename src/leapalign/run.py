@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from leapalign.errors import UserError
+from leapalign.tuning.full import FULL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class Run:
     rewards: tuple[RewardTerm, ...]
     prompts: Any  # a dataclass of leapalign.prompts
     out: str  # the run's folder; must not exist or be empty
+    tuning: Any = FULL  # which weights are trained: a dataclass of leapalign.tuning
     steps: int = 300  # updates
     batch_size: int = 64  # samples an update
     micro_batch_size: int = 1  # samples at a time; divides batch_size and changes no result

@@ -6,7 +6,7 @@ inside its adapter. Importing this file costs nothing: torch comes with `load()`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -23,14 +23,49 @@ class Text:
     """Encoded prompts, as the transformers of diffusers take them."""
 
     tokens: Tensor  # [B, L, D]
-    pooled: Tensor  # [B, P]
+    pooled: Tensor | None = None  # [B, P]; families without pooled features have none
+    mask: Tensor | None = None  # [B, L] bool, True on the left: tokens that count; None = all
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Text:
+        """`function` on every tensor that there is."""
+        pooled, mask = self.pooled, self.mask
+        return Text(
+            function(self.tokens),
+            function(pooled) if pooled is not None else None,
+            function(mask) if mask is not None else None,
+        )
 
     def to(self, device: torch.device | str) -> Text:
-        return Text(self.tokens.to(device), self.pooled.to(device))
+        return self.map(lambda tensor: tensor.to(device))
 
     def expand(self, rows: int) -> Text:
         """One row becomes `rows` rows (a view)."""
-        return Text(self.tokens.expand(rows, -1, -1), self.pooled.expand(rows, -1))
+        return self.map(lambda tensor: tensor.expand(rows, *tensor.shape[1:]))
+
+    def row(self, i: int) -> Text:
+        """One prompt as a copy of its own (a view would keep its whole batch), without padding behind its mask."""
+        row = self.map(lambda tensor: tensor[i : i + 1].clone())
+        if row.mask is None:
+            return row
+        length = int(row.mask.sum())
+        return Text(row.tokens[:, :length].clone(), row.pooled, row.mask[:, :length].clone())
+
+    @staticmethod
+    def stack(rows: Sequence[Text]) -> Text:
+        """Rows to one batch; rows with masks are padded with zeros on the right to the longest of them."""
+        import torch
+        from torch.nn.functional import pad
+
+        longest = max(row.tokens.shape[1] for row in rows)
+        if rows[0].mask is not None:
+            rows = [_padded(row, longest - row.tokens.shape[1], pad) for row in rows]
+        names = [name for name in ("tokens", "pooled", "mask") if getattr(rows[0], name) is not None]
+        return Text(**{name: torch.cat([getattr(row, name) for row in rows]) for name in names})
+
+
+def _padded(row: Text, more: int, pad: Callable[..., Tensor]) -> Text:
+    assert row.mask is not None
+    return Text(pad(row.tokens, (0, 0, 0, more)), row.pooled, pad(row.mask, (0, more)))
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from leapalign.errors import UserError
 from leapalign.models.base import Text
+from leapalign.tuning.full import FULL
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from leapalign.models.folder import PipelineFolder
     from leapalign.models.pipeline import PipelineModel
+    from leapalign.tuning.base import Tuning
 
 TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 PATCH = 2  # latents a token, along each side
@@ -41,7 +43,7 @@ class Flux:
     max_sequence_length: int = 512  # T5 tokens
     decode_chunk: int = 1  # images decoded at a time; 0 = all
 
-    def load(self, device: str, dtype: str) -> PipelineModel:
+    def load(self, device: str, dtype: str, tuning: Tuning = FULL) -> PipelineModel:
         """Open the folder. Raises UserError on a folder, size or length that cannot work."""
         from leapalign.models import pipeline as pipe
         from leapalign.models.folder import open_folder
@@ -51,7 +53,7 @@ class Flux:
         if not 1 <= self.max_sequence_length <= 512:
             raise UserError(f"max_sequence_length {self.max_sequence_length}: expected 1 to 512")
         folder = open_folder(self.path, "FluxPipeline", ("transformer", "vae", "scheduler", *TEXT_PARTS))
-        policy, scheduler = pipe.load_policy(folder, device), pipe.load_scheduler(folder)
+        policy, scheduler = tuning.load_policy(folder, device, precision), pipe.load_scheduler(folder)
         decoder = pipe.load_decoder(folder, device, self.decode_chunk)
         factor = pipe.vae_factor(decoder.vae)
         pipe.check_size(self.height, self.width, factor * PATCH)

@@ -80,11 +80,6 @@ class PipelineModel:
         save_with(self.folder, self.policy, folder)
 
 
-def load_policy(folder: PipelineFolder, device: str) -> Any:
-    """The transformer: float32 master weights, trainable, in eval mode (no dropout between rollout and gradient)."""
-    return load_part(folder, "transformer", torch.float32).to(device).requires_grad_(True)
-
-
 def load_decoder(folder: PipelineFolder, device: str, chunk: int) -> Decoder:
     vae = load_part(folder, "vae", torch.float32).to(device)
     return Decoder(vae, float(vae.config.scaling_factor), float(vae.config.shift_factor or 0.0), chunk)

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from leapalign.errors import UserError
 from leapalign.models.base import Text
+from leapalign.tuning.full import FULL
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from leapalign.models.folder import PipelineFolder
     from leapalign.models.pipeline import PipelineModel
+    from leapalign.tuning.base import Tuning
 
 TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
 
@@ -40,7 +42,7 @@ class SD3:
     max_sequence_length: int = 256  # T5 tokens; 0 only without T5, and then leaves out its padding of zeros
     decode_chunk: int = 1  # images decoded at a time; 0 = all
 
-    def load(self, device: str, dtype: str) -> PipelineModel:
+    def load(self, device: str, dtype: str, tuning: Tuning = FULL) -> PipelineModel:
         """Open the folder. Raises UserError on a folder, size or length that cannot work."""
         from leapalign.models import pipeline as pipe
         from leapalign.models.folder import open_folder
@@ -51,7 +53,7 @@ class SD3:
             self.path, "StableDiffusion3Pipeline", ("transformer", "vae", "scheduler", *TEXT_PARTS[:4])
         )
         _check_sequence_length(self.max_sequence_length, "text_encoder_3" in folder.parts)
-        policy, scheduler = pipe.load_policy(folder, device), pipe.load_scheduler(folder)
+        policy, scheduler = tuning.load_policy(folder, device, precision), pipe.load_scheduler(folder)
         decoder = pipe.load_decoder(folder, device, self.decode_chunk)
         shape = _latent_shape(self, policy.config, pipe.vae_factor(decoder.vae))
         return pipe.PipelineModel(

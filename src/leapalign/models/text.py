@@ -36,8 +36,7 @@ class PromptCache:
     def __call__(self, prompts: Sequence[str]) -> Text:
         """[B, ...] on the device; loads the encoders if a prompt is new, and keeps them for the next new one."""
         self.fill(prompts)
-        rows = [self._rows[prompt] for prompt in prompts]
-        return Text(torch.cat([r.tokens for r in rows]), torch.cat([r.pooled for r in rows])).to(self._device)
+        return Text.stack([self._rows[prompt] for prompt in prompts]).to(self._device)
 
     def fill(self, prompts: Sequence[str]) -> None:
         """Encode those that are new."""
@@ -58,5 +57,4 @@ class PromptCache:
         with torch.no_grad():  # text encoders are frozen, and the cache outlives every graph
             text = self._encoder(prompts + prompts[-1:] * (BATCH - len(prompts))).to("cpu")
         for i, prompt in enumerate(prompts):
-            # copies: a view would keep its whole batch in memory
-            self._rows[prompt] = Text(text.tokens[i : i + 1].clone(), text.pooled[i : i + 1].clone())
+            self._rows[prompt] = text.row(i)

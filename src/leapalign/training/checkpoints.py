@@ -93,11 +93,8 @@ def check_unchanged(run: Run) -> None:
     """Refuse to go on with settings other than those of the newest checkpoint, and list them."""
     if not _complete(run):
         return
-    try:
-        old = json.loads((_complete(run)[-1] / "run.json").read_text())
-    except (OSError, ValueError):
-        return  # damaged: `restore` says so
-    new = encode(run)
+    _read_state(_complete(run)[-1], run)  # a flipped bit in its run.json would look like a changed setting
+    old, new = json.loads((_complete(run)[-1] / "run.json").read_text()), encode(run)
     if config_hash(old) != config_hash(new):
         changes = "\n  ".join(differences(trajectory(old), trajectory(new)))
         raise UserError(

@@ -90,7 +90,7 @@ def build(run: Run) -> Engine:
     _refuse_without_gradient(run)
     device = resolve_device(run.device)
     prompts = run.prompts.load()
-    model = run.model.load(device, run.dtype)
+    model = run.model.load(device, run.dtype, run.tuning)
     model.prepare(batches.prompts_used(run, prompts))
     if run.graph == "blocks":
         _checkpoint_blocks(model.policy)
