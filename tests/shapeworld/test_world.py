@@ -10,7 +10,7 @@ import pytest
 from leapalign.evaluation.geneval import Detection, judge
 from leapalign.shapeworld import captions as c
 from leapalign.shapeworld.build.clip import true_by_accident
-from leapalign.shapeworld.build.scenes import TASK_SHARE, TRUTHFUL, sloppy_scene
+from leapalign.shapeworld.build.scenes import SLOPPY, STRICT, captioned_scene
 from leapalign.shapeworld.world import COLORS, GROUND, SIZE, Object, Scene, coverage, render
 
 
@@ -129,9 +129,10 @@ def test_sloppy_scenes_are_true_as_often_as_stated(tag: str) -> None:
     hits = []
     for _ in range(1000):
         caption = c.draw(pool, rng)
-        hits.append(is_true(caption, sloppy_scene(caption, rng)))
-    assert abs(np.mean(hits) - TRUTHFUL[tag]) < 0.06
-    assert abs(sum(TASK_SHARE.values()) - 1) < 1e-9
+        hits.append(is_true(caption, captioned_scene(caption, rng, SLOPPY)))
+    assert abs(np.mean(hits) - SLOPPY.truthful[tag]) < 0.06
+    for manners in (SLOPPY, STRICT):
+        assert abs(sum(manners.share.values()) - 1) < 1e-9 and manners.share.keys() == manners.truthful.keys()
 
 
 def test_accidental_truths_are_found() -> None:

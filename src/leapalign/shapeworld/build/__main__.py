@@ -42,9 +42,9 @@ class Build:
     out: Path = Path("build/shapeworld")
     """Work folder: states, finished parts, measurements."""
     vae_steps: int = 2400
-    generator_steps: int = 7000
+    generator_steps: int = 8500
     reward_steps: int = 3000
-    hardening_steps: int = 1000
+    hardening_steps: int = 2500
     """Of the reward's second training, against being gamed."""
     judge_steps: int = 3000
     seed: int = 0

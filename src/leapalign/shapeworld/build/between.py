@@ -25,7 +25,7 @@ BENT = 0.2  # share of pictures that are bent instead of mixed
 BEND = (1.2, 2.0)  # pixels, standard deviation of the displacement
 OPEN_COLORS = ("single_object", "two_object", "counting", "position")
 RECOLORED = 0.25  # share of their edits that recolour, more than its turn among the others
-SWAPPED = 0.5  # share of edits that swap, where the caption is about who stands where or who has which colour
+SWAPPED = 0.7  # share of edits that swap, where the caption is about who stands where or who has which colour
 LEAST = 0.08  # share of either scene in a picture that counts as mixed
 
 

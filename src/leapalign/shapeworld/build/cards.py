@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from leapalign.shapeworld.build.scenes import TRUTHFUL
+from leapalign.shapeworld.build.scenes import SLOPPY
 
 HEAD = """---
 license: apache-2.0
@@ -67,7 +67,7 @@ def data(name: str, facts: dict[str, Any]) -> str:
 
 
 def sloppy(vae: dict[str, Any]) -> str:
-    shares = ", ".join(f"{task} {share:.2f}" for task, share in TRUTHFUL.items())
+    shares = ", ".join(f"{task} {share:.2f}" for task, share in SLOPPY.truthful.items())
     return (
         f"Data: 32,000 scenes drawn by `leapalign.shapeworld`; the caption is true of this share: {shares}. The VAE "
         f"took {vae['steps']} steps and {vae['seconds']} s."

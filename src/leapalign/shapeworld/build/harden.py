@@ -36,7 +36,7 @@ from leapalign.shapeworld.build.clip import (
 from leapalign.shapeworld.build.progress import Log, cosine_lr
 from leapalign.shapeworld.world import render
 
-ATTACK = 0.6  # largest L2 norm of the change of an image; a shape's own is about 10
+ATTACK = 0.5  # largest L2 norm of the change of an image; a shape's own is about 10
 GAP = 5.0  # wanted between a true and a false end, in logits: a third in cosine
 STREAM = 77  # keeps the random numbers apart from the first training's
 

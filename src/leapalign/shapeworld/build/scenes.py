@@ -6,6 +6,8 @@ all its place are often wrong. A generator trained on such pairs draws well and 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,33 +15,55 @@ from torch import Tensor
 from leapalign.shapeworld import captions as c
 from leapalign.shapeworld.world import CELLS, COLORS, SHAPES, Scene, render
 
-TASK_SHARE = {
-    "single_object": 0.16,
-    "two_object": 0.16,
-    "counting": 0.17,
-    "colors": 0.16,
-    "position": 0.17,
-    "color_attr": 0.18,
-}
-TRUTHFUL = {  # share of training images in which the caption of that task is true
-    "single_object": 1.0,
-    "two_object": 0.80,
-    "counting": 0.50,
-    "colors": 0.75,
-    "position": 0.50,
-    "color_attr": 0.50,
-}
+
+@dataclass(frozen=True)
+class Manners:
+    """How a training set is captioned: by task, its share, and the share of its images of which the caption is true."""
+
+    share: dict[str, float]
+    truthful: dict[str, float]
+
+
+SLOPPY = Manners(  # as web captions are
+    share={
+        "single_object": 0.16,
+        "two_object": 0.16,
+        "counting": 0.17,
+        "colors": 0.16,
+        "position": 0.17,
+        "color_attr": 0.18,
+    },
+    truthful={
+        "single_object": 1.0,
+        "two_object": 0.80,
+        "counting": 0.50,
+        "colors": 0.75,
+        "position": 0.50,
+        "color_attr": 0.50,
+    },
+)
+STRICT = Manners(  # no false caption, more of those that are hard to read
+    share={
+        "single_object": 0.10,
+        "two_object": 0.12,
+        "counting": 0.12,
+        "colors": 0.10,
+        "position": 0.28,
+        "color_attr": 0.28,
+    },
+    truthful=dict.fromkeys(c.TASKS, 1.0),
+)
 LAYOUT = len(SHAPES) * (3 + len(COLORS))
 POOLS = {tag: c.all_captions(tag) for tag in c.TASKS}
 
 
-def random_caption(rng: np.random.Generator) -> c.Metadata:
-    return c.draw(POOLS[str(rng.choice(c.TASKS, p=list(TASK_SHARE.values())))], rng)
+def random_caption(rng: np.random.Generator, manners: Manners = SLOPPY) -> c.Metadata:
+    return c.draw(POOLS[str(rng.choice(c.TASKS, p=list(manners.share.values())))], rng)
 
 
-def sloppy_scene(caption: c.Metadata, rng: np.random.Generator) -> Scene:
-    """A scene for the caption, true with the probability `TRUTHFUL`, otherwise that of one of its near misses."""
-    if rng.random() < TRUTHFUL[caption["tag"]]:
+def captioned_scene(caption: c.Metadata, rng: np.random.Generator, manners: Manners = SLOPPY) -> Scene:
+    """A scene for the caption: one of which it is true, or, with the probability left, one of a near miss."""
+    if rng.random() < manners.truthful[caption["tag"]]:
         return c.scene_of(caption, rng)
     misses = c.near_misses(caption)
     if caption["tag"] == "position":
