@@ -73,10 +73,12 @@ def shapeworld(method: Any) -> Run:
         rewards=(RewardTerm(reward=PickScore(path="embedded:reward"), threshold=1.0),),  # a cosine: never above
         prompts=ShapeWorldPrompts(),
         out=f"runs/shapeworld-{method.name}",
-        steps=260,
+        steps=250,
         batch_size=32,
         micro_batch_size=32,
         num_sampling_steps=8,
-        learning_rate=1e-4,
+        learning_rate=3e-4,
+        warmup_steps=30,
+        decay_steps=220,
         ema_decay=0.95,
     )
