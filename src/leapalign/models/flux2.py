@@ -1,8 +1,8 @@
 """FLUX.2 [klein] through diffusers' own classes: any Flux2KleinPipeline folder, step-distilled or not.
 
-Latents are [B, 4C, H/16, W/16], as the pipeline draws them: 2 x 2 patches of the VAE's latents as channels, normalised by
-the VAE's batch-norm statistics. Positions have four axes (time, row, column, text). The text is a Qwen3's hidden
-states after three of its layers, side by side; its padding counts, as in the pipeline, so every prompt has
+Latents are [B, 4C, H/16, W/16], as the pipeline draws them: 2 x 2 patches of the VAE's latents as channels, normalised
+by the VAE's batch-norm statistics. Positions have four axes (time, row, column, text). The text is the hidden states
+of a Qwen3 after three of its layers, side by side; its padding counts, as in the pipeline, so every prompt has
 `max_sequence_length` tokens.
 
 Departures from the pipeline's `__call__`: sizes that do not fit are refused instead of rounded, latents, times and the

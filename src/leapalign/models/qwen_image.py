@@ -8,8 +8,9 @@ The VAE is one for video. A single frame needs neither its feature cache (change
 forward during backward would have to be trusted to reset it) nor its last clamp to [-1, 1] (zero gradient outside):
 here its decoder is called without both, which gives the same pixels and is a function of the latents alone.
 
-Departures from the pipeline's `__call__`: sizes that do not fit are refused instead of rounded; latents, times, guidance
-and the Euler sum stay in float32 under bfloat16; one step has the grid 1, 0, where the pipeline's is not a number.
+Departures from the pipeline's `__call__`: sizes that do not fit are refused instead of rounded; latents, times,
+guidance and the Euler sum stay in float32 under bfloat16; a prompt is encoded without its neighbours' padding; one step
+has the grid 1, 0, where the pipeline's is not a number.
 
 By construction the last block's text stream has no gradient after its keys and values (`add_q_proj`, `norm_added_q`,
 `to_add_out`, `txt_mlp`): what they make is thrown away.
