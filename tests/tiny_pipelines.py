@@ -190,7 +190,7 @@ def qwen_vae(seed: int) -> nn.Module:
         base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True],
         latents_mean=[-0.7, 0.1, 1.5, 0.4], latents_std=[2.8, 0.6, 1.2, 1.9],
     )  # fmt: skip
-    return randomise(model, seed, gain=2.0)
+    return randomise(model, seed, gain=1.5)
 
 
 def sd3_pipeline(

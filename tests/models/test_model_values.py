@@ -237,8 +237,8 @@ def test_bfloat16_is_close_and_keeps_float32_masters(name: str, request: pytest.
     prompts = case.prompts
     folder = request.getfixturevalue(case.folder)
     exact, coarse = load(case, folder), load(case, folder, "bfloat16")
-    # 0.75 is a bfloat16 number: Qwen-Image rounds its time to one, which at 0.7 and random weights changes v by a third
-    x, sigma = exact.noise(generators()), torch.tensor(0.75)
+    # 0.5 and 500 are bfloat16 numbers; FLUX and Qwen-Image round their time, which here could change v by a third
+    x, sigma = exact.noise(generators()), torch.tensor(0.5)
     v, v_coarse = (m.velocity(m.encode(prompts))(x, sigma) for m in (exact, coarse))
     error = (v - v_coarse).norm() / v.norm()
     assert v_coarse.dtype == torch.float32 and 1e-4 < error < 0.1  # measured 0.01 to 0.04: bf16 it really is
