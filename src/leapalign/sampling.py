@@ -55,9 +55,18 @@ def model_config(source: str, plugins: dict[str, ModuleType]) -> tuple[Any, int]
 def _family(source: str) -> Callable[[str], Any]:
     """The model class that opens this pipeline."""
     from leapalign.models.flux import Flux
+    from leapalign.models.flux2 import Flux2Klein
+    from leapalign.models.qwen_image import QwenImage
     from leapalign.models.sd3 import SD3
+    from leapalign.models.z_image import ZImage
 
-    families = {"StableDiffusion3Pipeline": SD3, "FluxPipeline": Flux}
+    families = {
+        "StableDiffusion3Pipeline": SD3,
+        "FluxPipeline": Flux,
+        "Flux2KleinPipeline": Flux2Klein,
+        "QwenImagePipeline": QwenImage,
+        "ZImagePipeline": ZImage,
+    }
     name = _class_name(source)
     if name not in families:
         raise UserError(f"{source}: it holds a {name}; expected one of {', '.join(families)}")

@@ -18,12 +18,16 @@ import leapalign.models
 import tiny_pipelines as tiny
 from leapalign.flow.rollout import rollout
 from leapalign.models.flux import Flux
+from leapalign.models.flux2 import Flux2Klein
 from leapalign.models.pipeline import PipelineModel
+from leapalign.models.qwen_image import QwenImage
 from leapalign.models.sd3 import SD3
+from leapalign.models.z_image import ZImage
 
 HELPERS = {"base", "text", "decode", "guidance", "folder", "pipeline"}  # files of the folder that hold no family
-PROMPTS = ["a red circle", "two blue star left of the green square"]
+PROMPTS = ["a red circle", "two blue star left of the green square above" + 3 * " and a photo of the square"]
 SIZE: dict[str, Any] = {"height": 16, "width": 24, "max_sequence_length": 5, "decode_chunk": 1}
+CHAT: dict[str, Any] = SIZE | {"max_sequence_length": 48}  # room for the second prompt in its chat format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +39,15 @@ class Case:
 
 # The last SD3 block computes text queries and drops them, so what makes them cannot matter.
 UNUSED_QUERIES = ("1.attn.add_q_proj.weight", "1.attn.add_q_proj.bias", "1.attn.norm_added_q.weight")
+# Qwen-Image's drops its whole text stream: all that is behind the keys and values of that stream.
+UNUSED_TEXT = (
+    *UNUSED_QUERIES,
+    *(
+        f"1.{part}.{kind}"
+        for part in ("attn.to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+        for kind in ("weight", "bias")
+    ),
+)
 CASES = {
     "sd3": Case(
         tiny.sd3_pipeline, lambda folder: SD3(path=folder, guidance_scale=3.0, **SIZE), without_gradient=UNUSED_QUERIES
@@ -48,6 +61,23 @@ CASES = {
     "flux schnell": Case(
         lambda: tiny.flux_pipeline(guidance_embeds=False), lambda folder: Flux(path=folder, true_cfg_scale=2.0, **SIZE)
     ),
+    "sd3-m": Case(
+        lambda: tiny.sd3_pipeline(dual=(), qk_norm=None),
+        lambda folder: SD3(path=folder, guidance_scale=3.0, **SIZE),
+        without_gradient=UNUSED_QUERIES,
+    ),
+    "flux2": Case(tiny.flux2_pipeline, lambda folder: Flux2Klein(path=folder, text_layers=(1, 2, 4), **CHAT)),
+    "flux2 distilled": Case(
+        lambda: tiny.flux2_pipeline(distilled=True),
+        lambda folder: Flux2Klein(path=folder, text_layers=(1, 2, 4), **CHAT),
+    ),
+    "qwen-image": Case(
+        tiny.qwen_image_pipeline, lambda folder: QwenImage(path=folder, **CHAT), without_gradient=UNUSED_TEXT
+    ),
+    "z-image": Case(
+        tiny.z_image_pipeline, lambda folder: ZImage(path=folder, guidance_scale=2.0, cfg_normalization=1.0, **CHAT)
+    ),
+    "z-image turbo": Case(tiny.z_image_pipeline, lambda folder: ZImage(path=folder, guidance_scale=0.0, **CHAT)),
 }
 
 

@@ -6,6 +6,7 @@ chunk's graph, uses it and frees it. The gradient does not depend on the chunk.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,18 +21,27 @@ def straight_through_clamp(x: Tensor) -> Tensor:
     return x.clamp(0, 1).detach() + (x - x.detach())
 
 
+def plain_decode(vae: Any, z: Tensor) -> Tensor:
+    return vae.decode(z, return_dict=False)[0]
+
+
 @dataclass(frozen=True)
 class Decoder:
     """A VAE and its latents' normalisation; weights frozen, arithmetic in float32."""
 
-    vae: Any  # AutoencoderKL
-    scale: float  # latents = (encoded - shift) * scale
-    shift: float
+    vae: Any
+    scale: float | Tensor  # latents = (encoded - shift) * scale; numbers, or a number a channel [C, 1, 1]
+    shift: float | Tensor
     chunk: int  # images at a time; 0 = all
+    call: Callable[[Any, Tensor], Tensor] = plain_decode  # vae, encoded [n, C, h, w] -> [n, 3, H, W], black -1, white 1
 
     def __call__(self, latents: Tensor) -> Tensor:
         chunks = latents.split(self.chunk or len(latents))
         return torch.cat([self._checkpointed(z) for z in chunks])  # [N, 3, H, W]
+
+    def encoded(self, latents: Tensor) -> Tensor:
+        """Latents as the VAE has them, [n, C, h, w] float32."""
+        return latents.float() / self.scale + self.shift
 
     def _checkpointed(self, z: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and z.requires_grad):
@@ -41,5 +51,5 @@ class Decoder:
 
     def _pixels(self, z: Tensor) -> Tensor:
         with torch.autocast(z.device.type, enabled=False):  # half precision shows as blocks and bands in pixels
-            decoded = self.vae.decode(z.float() / self.scale + self.shift, return_dict=False)[0]
+            decoded = self.call(self.vae, self.encoded(z))
         return straight_through_clamp(decoded * 0.5 + 0.5)

@@ -95,16 +95,10 @@ def predict(policy: nn.Module, x: Tensor, time: Tensor, text: Text, guidance_sca
 
 def sigma_grid(scheduler: Any, num_steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
     """As the pipeline asks for it: explicit sigmas 1 ... 1/T, shifted by mu of the number of image tokens."""
-    import numpy as np
-    from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+    from leapalign.models.pipeline import shift_mu, spaced_grid
 
-    config = scheduler.config
-    lengths = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    shifts = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    mu = calculate_shift((latent_shape[1] // PATCH) * (latent_shape[2] // PATCH), *lengths, *shifts)
-    explicit = None if config.get("use_flow_sigmas") else np.linspace(1.0, 1 / num_steps, num_steps)
-    retrieve_timesteps(scheduler, num_steps, sigmas=explicit, mu=mu)  # pyright: ignore  # sigmas: array, not list
-    return scheduler.sigmas
+    image_tokens = (latent_shape[1] // PATCH) * (latent_shape[2] // PATCH)
+    return spaced_grid(scheduler, num_steps, shift_mu(scheduler, image_tokens))
 
 
 def _text_encoder(folder: PipelineFolder, policy: Any, length: int, dtype: Any) -> Any:

@@ -1,12 +1,14 @@
 """Classifier-free guidance (arXiv:2207.12598) as part of the velocity: v = v_neg + scale * (v_prompt - v_neg).
 
-The branches are two forwards of B rows, not one of 2B: half the memory, and `cfg_grad` can then drop the graph of
-the negative branch without changing a bit of the value.
+A family may make something else of the two branches: its `combine`, a pure function of them, is differentiated with
+everything in it. The branches are two forwards of B rows, not one of 2B: half the memory, and `cfg_grad` can then drop
+the graph of the negative branch without changing a bit of the value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,21 +20,46 @@ if TYPE_CHECKING:
     from leapalign.flow.rollout import Velocity
 
 Predict = Callable[[Tensor, Tensor, Text], Tensor]  # (x [B, ...], sigma [], text [B, ...]) -> v [B, ...]
+Combine = Callable[[Tensor, Tensor, float], Tensor]  # (v of the prompts, v of the negative prompt, scale) -> v
 
 
-def guided(predict: Predict, conditioning: Conditioning, scale: float, *, through_both: bool) -> Velocity:
+def linear(v: Tensor, v_negative: Tensor, scale: float) -> Tensor:
+    return v_negative + scale * (v - v_negative)
+
+
+def always(sigma: Tensor) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """When there are two branches, and what is made of them."""
+
+    scale: float
+    through_both: bool  # False: no gradient through the negative branch, which then counts as a constant
+    negative_prompt: str
+    combine: Combine = linear
+    neutral: float = 1.0  # a scale of at most this means one branch and no negative prompt
+    applies: Callable[[Tensor], bool] = always  # at this sigma; elsewhere one branch
+
+    @property
+    def active(self) -> bool:
+        return self.scale > self.neutral
+
+
+def guided(predict: Predict, conditioning: Conditioning, guidance: Guidance) -> Velocity:
     """Velocity after guidance; without a negative prompt, one forward."""
     prompts, negative = conditioning.prompts, conditioning.negative
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
         _check_rows(x, prompts)
         v = predict(x, sigma, prompts)
-        if negative is None:
+        if negative is None or not guidance.applies(sigma):
             return v
-        # without this graph, d v = scale * d v_prompt: the negative branch counts as a constant
-        with torch.set_grad_enabled(torch.is_grad_enabled() and through_both):
+        # without this graph, all that depends on v_negative alone is a constant; the value stays the same
+        with torch.set_grad_enabled(torch.is_grad_enabled() and guidance.through_both):
             v_negative = predict(x, sigma, negative.expand(len(x)))
-        return v_negative + scale * (v - v_negative)
+        return guidance.combine(v, v_negative, guidance.scale)
 
     return velocity
 

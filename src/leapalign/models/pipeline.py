@@ -14,26 +14,13 @@ from leapalign.errors import UserError
 from leapalign.models.base import Conditioning, Text
 from leapalign.models.decode import Decoder
 from leapalign.models.folder import PipelineFolder, load_part, save_with
-from leapalign.models.guidance import guided, in_precision
-from leapalign.models.text import PromptCache
+from leapalign.models.guidance import Guidance, guided, in_precision
+from leapalign.models.text import Encoder, PromptCache
 
 if TYPE_CHECKING:
     from leapalign.flow.rollout import Velocity
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """True classifier-free guidance; a scale of at most 1 means one branch and no negative prompt, as in diffusers."""
-
-    scale: float
-    through_both: bool
-    negative_prompt: str
-
-    @property
-    def active(self) -> bool:
-        return self.scale > 1
 
 
 @dataclass(eq=False)
@@ -71,7 +58,7 @@ class PipelineModel:
 
     def velocity(self, conditioning: Conditioning) -> Velocity:
         predict = in_precision(lambda x, sigma, text: self.predict(self.policy, x, sigma, text), self.dtype)
-        return guided(predict, conditioning, self.guidance.scale, through_both=self.guidance.through_both)
+        return guided(predict, conditioning, self.guidance)
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.decoder(latents)
@@ -81,8 +68,39 @@ class PipelineModel:
 
 
 def load_decoder(folder: PipelineFolder, device: str, chunk: int) -> Decoder:
+    """For a VAE that is normalised by two numbers of its configuration."""
     vae = load_part(folder, "vae", torch.float32).to(device)
     return Decoder(vae, float(vae.config.scaling_factor), float(vae.config.shift_factor or 0.0), chunk)
+
+
+def load_vae(folder: PipelineFolder, device: str, kind: str) -> Any:
+    """A VAE whose normalisation the family reads itself, so it must be of this class. Raises UserError."""
+    found = folder.parts["vae"][1]
+    if found != kind:
+        raise UserError(f"{folder.path}: its VAE is a {found}, expected {kind}; take the VAE of the model's own folder")
+    return load_part(folder, "vae", torch.float32).to(device)
+
+
+def load_chat_tokenizer(folder: PipelineFolder) -> Any:
+    """Raises UserError where it has no chat template to put the prompts in."""
+    tokenizer = load_part(folder, "tokenizer")
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(f"{folder.path / 'tokenizer'} has no chat template (chat_template.jinja); copy it completely")
+    return tokenizer
+
+
+def each_alone(encode: Callable[[str], Text]) -> Encoder:
+    """Language models as text encoders: one prompt at a time.
+
+    So an embedding does not depend on its neighbours, to whose length a batch would be padded, and the hidden states
+    of all layers (and logits, where the class computes them) are those of one prompt.
+    """
+
+    def encode_all(prompts: list[str]) -> Text:
+        rows = {prompt: encode(prompt) for prompt in dict.fromkeys(prompts)}
+        return Text.stack([rows[prompt] for prompt in prompts])
+
+    return encode_all
 
 
 def load_scheduler(folder: PipelineFolder) -> Any:
@@ -96,6 +114,23 @@ def load_scheduler(folder: PipelineFolder) -> Any:
         if scheduler.config.get(switch):
             raise UserError(f"{folder.path}: the scheduler has {switch} on; leaps need the plain ODE, switch it off")
     return scheduler
+
+
+def shift_mu(scheduler: Any, image_tokens: int, max_shift: float = 1.15) -> float:
+    """mu of the scheduler's dynamic shift: a line through two lengths of the image; defaults as in the pipelines."""
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+    config = scheduler.config
+    lengths = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    return calculate_shift(image_tokens, *lengths, config.get("base_shift", 0.5), config.get("max_shift", max_shift))
+
+
+def spaced_grid(scheduler: Any, num_steps: int, mu: float) -> Tensor:
+    """1 ... 1/T in even steps, shifted by the scheduler: how most pipelines ask for their grid."""
+    import numpy as np
+
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
+    return scheduler.sigmas  # [T+1], descending
 
 
 def vae_factor(vae: Any) -> int:

@@ -83,15 +83,10 @@ def predict(policy: nn.Module, x: Tensor, time: Tensor, text: Text) -> Tensor:
 
 def sigma_grid(scheduler: Any, num_steps: int, latent_shape: tuple[int, int, int], patch: int) -> Tensor:
     """As the pipeline asks for it: by number of steps, so that the scheduler applies its static shift twice."""
-    from diffusers.pipelines.stable_diffusion_3 import pipeline_stable_diffusion_3 as sd3
+    from leapalign.models.pipeline import shift_mu
 
-    config, mu = scheduler.config, {}
-    if config.get("use_dynamic_shifting"):
-        image_tokens = (latent_shape[1] // patch) * (latent_shape[2] // patch)
-        lengths = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        shifts = config.get("base_shift", 0.5), config.get("max_shift", 1.16)
-        mu = {"mu": sd3.calculate_shift(image_tokens, *lengths, *shifts)}
-    sd3.retrieve_timesteps(scheduler, num_steps, **mu)
+    image_tokens = (latent_shape[1] // patch) * (latent_shape[2] // patch)
+    scheduler.set_timesteps(num_steps, mu=shift_mu(scheduler, image_tokens, max_shift=1.16))  # mu: if it is dynamic
     return scheduler.sigmas
 
 

@@ -1,0 +1,164 @@
+"""FLUX.2 [klein] through diffusers' own classes: any Flux2KleinPipeline folder, step-distilled or not.
+
+Latents are [B, 4C, H/16, W/16], as the pipeline draws them: 2 x 2 patches of the VAE's latents as channels, normalised
+by the VAE's batch-norm statistics. Positions have four axes (time, row, column, text). The text is the hidden states
+of a Qwen3 after three of its layers, side by side; its padding counts, as in the pipeline, so every prompt has
+`max_sequence_length` tokens.
+
+Departures from the pipeline's `__call__`: sizes that do not fit are refused instead of rounded, latents, times and the
+Euler sum stay in float32 under bfloat16, and the negative prompt may be another than "".
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from leapalign.errors import UserError
+from leapalign.models.base import Text
+from leapalign.tuning.full import FULL
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from leapalign.models.decode import Decoder
+    from leapalign.models.folder import PipelineFolder
+    from leapalign.models.pipeline import PipelineModel
+    from leapalign.tuning.base import Tuning
+
+PATCH = 2  # latents of the VAE in one of ours, along each side
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flux2Klein:
+    """A Flux2KleinPipeline folder or hub id."""
+
+    name: ClassVar[str] = "flux2-klein"
+
+    path: str
+    height: int = 1024  # pixels
+    width: int = 1024  # pixels
+    guidance_scale: float = 4.0  # at most 1: one branch; unused where the pipeline is distilled (`is_distilled`)
+    cfg_grad: Literal["both", "cond"] = "both"  # gradient through both branches or the prompt's alone; same value
+    negative_prompt: str = ""
+    max_sequence_length: int = 512  # tokens of the text, always filled up
+    text_layers: tuple[int, ...] = (9, 18, 27)  # whose hidden states the transformer sees; 0 is the word embedding
+    decode_chunk: int = 1  # images decoded at a time; 0 = all
+
+    def load(self, device: str, dtype: str, tuning: Tuning = FULL) -> PipelineModel:
+        """Open the folder. Raises UserError on a folder, size, length or layer that cannot work."""
+        from leapalign.models import pipeline as pipe
+        from leapalign.models.folder import open_folder
+        from leapalign.models.text import PromptCache
+
+        precision = pipe.parse_dtype(dtype)
+        if not 1 <= self.max_sequence_length <= 512:
+            raise UserError(f"max_sequence_length {self.max_sequence_length}: expected 1 to 512")
+        folder = open_folder(
+            self.path, "Flux2KleinPipeline", ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
+        )
+        policy, scheduler = tuning.load_policy(folder, device, precision), pipe.load_scheduler(folder)
+        _check_layers(self.text_layers, folder, policy.config.joint_attention_dim)
+        decoder = load_decoder(folder, device, self.decode_chunk)
+        factor = pipe.vae_factor(decoder.vae) * PATCH
+        pipe.check_size(self.height, self.width, factor)
+        shape = (policy.config.in_channels, self.height // factor, self.width // factor)
+        return pipe.PipelineModel(
+            policy=policy,
+            folder=folder,
+            prompts=PromptCache(lambda: _text_encoder(self, folder, device, precision), device),
+            decoder=decoder,
+            latent_shape=shape,
+            guidance=pipe.Guidance(_scale(self, folder), self.cfg_grad == "both", self.negative_prompt),
+            predict=lambda module, x, sigma, text: predict(
+                module, x, sigma * scheduler.config.num_train_timesteps, text
+            ),
+            grid=lambda num_steps: sigma_grid(scheduler, num_steps, shape),
+            device=device,
+            dtype=precision,
+        )
+
+
+def predict(policy: nn.Module, x: Tensor, time: Tensor, text: Text) -> Tensor:
+    """One branch: x [B, 4C, h, w], time in the scheduler's units (0 to 1000) -> v [B, 4C, h, w]."""
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline as Pipeline
+
+    v = policy(
+        hidden_states=Pipeline._pack_latents(x),  # [B, hw, 4C]
+        timestep=time.expand(len(x)) / 1000,
+        guidance=None,
+        encoder_hidden_states=text.tokens,
+        txt_ids=Pipeline._prepare_text_ids(text.tokens[:1]).to(x.device),  # pyright: ignore  # [1, L, 4]; same for all
+        img_ids=Pipeline._prepare_latent_ids(x[:1]).to(x.device),  # pyright: ignore  # [1, hw, 4]
+        return_dict=False,
+    )[0]
+    return v.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def sigma_grid(scheduler: Any, num_steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
+    """As the pipeline asks for it: mu is an empirical function of the number of image tokens and of steps."""
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+    from leapalign.models.pipeline import spaced_grid
+
+    return spaced_grid(scheduler, num_steps, compute_empirical_mu(latent_shape[1] * latent_shape[2], num_steps))
+
+
+def load_decoder(folder: PipelineFolder, device: str, chunk: int) -> Decoder:
+    """The VAE's batch norm ran over its latents in training; its running statistics are undone here."""
+    import torch
+
+    from leapalign.models import pipeline as pipe
+
+    vae = pipe.load_vae(folder, device, "AutoencoderKLFlux2")
+    std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
+    return pipe.Decoder(vae, 1 / std.view(-1, 1, 1), vae.bn.running_mean.view(-1, 1, 1), chunk, _decode)
+
+
+def _decode(vae: Any, z: Tensor) -> Tensor:
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline
+
+    return vae.decode(Flux2KleinPipeline._unpatchify_latents(z), return_dict=False)[0]
+
+
+def _scale(config: Flux2Klein, folder: PipelineFolder) -> float:
+    """A distilled network has its guidance inside: one branch."""
+    from leapalign.models.folder import INDEX
+
+    distilled = json.loads((folder.path / INDEX).read_text(encoding="utf-8")).get("is_distilled", False)
+    return 1.0 if distilled else config.guidance_scale
+
+
+def _check_layers(layers: tuple[int, ...], folder: PipelineFolder, width: int) -> None:
+    encoder = json.loads((folder.path / "text_encoder" / "config.json").read_text(encoding="utf-8"))
+    count, hidden = encoder["num_hidden_layers"], encoder["hidden_size"]
+    if wrong := [layer for layer in layers if not 0 <= layer <= count]:
+        raise UserError(f"text_layers {wrong}: the text encoder has {count} layers; give numbers from 0 to {count}")
+    if len(layers) * hidden != width:
+        raise UserError(
+            f"text_layers: {len(layers)} layers of {hidden} features, the transformer takes {width}; "
+            f"give {width // hidden} of them"
+        )
+
+
+def _text_encoder(config: Flux2Klein, folder: PipelineFolder, device: str, dtype: Any) -> Any:
+    """Loads the text encoder; returns prompts -> Text, by the pipeline's own function."""
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline
+
+    from leapalign.models import pipeline as pipe
+    from leapalign.models.folder import load_part
+
+    tokenizer = pipe.load_chat_tokenizer(folder)
+    encoder = load_part(folder, "text_encoder", dtype).to(device)
+
+    def encode(prompt: str) -> Text:
+        layers = list(config.text_layers)
+        length = config.max_sequence_length
+        return Text(
+            Flux2KleinPipeline._get_qwen3_prompt_embeds(
+                encoder, tokenizer, prompt, max_sequence_length=length, hidden_states_layers=layers
+            )
+        )
+
+    return pipe.each_alone(encode)

@@ -1,0 +1,170 @@
+"""Qwen-Image (arXiv:2508.02324) through diffusers' own classes: any QwenImagePipeline folder.
+
+Guidance brings the combined prediction back to the norm of the prompt's own, token by token. That is part of v: the
+norms are differentiated with the rest (`renormalised`). Latents are [B, C, h, w]; packing into 2 x 2 patches happens
+around each forward.
+
+The VAE is one for video. A single frame needs neither its feature cache (changed by every `decode`, so that a repeated
+forward during backward would have to be trusted to reset it) nor its last clamp to [-1, 1] (zero gradient outside):
+here its decoder is called without both, which gives the same pixels and is a function of the latents alone.
+
+Departures from the pipeline's `__call__`: sizes that do not fit are refused instead of rounded; latents, times,
+guidance and the Euler sum stay in float32 under bfloat16; a prompt is encoded without its neighbours' padding; one step
+has the grid 1, 0, where the pipeline's is not a number.
+
+By construction the last block's text stream has no gradient after its keys and values (`add_q_proj`, `norm_added_q`,
+`to_add_out`, `txt_mlp`): what they make is thrown away.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from leapalign.errors import UserError
+from leapalign.models.base import Text
+from leapalign.tuning.full import FULL
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from leapalign.models.decode import Decoder
+    from leapalign.models.folder import PipelineFolder
+    from leapalign.models.pipeline import PipelineModel
+    from leapalign.tuning.base import Tuning
+
+TEXT_PARTS = ("text_encoder", "tokenizer")
+PATCH = 2  # latents a token, along each side
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenImage:
+    """A QwenImagePipeline folder or hub id."""
+
+    name: ClassVar[str] = "qwen-image"
+
+    path: str
+    height: int = 1024  # pixels
+    width: int = 1024  # pixels
+    guidance_scale: float = 4.0  # the pipeline's true_cfg_scale; at most 1: no guidance, one branch
+    cfg_grad: Literal["both", "cond"] = "both"  # gradient through both branches or the prompt's alone; same value
+    negative_prompt: str = " "
+    max_sequence_length: int = 512  # tokens of the prompt; only long ones are cut, short ones are not filled up
+    decode_chunk: int = 1  # images decoded at a time; 0 = all
+
+    def load(self, device: str, dtype: str, tuning: Tuning = FULL) -> PipelineModel:
+        """Open the folder. Raises UserError on a folder, size or length that cannot work."""
+        from leapalign.models import pipeline as pipe
+        from leapalign.models.folder import open_folder
+        from leapalign.models.text import PromptCache
+
+        precision = pipe.parse_dtype(dtype)
+        if not 1 <= self.max_sequence_length <= 1024:
+            raise UserError(f"max_sequence_length {self.max_sequence_length}: expected 1 to 1024")
+        folder = open_folder(self.path, "QwenImagePipeline", ("transformer", "vae", "scheduler", *TEXT_PARTS))
+        policy, scheduler = tuning.load_policy(folder, device, precision), pipe.load_scheduler(folder)
+        decoder = load_decoder(folder, device, self.decode_chunk)
+        factor = decoder.vae.spatial_compression_ratio
+        pipe.check_size(self.height, self.width, factor * PATCH)
+        shape = (policy.config.in_channels // PATCH**2, self.height // factor, self.width // factor)
+        return pipe.PipelineModel(
+            policy=policy,
+            folder=folder,
+            prompts=PromptCache(lambda: _text_encoder(folder, device, self.max_sequence_length, precision), device),
+            decoder=decoder,
+            latent_shape=shape,
+            guidance=pipe.Guidance(
+                self.guidance_scale, self.cfg_grad == "both", self.negative_prompt, combine=renormalised
+            ),
+            predict=lambda module, x, sigma, text: predict(
+                module, x, sigma * scheduler.config.num_train_timesteps, text
+            ),
+            grid=lambda num_steps: sigma_grid(scheduler, num_steps, shape),
+            device=device,
+            dtype=precision,
+        )
+
+
+def renormalised(v: Tensor, v_negative: Tensor, scale: float) -> Tensor:
+    """w |v| / |w| with w = n + s (v - n), norms over the C * 2 * 2 numbers of each patch; [B, C, h, w]."""
+    from leapalign.models.guidance import linear
+
+    combined = linear(v, v_negative, scale)
+    return combined * (patch_norm(v) / patch_norm(combined))
+
+
+def patch_norm(v: Tensor) -> Tensor:
+    """[B, C, h, w] -> [B, 1, h, w]: the norm of the 2 x 2 patch that a latent lies in."""
+    import torch
+
+    patches = v.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # [B, C, h/2, 2, w/2, 2]
+    norm = torch.linalg.vector_norm(patches, dim=(1, 3, 5), keepdim=True)
+    return norm.expand(-1, -1, -1, PATCH, -1, PATCH).flatten(4, 5).flatten(2, 3)
+
+
+def predict(policy: nn.Module, x: Tensor, time: Tensor, text: Text) -> Tensor:
+    """One branch: x [B, C, h, w], time in the scheduler's units (0 to 1000) -> v [B, C, h, w]."""
+    from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline as Pipeline
+
+    batch, channels, height, width = x.shape
+    mask = text.mask
+    v = policy(
+        hidden_states=Pipeline._pack_latents(x.contiguous(), batch, channels, height, width),  # [B, hw/4, 4C]
+        timestep=time.expand(batch) / 1000,
+        guidance=None,
+        encoder_hidden_states=text.tokens,
+        encoder_hidden_states_mask=mask if mask is not None and not bool(mask.all()) else None,  # faster without
+        img_shapes=[[(1, height // PATCH, width // PATCH)]] * batch,
+        return_dict=False,
+    )[0]
+    return Pipeline._unpack_latents(v, height, width, vae_scale_factor=1)[:, :, 0]
+
+
+def sigma_grid(scheduler: Any, num_steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
+    """As the pipeline asks for it, but for one step, where stretching to the last sigma divides zero by zero."""
+    import torch
+
+    from leapalign.models.pipeline import shift_mu, spaced_grid
+
+    if num_steps == 1:
+        return torch.tensor([1.0, 0.0])
+    image_tokens = (latent_shape[1] // PATCH) * (latent_shape[2] // PATCH)
+    return spaced_grid(scheduler, num_steps, shift_mu(scheduler, image_tokens))
+
+
+def load_decoder(folder: PipelineFolder, device: str, chunk: int) -> Decoder:
+    """Latents are normalised channel by channel."""
+    import torch
+
+    from leapalign.models import pipeline as pipe
+
+    vae = pipe.load_vae(folder, device, "AutoencoderKLQwenImage")
+    mean, std = (
+        torch.tensor(numbers, device=device).view(-1, 1, 1)
+        for numbers in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    return pipe.Decoder(vae, 1 / std, mean, chunk, _decode)
+
+
+def _decode(vae: Any, z: Tensor) -> Tensor:
+    """One frame, without cache and clamp: [n, C, h, w] -> [n, 3, H, W]."""
+    return vae.decoder(vae.post_quant_conv(z[:, :, None]))[:, :, 0]
+
+
+def _text_encoder(folder: PipelineFolder, device: str, length: int, dtype: Any) -> Any:
+    """Loads the text encoder; returns prompts -> Text, by the pipeline's own `encode_prompt`."""
+    import torch
+    from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
+
+    from leapalign.models import pipeline as pipe
+    from leapalign.models.folder import load_part
+
+    parts = {name: load_part(folder, name, dtype) for name in TEXT_PARTS}
+    parts["text_encoder"].to(device)
+    pipeline: Any = QwenImagePipeline(transformer=None, vae=None, scheduler=None, **parts)  # pyright: ignore
+
+    def encode(prompt: str) -> Text:
+        tokens, _ = pipeline.encode_prompt(prompt, torch.device(device), max_sequence_length=length)
+        return Text(tokens, mask=tokens.new_ones(tokens.shape[:2], dtype=torch.bool))
+
+    return pipe.each_alone(encode)

@@ -1,0 +1,165 @@
+"""Z-Image (arXiv:2511.22699) through diffusers' own classes: any ZImagePipeline folder, Turbo too.
+
+The network's time is 1 - sigma and its prediction points from noise to image, so v is minus the prediction. Captions
+are lists of tensors, each of its own length. Guidance is p + s (p - n), so that a scale of 0 means none; it may end
+before the image (`cfg_truncation`) and be limited to a multiple of the prompt's norm (`cfg_normalization`).
+
+Departures from the pipeline's `__call__`: the two branches are two forwards instead of one of twice the batch, and
+latents and guidance stay in float32 under bfloat16. With float32 both are below rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from leapalign.errors import UserError
+from leapalign.models.base import Text
+from leapalign.tuning.full import FULL
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from leapalign.models.folder import PipelineFolder
+    from leapalign.models.guidance import Guidance
+    from leapalign.models.pipeline import PipelineModel
+    from leapalign.tuning.base import Tuning
+
+TEXT_PARTS = ("text_encoder", "tokenizer")
+PATCH = 2  # latents a token, along each side
+CAPTION_MULTIPLE = 32  # the network fills captions up to a multiple of this with a token that it has learnt
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZImage:
+    """A ZImagePipeline folder or hub id."""
+
+    name: ClassVar[str] = "z-image"
+
+    path: str
+    height: int = 1024  # pixels
+    width: int = 1024  # pixels
+    guidance_scale: float = (
+        5.0  # 0: no guidance, one branch (Turbo); this scale is one less than that of p, n + s (p - n)
+    )
+    cfg_truncation: float = 1.0  # guidance ends where 1 - sigma is above this; 1: never
+    cfg_normalization: float = 0.0  # longest guided prediction of an image, in norms of the prompt's own; 0: any
+    cfg_grad: Literal["both", "cond"] = "both"  # gradient through both branches or the prompt's alone; same value
+    negative_prompt: str = ""
+    max_sequence_length: int = 512  # tokens of the prompt
+    decode_chunk: int = 1  # images decoded at a time; 0 = all
+
+    def load(self, device: str, dtype: str, tuning: Tuning = FULL) -> PipelineModel:
+        """Open the folder. Raises UserError on a folder, size, length or guidance that cannot work."""
+        from leapalign.models import pipeline as pipe
+        from leapalign.models.folder import open_folder
+        from leapalign.models.text import PromptCache
+
+        precision = pipe.parse_dtype(dtype)
+        _check_guidance(self)
+        folder = open_folder(self.path, "ZImagePipeline", ("transformer", "vae", "scheduler", *TEXT_PARTS))
+        policy, scheduler = tuning.load_policy(folder, device, precision), pipe.load_scheduler(folder)
+        decoder = pipe.load_decoder(folder, device, self.decode_chunk)
+        factor = pipe.vae_factor(decoder.vae)
+        pipe.check_size(self.height, self.width, factor * PATCH)
+        shape = (policy.config.in_channels, self.height // factor, self.width // factor)
+        _check_positions(self.max_sequence_length, shape, policy.config.axes_lens)
+        steps = scheduler.config.num_train_timesteps
+        return pipe.PipelineModel(
+            policy=policy,
+            folder=folder,
+            prompts=PromptCache(lambda: _text_encoder(folder, device, self.max_sequence_length, precision), device),
+            decoder=decoder,
+            latent_shape=shape,
+            guidance=guidance(self, steps),
+            predict=lambda module, x, sigma, text: predict(module, x, sigma * steps, text),
+            grid=lambda num_steps: sigma_grid(scheduler, num_steps, shape),
+            device=device,
+            dtype=precision,
+        )
+
+
+def guidance(config: ZImage, train_steps: int) -> Guidance:
+    from leapalign.models.guidance import Guidance
+
+    def applies(sigma: Tensor) -> bool:
+        # the pipeline's own arithmetic, so that a step exactly on the border falls on the same side
+        return config.cfg_truncation >= 1 or float((1000 - sigma * train_steps) / 1000) <= config.cfg_truncation
+
+    return Guidance(
+        config.guidance_scale,
+        config.cfg_grad == "both",
+        config.negative_prompt,
+        combine=partial(limited, most=config.cfg_normalization),
+        neutral=0.0,
+        applies=applies,
+    )
+
+
+def limited(v: Tensor, v_negative: Tensor, scale: float, *, most: float) -> Tensor:
+    """w = v + s (v - n), shortened to `most` norms of v where it is longer (norms over a whole image); most = 0: w."""
+    import torch
+
+    combined = v + scale * (v - v_negative)
+    if not most:
+        return combined
+    own, new = (torch.linalg.vector_norm(u, dim=(1, 2, 3), keepdim=True) for u in (v, combined))
+    return combined * (most * own / new).clamp(max=1)
+
+
+def predict(policy: nn.Module, x: Tensor, time: Tensor, text: Text) -> Tensor:
+    """One branch: x [B, C, h, w], time in the scheduler's units (0 to 1000) -> v [B, C, h, w]."""
+    import torch
+
+    assert text.mask is not None
+    captions = [tokens[:length] for tokens, length in zip(text.tokens, text.mask.sum(1).tolist())]
+    images = list(x.unsqueeze(2).unbind(0))  # each [C, 1, h, w]
+    towards_image = policy(images, (1000 - time.expand(len(x))) / 1000, captions, return_dict=False)[0]
+    return -torch.stack(towards_image).squeeze(2)
+
+
+def sigma_grid(scheduler: Any, num_steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
+    """As the pipeline asks for it: explicit sigmas 1 ... 1/T, and mu in case that the scheduler's shift is dynamic."""
+    from leapalign.models.pipeline import shift_mu, spaced_grid
+
+    image_tokens = (latent_shape[1] // PATCH) * (latent_shape[2] // PATCH)
+    return spaced_grid(scheduler, num_steps, shift_mu(scheduler, image_tokens))
+
+
+def _check_guidance(config: ZImage) -> None:
+    if not 0 <= config.cfg_truncation <= 1:
+        raise UserError(f"cfg_truncation {config.cfg_truncation}: expected 0 to 1 (1 = guidance in every step)")
+    if config.cfg_normalization < 0:
+        raise UserError(f"cfg_normalization {config.cfg_normalization}: expected a positive number, or 0 for no limit")
+
+
+def _check_positions(length: int, latent_shape: tuple[int, int, int], table: list[int]) -> None:
+    """The rotary table has an end along each axis: (text and the image after it, rows, columns)."""
+    longest = (table[0] - 2) // CAPTION_MULTIPLE * CAPTION_MULTIPLE  # positions are 1 ... L, and L + 1 for the image
+    if not 1 <= length <= longest:
+        raise UserError(f"max_sequence_length {length}: expected 1 to {longest} (the model's position table)")
+    for name, side, most in zip(("height", "width"), latent_shape[1:], table[1:]):
+        if side // PATCH > most:
+            raise UserError(f"{name}: {side // PATCH} tokens are beyond the model's position table of {most}")
+
+
+def _text_encoder(folder: PipelineFolder, device: str, length: int, dtype: Any) -> Any:
+    """Loads the text encoder; returns prompts -> Text, by the pipeline's own `encode_prompt`."""
+    import torch
+    from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
+
+    from leapalign.models import pipeline as pipe
+    from leapalign.models.folder import load_part
+
+    parts = {"tokenizer": pipe.load_chat_tokenizer(folder), "text_encoder": load_part(folder, "text_encoder", dtype)}
+    parts["text_encoder"].to(device)
+    pipeline: Any = ZImagePipeline(transformer=None, vae=None, scheduler=None, **parts)  # pyright: ignore
+
+    def encode(prompt: str) -> Text:
+        (tokens,), _ = pipeline.encode_prompt(
+            prompt, torch.device(device), do_classifier_free_guidance=False, max_sequence_length=length
+        )
+        return Text(tokens[None], mask=tokens.new_ones((1, len(tokens)), dtype=torch.bool))
+
+    return pipe.each_alone(encode)
