@@ -137,8 +137,8 @@ def restore(policy: nn.Module, state: dict[str, Tensor], where: str) -> None:
 def merged(policy: Any) -> Any:
     """The policy as a plain transformer with W + scale B A, summed in float32 and rounded once to the base's dtype.
 
-    A policy without an adapter is returned as it is. In bfloat16 the rounding is up to 2^-9 of each weight, which may be
-    more than a short training changed. Merged weights are copies; UserError where the base is quantised.
+    A policy without an adapter is returned as it is. In bfloat16 the rounding is up to 2^-8 of each weight, which may
+    be more than a short training changed. Merged weights are copies; UserError where the base is quantised.
     """
     from accelerate import init_empty_weights
 

@@ -13,7 +13,7 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from leapalign.errors import UserError
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import torch
 
     from leapalign.models.folder import PipelineFolder
+
+
+Quantization: TypeAlias = Literal["none", "int8", "nf4"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,7 @@ class LoRA:
     target_modules: tuple[str, ...] = ()  # ends of the layers' paths, * is any text; empty = the family's default
     init: Literal["kaiming", "gaussian"] = "kaiming"  # of A; B begins at 0
     base_dtype: Literal["", "float32", "bfloat16"] = ""  # of the frozen weights; empty = the run's dtype
-    quantization: Literal["none", "int8", "nf4"] = "none"  # of the frozen linear layers: torchao, bitsandbytes
+    quantization: Quantization = "none"  # of the frozen linear layers: torchao, bitsandbytes
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -53,11 +56,12 @@ class LoRA:
         """The frozen transformer with an adapter that changes nothing yet. UserError on targets that match nothing."""
         from leapalign.models.folder import load_part
         from leapalign.tuning.adapter import attach, initialise
-        from leapalign.tuning.quantization import quantization_config
+        from leapalign.tuning.quantization import compute_in, quantization_config
         from leapalign.tuning.targets import find_targets
 
         base = self._base_dtype(dtype)
         policy = load_part(folder, "transformer", base, quantization_config(self.quantization)).to(device)
+        compute_in(policy, base)
         attach(policy, find_targets(policy, self.target_modules), rank=self.rank, alpha=self.alpha or self.rank)
         initialise(policy, self.init, seed=0)
         return policy
@@ -105,7 +109,7 @@ class LoRA:
         return self._open(model, saved, device, dtype, self.quantization if dtype == "bfloat16" else "none")
 
     def export(self, model: Any, saved: str, target: Path, *, format: str, dtype: str) -> None:
-        """`pipeline`: base and adapter, merged. `lora`, `comfyui`: one file; the latter opens the base for its sizes."""
+        """`pipeline`: base and adapter, merged. `lora`, `comfyui`: one file (the latter opens the base for sizes)."""
         import torch
 
         from leapalign.training.files import complete_folder
@@ -121,9 +125,7 @@ class LoRA:
             else:
                 _write_comfyui(folder, state, self._open(model, saved, "cpu", dtype, "none").policy)
 
-    def _open(
-        self, model: Any, saved: str, device: str, dtype: str, quantization: Literal["none", "int8", "nf4"]
-    ) -> Any:
+    def _open(self, model: Any, saved: str, device: str, dtype: str, quantization: Quantization) -> Any:
         from leapalign.tuning.adapter import restore
         from leapalign.tuning.files import read_lora
 

@@ -24,6 +24,18 @@ def quantization_config(kind: str) -> Any:
     return _int8() if kind == "int8" else _nf4()
 
 
+def compute_in(policy: Any, dtype: Any) -> None:
+    """Cast what goes into each quantised layer: autocast does not see these layers, and float32 would go through.
+
+    Activations would take twice the memory, and FLUX, which takes its time's precision from them, other values.
+    """
+    from torch import nn
+
+    for module in policy.modules():
+        if isinstance(module, nn.Linear) and type(module.weight) is not nn.Parameter:
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype), *inputs[1:]))
+
+
 def _int8() -> Any:
     from diffusers.quantizers.quantization_config import TorchAoConfig
     from torchao.quantization import Int8WeightOnlyConfig  # pyright: ignore[reportMissingImports]
