@@ -112,7 +112,7 @@ def test_masters_are_float32_over_a_bfloat16_base(folders):
 
 
 def test_a_bfloat16_base_computes_what_float32_computes_to_rounding(folders):
-    """Values and gradients; not FLUX, whose guidance input is rounded to bfloat16 (3.5 becomes 3.504) as in diffusers."""
+    """Values and gradients; not FLUX, whose guidance input bfloat16 rounds (3.5 becomes 3.504), as in diffusers."""
     results = []
     for dtype in ("float32", "bfloat16"):
         model = load(folders, "sd3", LoRA(rank=2), dtype)
@@ -126,6 +126,14 @@ def test_a_bfloat16_base_computes_what_float32_computes_to_rounding(folders):
         assert coarse.dtype == torch.float32 and 1e-4 < error < 0.15, error
 
 
+def saved_by_a_forward(model: Any) -> list[Tensor]:
+    """Every tensor that the graph of one velocity keeps."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        velocity(model)
+    return kept
+
+
 def test_a_bfloat16_base_is_in_memory_once(folders):
     """What the graph of a forward keeps holds no second copy of a frozen weight, as casting a float32 base would."""
     copies = {}
@@ -133,9 +141,7 @@ def test_a_bfloat16_base_is_in_memory_once(folders):
         model = load(folders, "sd3", LoRA(rank=2, base_dtype=base), "bfloat16")
         frozen = [p for p in model.policy.parameters() if not p.requires_grad and p.ndim == 2]
         shapes, own = {p.shape for p in frozen} | {p.t().shape for p in frozen}, {p.data_ptr() for p in frozen}
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-            velocity(model)
+        kept = saved_by_a_forward(model)
         assert sum(t.data_ptr() in own for t in kept) > 10 or base == "float32"  # the weights themselves
         copies[base] = sum(t.shape in shapes and t.ndim == 2 and _is_weight(t, frozen) for t in kept)
     assert copies["bfloat16"] == 0 and copies["float32"] > 10
@@ -145,9 +151,9 @@ def _is_weight(tensor: Tensor, frozen: list[Tensor]) -> bool:
     """Whether it has a frozen weight's values in memory of its own."""
     for p in frozen:
         for view in (p.detach(), p.detach().t()):
-            if tensor.shape == view.shape and tensor.data_ptr() != p.data_ptr():
-                if torch.equal(tensor.float(), view.to(tensor.dtype).float()):
-                    return True
+            elsewhere = tensor.shape == view.shape and tensor.data_ptr() != p.data_ptr()
+            if elsewhere and torch.equal(tensor.float(), view.to(tensor.dtype).float()):
+                return True
     return False
 
 

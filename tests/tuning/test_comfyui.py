@@ -108,7 +108,7 @@ def test_alpha_is_the_rank_of_what_is_joined():
 
 def test_what_has_no_name_is_refused():
     plain = TRANSFORMERS["FluxTransformer2DModel"]
-    with pytest.raises(UserError, match="no name for the layer x_embedder.*use format lora"):
+    with pytest.raises(UserError, match=r"no name for the layer x_embedder.*use format lora"):
         to_comfyui(random_state(plain, ("x_embedder",)), plain)
     with pytest.raises(UserError, match="no names for Linear"):
         to_comfyui({}, nn.Linear(1, 1))

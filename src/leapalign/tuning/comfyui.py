@@ -119,7 +119,7 @@ def to_comfyui(state: dict[str, Tensor], plain: Any) -> dict[str, Tensor]:
         name = "lora_unet_" + original.replace(".", "_")
         converted[f"{name}.lora_down.weight"] = down
         converted[f"{name}.lora_up.weight"] = up
-        converted[f"{name}.alpha"] = torch.tensor(float(down.shape[0]), dtype=down.dtype)
+        converted[f"{name}.alpha"] = torch.tensor(float(down.shape[0]))  # float32: bfloat16 cannot count to 300
     return converted
 
 
