@@ -137,7 +137,9 @@ def _run(run: Run, *, resume: bool, as_json: bool) -> None:
     from leapalign.training.loop import train
 
     summary = train(run, resume=resume).summary
-    _answer(summary, as_json, f"{summary['steps']} steps in {summary['seconds']:.0f} s; tuned: {summary['pipeline']}")
+    _answer(
+        summary, as_json, f"{summary['steps']} steps in {summary['seconds']:.0f} s; tuned: {summary[run.tuning.output]}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

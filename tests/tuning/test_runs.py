@@ -32,7 +32,8 @@ def digests(out: str | Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_ten_steps_equal_five_and_five(run: Run, tmp_path: Path, dtype: Any) -> None:
-    whole = replace(run, steps=10, dtype=dtype, tuning=LoRA(rank=2, dropout=0.2), batch_size=2)
+    short = replace(run, model=replace(run.model, guidance_scale=1.0), batch_size=2, num_sampling_steps=2)
+    whole = replace(short, steps=10, dtype=dtype, tuning=LoRA(rank=2, dropout=0.2))
     cut = replace(whole, steps=5, out=str(tmp_path / "cut"))
     loop.train(whole)
     loop.train(cut)
@@ -58,7 +59,7 @@ def test_checkpoints_and_average_hold_the_adapter_alone(run: Run) -> None:
     for name, value in engine.ema.shadow.items():  # the averages, and the scale 2 in B
         scale = 2.0 if ".lora_B." in name else 1.0
         assert torch.equal(saved["transformer." + name.replace(".default.", ".")], scale * value)
-        assert not torch.equal(value, engine.parameters[name])
+        assert not torch.equal(value, engine.parameters[name]) or "1.attn.add_q_proj" in name  # SD3's unused queries
     assert result.summary["lora"] == str(result.saved) and "pipeline" not in result.summary
     with pytest.raises(Exception, match="leapalign export"):
         _ = result.pipeline
@@ -147,11 +148,12 @@ def test_export_in_bfloat16_halves_and_refuses_what_cannot_be(
         "nothing is overwritten": ["export", out, "--out", there],
         "cannot read the run": ["export", there, "--out", f"{there}-2"],
     }
-    (Path(finished.out) / "lora").rename(Path(finished.out) / "elsewhere")
-    mistakes |= {"it has no lora yet": ["export", out, "--out", f"{there}-3"]}
     for message, argv in mistakes.items():
         assert main(argv) == 2
         assert message in capsys.readouterr().err
+    (Path(finished.out) / "lora").rename(Path(finished.out) / "elsewhere")
+    assert main(["export", out, "--out", f"{there}-3"]) == 2
+    assert "it has no lora yet" in capsys.readouterr().err
 
 
 def test_a_fully_tuned_run_exports_its_pipeline(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
