@@ -95,7 +95,7 @@ def one_run(bench: Methods, study: Study, bases: Bases) -> dict[str, Any]:
     before = bases.at(study, run.model.guidance_scale)
     print(f"training {run.name}", file=sys.stderr, flush=True)
     result = train(run)
-    after = evaluate_model(study, replace(run.model, path=str(result.pipeline)), run.name)
+    after = evaluate_model(study, replace(run.model, path=str(result.pipeline)).load, run.name)
     seconds = result.summary["seconds"]
     answer = {"seed": run.seed} | summarize(result.summary, compare(before, after), {"training": seconds}, seconds)
     if bench.guidance:

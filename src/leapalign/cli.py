@@ -30,6 +30,7 @@ USAGE = """usage: leapalign COMMAND ...
   sample WHAT              pictures from a run, a pipeline folder or an embedded model
   evaluate WHAT            GenEval tasks and rewards of a run or a pipeline folder
   score IMAGES             rewards of picture files
+  export RUN               a run's weights for other programs: pipeline, LoRA file, ComfyUI
   list [KIND]              methods, models, rewards, ways of tuning or recipes
   demo                     the whole way once, on a laptop CPU
 
@@ -136,7 +137,9 @@ def _run(run: Run, *, resume: bool, as_json: bool) -> None:
     from leapalign.training.loop import train
 
     summary = train(run, resume=resume).summary
-    _answer(summary, as_json, f"{summary['steps']} steps in {summary['seconds']:.0f} s; tuned: {summary['pipeline']}")
+    _answer(
+        summary, as_json, f"{summary['steps']} steps in {summary['seconds']:.0f} s; tuned: {summary[run.tuning.output]}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +252,32 @@ def _score(argv: list[str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportFlags:
+    """A finished run's weights for other programs, in a new folder."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """The run's folder."""
+    out: str
+    """A new folder."""
+    format: Literal["pipeline", "lora", "comfyui"] = "pipeline"
+    """A whole diffusers folder (an adapter is merged), a diffusers LoRA file, or one with ComfyUI's names."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the transformer or the adapter; bfloat16 halves it and rounds each weight."""
+    json: bool = False
+    """Print what was written as JSON on stdout."""
+    plugin: tuple[str, ...] = ()
+    """Your own files whose classes the run names; each is executed."""
+
+
+def _export(argv: list[str]) -> None:
+    flags = tyro.cli(ExportFlags, args=argv, prog="leapalign export")
+    from leapalign.exporting import as_text, export_run
+
+    answer = export_run(flags)
+    _answer(answer, flags.json, as_text(answer))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ListFlags:
     """What there is to choose from, with the class that a run.json names."""
 
@@ -303,6 +332,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "sample": _sample,
     "evaluate": _evaluate,
     "score": _score,
+    "export": _export,
     "list": _list,
     "demo": _demo,
 }

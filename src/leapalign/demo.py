@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,11 +73,12 @@ def conduct(study: Study) -> dict[str, Any]:
     run, out, begun = study.run, Path(study.run.out), time.monotonic()
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out}: this folder is not empty; give another --out")
-    before = evaluate_model(study, run.model, "the base")
+    before = evaluate_model(study, run.model.load, "the base")
     trained_from = time.monotonic()
     result = train(run)
     trained_to = time.monotonic()
-    after = evaluate_model(study, replace(run.model, path=str(result.pipeline)), "the tuned model")
+    tuned = partial(run.tuning.load_tuned, run.model, str(result.saved))
+    after = evaluate_model(study, tuned, "the tuned model")
     times = {
         "base_evaluation": trained_from - begun,
         "training": trained_to - trained_from,
@@ -86,12 +88,12 @@ def conduct(study: Study) -> dict[str, Any]:
     write_pictures(out, before, after)
     write_page(study, before, after, comparison, times)
     seconds = time.monotonic() - begun
-    summary = summarize(result.summary, comparison, times, seconds)
+    summary = summarize(result.summary, comparison, times, seconds) | {run.tuning.output: str(result.saved)}
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
 
 
-def evaluate_model(study: Study, model: Any, words: str) -> Evaluation:
+def evaluate_model(study: Study, load: Callable[[str, str], Any], words: str) -> Evaluation:
     """A model's evaluation with its rewards by the names of summary.json; says so on stderr."""
     from leapalign.evaluation.evaluate import evaluate
     from leapalign.evaluation.sampling import Sampling
@@ -102,7 +104,7 @@ def evaluate_model(study: Study, model: Any, words: str) -> Evaluation:
     device = resolve_device(run.device)
     rewards = {REWARD: run.rewards[0].reward.load(device, run.dtype), HELD_OUT: study.held_out.load(device, run.dtype)}
     sampling = Sampling(num_steps=run.num_sampling_steps, batch_size=study.batch_size, seed=study.evaluation_seed)
-    loaded = model.load(device, run.dtype)
+    loaded = load(device, run.dtype)
     result = evaluate(loaded, study.prompts, sampling=sampling, rewards=rewards, detector=study.detector)
     _say(f"  {time.monotonic() - begun:.0f} s")
     return result
@@ -127,7 +129,6 @@ def summarize(
         "seconds_of": {name: round(value, 3) for name, value in times.items()},
         "name": training["name"],
         "out": training["out"],
-        "pipeline": training["pipeline"],
     }
 
 

@@ -13,7 +13,7 @@ from leapalign.evaluation.folders import picture_paths, refuse_existing, write_p
 from leapalign.evaluation.sampling import Sampling
 from leapalign.prompts import Prompt, PromptFile, ShapeWorldPrompts
 from leapalign.recipe_files import load_plugins, read_run
-from leapalign.sampling import model_config
+from leapalign.sampling import Source, find_source
 from leapalign.scoring import reward_config
 from leapalign.training.loop import resolve_device, reward_names
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class Subject:
     """What is evaluated, not yet loaded."""
 
-    model: Any  # a dataclass of leapalign.models
+    source: Source
     num_steps: int
     rewards: dict[str, Any]  # name -> a dataclass of leapalign.rewards
 
@@ -70,11 +70,11 @@ def _read_prompts(flags: EvaluateFlags) -> list[Prompt]:
 
 def _subject(source: str, flags: EvaluateFlags, plugins: dict[str, ModuleType]) -> Subject:
     """The model behind a word, and the rewards that belong to it."""
-    model, num_steps = model_config(source, plugins)
+    found = find_source(source, plugins)
     if flags.guidance >= 0:
-        model = replace(model, guidance_scale=flags.guidance)
+        found = replace(found, model=replace(found.model, guidance_scale=flags.guidance))
     more = {word: reward_config(word) for word in flags.reward}
-    return Subject(model=model, num_steps=flags.steps or num_steps, rewards=_rewards(source, plugins) | more)
+    return Subject(source=found, num_steps=flags.steps or found.num_steps, rewards=_rewards(source, plugins) | more)
 
 
 def _rewards(source: str, plugins: dict[str, ModuleType]) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _evaluate(each: Subject, prompts: Sequence[Prompt], flags: EvaluateFlags) ->
     sampling = Sampling(
         num_steps=each.num_steps, images_per_prompt=flags.num, batch_size=flags.batch_size, seed=flags.seed
     )
-    model, detector = each.model.load(device, flags.dtype), _detector(prompts, each.model)
+    model, detector = each.source.load(device, flags.dtype), _detector(prompts, each.source.model)
     return evaluate(model, prompts, sampling=sampling, rewards=rewards, detector=detector)
 
 

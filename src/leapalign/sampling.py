@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,9 @@ from leapalign.evaluation.folders import picture_paths, refuse_existing, write_p
 from leapalign.evaluation.sampling import Sampling, draw_images
 from leapalign.prompts import Prompt
 from leapalign.recipe_files import load_plugins, read_run
+from leapalign.run import Run
 from leapalign.training.loop import resolve_device
+from leapalign.tuning.full import FULL
 
 if TYPE_CHECKING:
     from leapalign.cli import SampleFlags
@@ -22,34 +24,56 @@ if TYPE_CHECKING:
 STEPS = 25  # where no run says how many
 
 
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """The model that a word names, not yet loaded."""
+
+    model: Any  # a dataclass of leapalign.models
+    num_steps: int
+    saved: str  # what the way of tuning left: a pipeline folder (or a known path), or an adapter's folder
+    tuning: Any = FULL  # a dataclass of leapalign.tuning
+
+    def load(self, device: str, dtype: str) -> Any:
+        """The tuned model."""
+        return self.tuning.load_tuned(self.model, self.saved, device, dtype)
+
+
 def sample(flags: SampleFlags) -> list[dict[str, Any]]:
     """Write the pictures, in GenEval's layout; [{"prompt", "path"}] for each."""
     prompts = [Prompt(text=text) for text in flags.prompt]
     refuse_existing(picture_paths(flags.out, len(prompts), flags.num), flags.overwrite)
-    config, num_steps = model_config(flags.source, load_plugins(flags.plugin))
-    model = _with_flags(config, flags).load(resolve_device(flags.device), flags.dtype)
-    sampling = Sampling(num_steps=flags.steps or num_steps, images_per_prompt=flags.num, batch_size=1, seed=flags.seed)
+    source = find_source(flags.source, load_plugins(flags.plugin))
+    source = replace(source, model=_with_flags(source.model, flags))
+    model = source.load(resolve_device(flags.device), flags.dtype)
+    sampling = Sampling(
+        num_steps=flags.steps or source.num_steps, images_per_prompt=flags.num, batch_size=1, seed=flags.seed
+    )
     images = draw_images(model, flags.prompt, sampling)
     paths = write_pictures(flags.out, prompts, images, per_prompt=flags.num, overwrite=flags.overwrite)
     return [{"prompt": flags.prompt[i // flags.num], "path": str(path)} for i, path in enumerate(paths)]
 
 
-def model_config(source: str, plugins: dict[str, ModuleType]) -> tuple[Any, int]:
-    """A model's configuration and its number of steps, from a run's folder, a pipeline folder, or a known path."""
+def find_source(source: str, plugins: dict[str, ModuleType]) -> Source:
+    """What a run's folder, a pipeline folder, or a known path stands for."""
     folder = Path(source)
     if (folder / "run.json").is_file():
-        run = read_run(folder / "run.json", plugins)
-        if not (folder / "pipeline").is_dir():
-            raise UserError(
-                f"{source}: this run is not finished, it has no pipeline yet; use `leapalign resume {source}`"
-            )
-        return replace(run.model, path=str(folder / "pipeline")), run.num_sampling_steps
+        return run_source(folder, read_run(folder / "run.json", plugins))
     if source.startswith("embedded:"):
         from leapalign.recipes import shapeworld_leapalign
 
         run = shapeworld_leapalign()
-        return replace(run.model, path=source), run.num_sampling_steps
-    return _family(source)(source), STEPS
+        return Source(model=replace(run.model, path=source), num_steps=run.num_sampling_steps, saved=source)
+    return Source(model=_family(source)(source), num_steps=STEPS, saved=source)
+
+
+def run_source(folder: Path, run: Run) -> Source:
+    """The tuned model of a finished run. UserError where it is not finished."""
+    saved = folder / run.tuning.output
+    if not saved.is_dir():
+        raise UserError(
+            f"{folder}: this run is not finished, it has no {run.tuning.output} yet; use `leapalign resume {folder}`"
+        )
+    return Source(model=run.model, num_steps=run.num_sampling_steps, saved=str(saved), tuning=run.tuning)
 
 
 def _family(source: str) -> Callable[[str], Any]:

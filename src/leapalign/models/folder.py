@@ -44,14 +44,17 @@ def open_folder(path: str, pipeline_class: str, required: tuple[str, ...]) -> Pi
     return PipelineFolder(folder, parts)
 
 
-def load_part(folder: PipelineFolder, name: str, dtype: Any = None) -> Any:
-    """One part (model, tokenizer or scheduler), frozen and in eval mode if it is a model; None if absent."""
+def load_part(folder: PipelineFolder, name: str, dtype: Any = None, quantization: Any = None) -> Any:
+    """One part (model, tokenizer or scheduler), frozen and in eval mode if it is a model; None if absent.
+
+    `quantization` is diffusers' configuration of how the weights are quantised while they are read.
+    """
     if name not in folder.parts:
         return None
     library, class_name = folder.parts[name]
     try:
         kind = getattr(importlib.import_module(library), class_name)
-        part, info = _from_pretrained(kind, folder.path / name, library, dtype)
+        part, info = _from_pretrained(kind, folder.path / name, library, dtype, quantization)
     except Exception as error:  # whatever a broken file makes the libraries raise is the folder's fault
         raise UserError(f"{folder.path / name} cannot be opened as {class_name}: {error}") from error
     missing = sorted(info.get("missing_keys", ())) + sorted(map(str, info.get("mismatched_keys", ())))
@@ -145,14 +148,16 @@ def _read_json(file: Path) -> Any:
         raise UserError(f"{file} is not readable JSON ({error}); copy it again") from error
 
 
-def _from_pretrained(kind: Any, path: Path, library: str, dtype: Any) -> tuple[Any, dict[str, Any]]:
+def _from_pretrained(kind: Any, path: Path, library: str, dtype: Any, quantization: Any) -> tuple[Any, dict[str, Any]]:
     from torch import nn
 
     if not issubclass(kind, nn.Module):
         return kind.from_pretrained(path, local_files_only=True), {}
-    dtype_name = "torch_dtype" if library == "diffusers" else "dtype"
+    options = {"torch_dtype" if library == "diffusers" else "dtype": dtype}
+    if quantization is not None:
+        options["quantization_config"] = quantization
     model, info = kind.from_pretrained(  # pyright: ignore
-        path, local_files_only=True, use_safetensors=True, output_loading_info=True, **{dtype_name: dtype}
+        path, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
     )
     return model.eval().requires_grad_(False), info
 

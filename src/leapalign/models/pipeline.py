@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from leapalign.models.decode import Decoder
 from leapalign.models.folder import PipelineFolder, load_part, save_with
 from leapalign.models.guidance import Guidance, guided, in_precision
 from leapalign.models.text import Encoder, PromptCache
+from leapalign.tuning.adapter import merged, switched_off
 
 if TYPE_CHECKING:
     from leapalign.flow.rollout import Velocity
@@ -64,7 +66,13 @@ class PipelineModel:
         return self.decoder(latents)
 
     def save(self, folder: str | Path) -> None:
-        save_with(self.folder, self.policy, folder)
+        save_with(self.folder, merged(self.policy), folder)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside, velocities are those of the base, without graph. UserError where its weights were tuned in place."""
+        with switched_off(self.policy):
+            yield
 
 
 def load_decoder(folder: PipelineFolder, device: str, chunk: int) -> Decoder:

@@ -60,9 +60,16 @@ class Result:
     """What a finished run gives back."""
 
     out: Path
-    pipeline: Path  # the tuned model, averaged weights
+    saved: Path  # the tuned model, averaged weights: out/pipeline, or what else the way of tuning leaves
     summary: dict[str, Any]  # also in out/summary.json
     engine: Engine
+
+    @property
+    def pipeline(self) -> Path:
+        """The tuned pipeline's folder. UserError where the run leaves an adapter."""
+        if self.saved.name != "pipeline":
+            raise UserError(f"{self.out}: this run leaves {self.saved}; `leapalign export` merges it into a pipeline")
+        return self.saved
 
 
 def train(run: Run, *, resume: bool = False, on_step: Callable[[Metrics], None] | None = None) -> Result:
@@ -79,10 +86,10 @@ def train(run: Run, *, resume: bool = False, on_step: Callable[[Metrics], None] 
         _train_steps(engine, progress, tracker, on_step)
     finally:
         tracker.close()
-    with complete_folder(out / "pipeline") as folder, engine.ema.applied():
-        engine.model.save(folder)
-    summary = summarize(run, progress)
-    return Result(out=out, pipeline=out / "pipeline", summary=summary, engine=engine)
+    saved = out / run.tuning.output
+    with complete_folder(saved) as folder, engine.ema.applied():
+        run.tuning.save(engine.model, folder)
+    return Result(out=out, saved=saved, summary=summarize(run, progress), engine=engine)
 
 
 def build(run: Run) -> Engine:
@@ -91,6 +98,7 @@ def build(run: Run) -> Engine:
     device = resolve_device(run.device)
     prompts = run.prompts.load()
     model = run.model.load(device, run.dtype, run.tuning)
+    run.tuning.initialise(model.policy, run.seed)
     model.prepare(batches.prompts_used(run, prompts))
     if run.graph == "blocks":
         _checkpoint_blocks(model.policy)
@@ -149,14 +157,15 @@ def update(engine: Engine, step: int) -> Metrics:
     """One optimiser step on one batch; `skipped` is 1 where there was no gradient and so no step."""
     engine.optimizer.zero_grad(set_to_none=True)
     norm, trained, parts = torch.zeros(()), False, []
-    for micro in batches.micro_batches(engine.run, engine.prompts, step):
-        surrogate, result = _surrogate_and_gradient(engine, micro)
-        if surrogate.has_gradient and result.has_gradient:
-            surrogate.backward(result.grad)
-            norm = gradient_norm(engine.parameters)
-            check_gradients(norm, engine.parameters, micro.prompts, step + 1)
-            trained = True
-        parts.append((surrogate.metrics, result))
+    with engine.run.tuning.in_update(engine.model.policy, engine.run.seed, step):
+        for micro in batches.micro_batches(engine.run, engine.prompts, step):
+            surrogate, result = _surrogate_and_gradient(engine, micro)
+            if surrogate.has_gradient and result.has_gradient:
+                surrogate.backward(result.grad)
+                norm = gradient_norm(engine.parameters)
+                check_gradients(norm, engine.parameters, micro.prompts, step + 1)
+                trained = True
+            parts.append((surrogate.metrics, result))
     if trained:
         clip_gradients(engine.parameters, norm, engine.run.max_grad_norm)
         set_learning_rate(engine, step)

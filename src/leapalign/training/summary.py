@@ -19,7 +19,7 @@ def summarize(run: Run, progress: Progress) -> dict[str, Any]:
     summary = {
         "name": run.name,
         "out": str(out),
-        "pipeline": str(out / "pipeline"),
+        run.tuning.output: str(out / run.tuning.output),  # "pipeline", or "lora" for an adapter
         "steps": progress.step,
         "skipped": progress.skipped,
         "seconds": round(progress.seconds, 3),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
@@ -16,6 +18,8 @@ class FullFineTuning:
     """All weights of the transformer, as float32 masters."""
 
     name: ClassVar[str] = "full"
+    output: ClassVar[str] = "pipeline"  # a whole diffusers folder
+    formats: ClassVar[tuple[str, ...]] = ("pipeline",)
 
     def load_policy(self, folder: PipelineFolder, device: str, dtype: torch.dtype) -> Any:
         """The transformer in float32; under another `dtype` the forward is autocast over these weights."""
@@ -24,6 +28,29 @@ class FullFineTuning:
         from leapalign.models.folder import load_part
 
         return load_part(folder, "transformer", torch.float32).to(device).requires_grad_(True)
+
+    def initialise(self, policy: Any, seed: int) -> None:
+        """Nothing: training begins at the folder's weights."""
+
+    def in_update(self, policy: Any, seed: int, step: int) -> AbstractContextManager[None]:
+        """Nothing is random in a forward."""
+        return nullcontext()
+
+    def save(self, model: Any, folder: Path) -> None:
+        """The whole pipeline."""
+        model.save(folder)
+
+    def load_tuned(self, model: Any, saved: str, device: str, dtype: str) -> Any:
+        """The run's model, opened from the saved pipeline."""
+        return replace(model, path=saved).load(device, dtype)
+
+    def export(self, model: Any, saved: str, target: Path, *, format: str, dtype: str) -> None:
+        """The pipeline, its transformer in another dtype."""
+        import torch
+
+        tuned = self.load_tuned(model, saved, "cpu", "float32")
+        tuned.policy.to(getattr(torch, dtype))
+        tuned.save(target)
 
 
 FULL = FullFineTuning()

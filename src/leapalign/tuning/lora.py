@@ -1,0 +1,146 @@
+"""LoRA (arXiv 2106.09685): a frozen base, and float32 low-rank matrices beside its linear layers.
+
+Decided here:
+- the adapter's scale is alpha / rank, and alpha follows the rank unless it is given;
+- dropout is a mask over input features, one an update: the velocity stays one function of (x, sigma) through the
+  rollout, its gradient and every recomputation, where a mask a forward would train on the gradient of another model;
+- a base in bfloat16 computes in bfloat16; float32 arithmetic over a bfloat16 base is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+
+from leapalign.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from leapalign.models.folder import PipelineFolder
+
+
+Quantization: TypeAlias = Literal["none", "int8", "nf4"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Low-rank adapters on a frozen base; attention and feed-forward of every block unless told otherwise."""
+
+    name: ClassVar[str] = "lora"
+    output: ClassVar[str] = "lora"  # a folder that diffusers' load_lora_weights opens
+    formats: ClassVar[tuple[str, ...]] = ("pipeline", "lora", "comfyui")
+
+    rank: int = 32
+    alpha: float = 0.0  # strength: the adapter is scaled by alpha / rank; 0 = the rank, so a scale of 1
+    dropout: float = 0.0  # probability that an input feature of a layer's adapter is off for an update
+    target_modules: tuple[str, ...] = ()  # ends of the layers' paths, * is any text; empty = the family's default
+    init: Literal["kaiming", "gaussian"] = "kaiming"  # of A; B begins at 0
+    base_dtype: Literal["", "float32", "bfloat16"] = ""  # of the frozen weights; empty = the run's dtype
+    quantization: Quantization = "none"  # of the frozen linear layers: torchao, bitsandbytes
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UserError(f"rank is {self.rank}; it must be at least 1")
+        if not (math.isfinite(self.alpha) and self.alpha >= 0):
+            raise UserError(f"alpha is {self.alpha}; it must be positive, or 0 for the rank")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout is {self.dropout}; it must lie in [0, 1)")
+        if not all(self.target_modules):
+            raise UserError("target_modules: an empty name; give ends of module paths, for instance attn.to_q")
+
+    def load_policy(self, folder: PipelineFolder, device: str, dtype: torch.dtype) -> Any:
+        """The frozen transformer with an adapter that changes nothing yet. UserError on targets that match nothing."""
+        from leapalign.models.folder import load_part
+        from leapalign.tuning.adapter import attach, initialise
+        from leapalign.tuning.quantization import compute_in, quantization_config
+        from leapalign.tuning.targets import find_targets
+
+        base = self._base_dtype(dtype)
+        policy = load_part(folder, "transformer", base, quantization_config(self.quantization)).to(device)
+        compute_in(policy, base)
+        attach(policy, find_targets(policy, self.target_modules), rank=self.rank, alpha=self.alpha or self.rank)
+        initialise(policy, self.init, seed=0)
+        return policy
+
+    def _base_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        import torch
+
+        base = getattr(torch, self.base_dtype) if self.base_dtype else dtype
+        if base == torch.bfloat16 and dtype == torch.float32:
+            raise UserError(
+                "base_dtype bfloat16 with dtype float32: a bfloat16 base computes in bfloat16; "
+                "set the run's dtype to bfloat16, or base_dtype to float32"
+            )
+        if self.quantization != "none" and base != torch.bfloat16:
+            raise UserError(
+                f"quantization {self.quantization}: what is not quantised, and the arithmetic, are bfloat16; "
+                "set the run's dtype to bfloat16 and leave base_dtype empty"
+            )
+        return base
+
+    def initialise(self, policy: Any, seed: int) -> None:
+        """A from the seed and each layer's name, B = 0; the global generators play no part."""
+        from leapalign.tuning.adapter import initialise
+
+        initialise(policy, self.init, seed)
+
+    def in_update(self, policy: Any, seed: int, step: int) -> AbstractContextManager[None]:
+        """The update's dropout mask."""
+        from leapalign.tuning.adapter import dropout
+
+        return dropout(policy, self.dropout, seed, step) if self.dropout else nullcontext()
+
+    def save(self, model: Any, folder: Path) -> None:
+        """One file, pytorch_lora_weights.safetensors, as diffusers' load_lora_weights reads it; float32."""
+        from leapalign.tuning.adapter import adapter_state
+        from leapalign.tuning.files import write_lora
+
+        write_lora(folder, adapter_state(model.policy))
+
+    def load_tuned(self, model: Any, saved: str, device: str, dtype: str) -> Any:
+        """The run's base with the saved adapter beside it, not merged, in the dtype that is asked for.
+
+        Under bfloat16 the base is quantised as in the run, under float32 it is not.
+        """
+        return self._open(model, saved, device, dtype, self.quantization if dtype == "bfloat16" else "none")
+
+    def export(self, model: Any, saved: str, target: Path, *, format: str, dtype: str) -> None:
+        """`pipeline`: base and adapter, merged. `lora`, `comfyui`: one file (the latter opens the base for sizes)."""
+        import torch
+
+        from leapalign.training.files import complete_folder
+        from leapalign.tuning.files import read_lora, write_lora
+
+        if format == "pipeline":
+            self._open(model, saved, "cpu", dtype, "none").save(target)
+            return
+        state = {name: value.to(getattr(torch, dtype)) for name, value in read_lora(Path(saved)).items()}
+        with complete_folder(target) as folder:
+            if format == "lora":
+                write_lora(folder, state)
+            else:
+                _write_comfyui(folder, state, self._open(model, saved, "cpu", dtype, "none").policy)
+
+    def _open(self, model: Any, saved: str, device: str, dtype: str, quantization: Quantization) -> Any:
+        from leapalign.tuning.adapter import restore
+        from leapalign.tuning.files import read_lora
+
+        state = read_lora(Path(saved))
+        # the saved B has the scale in it, so here alpha is the rank
+        opened = replace(self, alpha=0.0, base_dtype="", quantization=quantization)
+        tuned = model.load(device, dtype, opened)
+        restore(tuned.policy, state, saved)
+        tuned.policy.requires_grad_(False)
+        return tuned
+
+
+def _write_comfyui(folder: Path, state: dict[str, torch.Tensor], policy: Any) -> None:
+    from safetensors.torch import save_file
+
+    from leapalign.tuning.comfyui import FILE, to_comfyui
+
+    save_file(to_comfyui(state, policy), folder / FILE, metadata={"format": "pt"})
