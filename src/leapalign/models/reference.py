@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def pipeline_latents(model: Any, config: Any, text: Conditioning, noise: Tensor, num_steps: int) -> Tensor | None:
     """The latents [B, C, h, w] that diffusers makes of `noise`; None for a family that is not known here.
 
-    `config`: the model's configuration (guidance). No part but the scheduler is loaded a second time.
+    `config`: the model's configuration (guidance). No part but the scheduler is loaded a second time. As in our own
+    sampler, the policy alone computes in the model's dtype; text, latents and the scheduler's sums are float32.
     """
     from leapalign.models.folder import load_part
 
@@ -26,9 +27,10 @@ def pipeline_latents(model: Any, config: Any, text: Conditioning, noise: Tensor,
     folder = getattr(model, "folder", None)
     if run is None or folder is None:
         return None
+    prompts = text.prompts.map(Tensor.float)
     shared = {
-        "prompt_embeds": text.prompts.tokens,
-        "pooled_prompt_embeds": text.prompts.pooled,
+        "prompt_embeds": prompts.tokens,
+        "pooled_prompt_embeds": prompts.pooled,
         "num_inference_steps": num_steps,
         "output_type": "latent",
         "return_dict": False,
@@ -36,10 +38,14 @@ def pipeline_latents(model: Any, config: Any, text: Conditioning, noise: Tensor,
         "width": config.width,
     }
     if text.negative:
-        negative = text.negative.expand(len(noise))
+        negative = text.negative.map(Tensor.float).expand(len(noise))
         shared |= {"negative_prompt_embeds": negative.tokens, "negative_pooled_prompt_embeds": negative.pooled}
-    with torch.autocast(noise.device.type, dtype=torch.bfloat16, enabled=model.dtype == torch.bfloat16):
-        return run(model, config, load_part(folder, "scheduler"), noise, shared)
+    widened = model.policy.register_forward_hook(lambda _, inputs, output: tuple(v.float() for v in output))
+    try:
+        with torch.autocast(noise.device.type, dtype=torch.bfloat16, enabled=model.dtype == torch.bfloat16):
+            return run(model, config, load_part(folder, "scheduler"), noise, shared)
+    finally:
+        widened.remove()
 
 
 def _sd3(model: PipelineModel, config: Any, scheduler: Any, noise: Tensor, shared: dict[str, Any]) -> Tensor:
