@@ -113,7 +113,6 @@ def test_our_sampler_agrees_and_a_wrong_one_is_found(run, monkeypatch, dtype):
     self_checks.at_start(engine)
     (pair,) = compared
     difference = (pair[0] - pair[1]).abs().max() / pair[1].abs().max()
-    print(dtype, float(difference))
     assert difference < (1e-5 if dtype == "float32" else 0.05)
     monkeypatch.undo()
     grid = engine.model.grid
