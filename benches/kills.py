@@ -55,10 +55,20 @@ def measure(bench: Kills, folder: Path) -> dict[str, object]:
     moments = random.Random(bench.seed)
     seconds = _undisturbed(bench, folder / "whole")
     expected = last_state(folder / "whole")
-    counts = {"runs": 0, "kills": 0, "while_saving": 0, "other_weights": 0, "other_metrics": 0, "failures": 0}
+    counts = {
+        "runs": 0,
+        "killed_runs": 0,
+        "kills": 0,
+        "while_saving": 0,
+        "other_weights": 0,
+        "other_metrics": 0,
+        "failures": 0,
+    }
     for number in range(bench.runs):
         out = folder / f"run-{number}"
-        for status, saving in killed(bench, out, moments, seconds):
+        attempts = killed(bench, out, moments, seconds)
+        counts["killed_runs"] += len(attempts) > 1
+        for status, saving in attempts:
             counts["kills"] += status == -signal.SIGKILL
             counts["while_saving"] += saving
             counts["failures"] += status > 0
@@ -76,7 +86,7 @@ def killed(bench: Kills, out: Path, moments: random.Random, seconds: float) -> l
     for number in range(bench.kills + 1):
         child = start(argv(bench, out))
         if number < bench.kills:
-            time.sleep(moments.uniform(0, 0.8 * seconds))
+            time.sleep(moments.uniform(0, 0.7 * seconds))
             if number % 2:
                 _await_save(out, moments)
             os.kill(child, signal.SIGKILL)

@@ -51,9 +51,8 @@ def pipeline_latents(model: Any, config: Any, text: Conditioning, noise: Tensor,
 def _sd3(model: PipelineModel, config: Any, scheduler: Any, noise: Tensor, shared: dict[str, Any]) -> Tensor:
     from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 
-    pipeline: Any = StableDiffusion3Pipeline(
-        transformer=model.policy, scheduler=scheduler, vae=model.decoder.vae, **_no_text(3)
-    )  # pyright: ignore
+    parts = {"transformer": model.policy, "scheduler": scheduler, "vae": model.decoder.vae} | _no_text(3)
+    pipeline: Any = StableDiffusion3Pipeline(**parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(latents=noise, guidance_scale=config.guidance_scale, **shared)[0]
 
@@ -69,7 +68,7 @@ def _flux(model: PipelineModel, config: Any, scheduler: Any, noise: Tensor, shar
     return FluxPipeline._unpack_latents(latents, *noise.shape[2:], vae_scale_factor=1)
 
 
-def _no_text(count: int) -> dict[str, None]:
+def _no_text(count: int) -> dict[str, Any]:
     names = [f"{part}{suffix}" for suffix in ("", "_2", "_3")[:count] for part in ("text_encoder", "tokenizer")]
     return dict.fromkeys(names)
 

@@ -101,7 +101,7 @@ class Copies:
 
     def of(self, groups: dict[str, Named]) -> dict[str, Named]:
         """The same names with copies; complete when this returns."""
-        copied = {
+        copied: dict[str, Named] = {
             group: {name: self._copy(group, name, tensor) for name, tensor in named.items()}
             for group, named in groups.items()
         }

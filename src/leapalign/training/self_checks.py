@@ -8,6 +8,7 @@ the same velocity. Nothing of the run is changed: no weight, no gradient, no ran
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from leapalign.errors import UserError
 from leapalign.flow.rollout import rollout
+from leapalign.models.base import Conditioning
 from leapalign.models.reference import pipeline_latents
 from leapalign.training.batches import micro_batches, noise_generators
 from leapalign.training.files import SCRATCH
@@ -61,16 +63,16 @@ def at_first_save(engine: Engine) -> None:
         again = replace(run.model, path=str(folder)).load(str(engine.sigmas.device), run.dtype, run.tuning)
         _, noise, text = _first_sample(engine)
         with torch.no_grad():
-            velocities = [model.velocity(text)(noise, engine.sigmas[-1]) for model in (again, engine.model)]
-        _compare(engine, *velocities, "the saved model, opened again, has another velocity than the trained one")
+            ours, reloaded = (model.velocity(text)(noise, engine.sigmas[-1]) for model in (engine.model, again))
+        _compare(engine, reloaded, ours, "the saved model, opened again, has another velocity than the trained one")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_reward(name: str, reward: object, images: Tensor, prompts: list[str]) -> None:
+def _check_reward(name: str, reward: Callable[[Tensor, list[str]], Tensor], images: Tensor, prompts: list[str]) -> None:
     leaf = images.detach().requires_grad_()
     with torch.enable_grad():
-        score = reward(leaf, prompts)  # type: ignore[operator]
+        score = reward(leaf, prompts)
         if not score.requires_grad:
             raise UserError(f"reward {name}: it carries no gradient; direct-gradient methods need a differentiable one")
         (gradient,) = torch.autograd.grad(score.sum(), leaf)
@@ -97,7 +99,7 @@ def _compare(engine: Engine, ours: Tensor, expected: Tensor, problem: str) -> No
         )
 
 
-def _first_sample(engine: Engine) -> tuple[list[str], Tensor, object]:
+def _first_sample(engine: Engine) -> tuple[list[str], Tensor, Conditioning]:
     run = engine.run
     micro = next(micro_batches(run, engine.prompts, 0))
     prompts = [micro.prompts[0]]
