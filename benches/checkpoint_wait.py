@@ -7,13 +7,15 @@ top, so a checkpoint has four times that). In turns, with and without the thread
 thread has ended, then the next save. Measured is what `Session.save` takes, with the first save of each way, which
 makes its memory, left out; and how much longer the updates beside the thread are than without a save.
 `restart`: a run is killed by SIGKILL and resumed, both as processes of their own; from the kill to the next line of
-metrics.jsonl, imports, loading and encoding included.
+metrics.jsonl, imports, loading, encoding and self-checks included. `processor_seconds` is what the resumed process
+computed in that time, and what a busy machine does not change.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -81,21 +83,28 @@ def wait(bench: CheckpointWait, folder: Path) -> dict[str, object]:
 
 def restart(bench: CheckpointWait, folder: Path) -> dict[str, object]:
     """From SIGKILL to the next finished step of the resumed process."""
-    out, seconds = folder / "killed", []
+    out, seconds, processor = folder / "killed", [], []
     flags = {"out": out, "steps": 10_000, "checkpoint-every": 1, "probe-every": 0, "batch-size": bench.batch_size}
     flags |= {"micro-batch-size": bench.batch_size, "device": "cpu"}
     process = _start(["train", "shapeworld-leapalign", *(str(w) for n, v in flags.items() for w in (f"--{n}", v))])
     _until_new_line(out, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     for _ in range(bench.restarts):
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        begun = time.perf_counter()
+        begun, used = time.perf_counter(), _children_seconds()
         process = _start(["resume", str(out)])
         _until_new_line(out, process)
         seconds.append(time.perf_counter() - begun)
-    process.kill()
-    process.wait()
-    return {"seconds": median(seconds), "all": seconds}
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        processor.append(_children_seconds() - used)
+    return {"seconds": median(seconds), "processor_seconds": median(processor), "all": seconds}
+
+
+def _children_seconds() -> float:
+    """Processor time of the processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _engine(bench: CheckpointWait, folder: Path) -> Engine:
