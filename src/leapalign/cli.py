@@ -1,4 +1,7 @@
-"""The command line. Exit status: 0 done, 1 stopped at NaN or infinity, 2 the user's mistake, 130 interrupted.
+"""The command line. Exit status: 0 done, 1 stopped (NaN, infinity, out of memory), 2 the user's mistake.
+
+A training run that was asked to stop has saved itself: 130 after SIGINT (Ctrl-C), 143 after SIGTERM, 75 when its
+`max_hours` are over. 130 is also any other command that was interrupted, and a second Ctrl-C.
 
 Flags come from the recipe's own dataclasses. Help imports no torch: the work is imported when it starts.
 """
@@ -18,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from leapalign.codec import suggestion
-from leapalign.errors import RunStopped, UserError
+from leapalign.errors import RunInterrupted, RunStopped, UserError
 
 if TYPE_CHECKING:
     from leapalign.run import Run
@@ -57,6 +60,9 @@ def main(argv: Sequence[str]) -> int:
     except RunStopped as error:
         print(f"leapalign: stopped at {error}", file=sys.stderr)
         return 1
+    except RunInterrupted as end:
+        print(f"leapalign: {end}", file=sys.stderr)
+        return end.status
     except BrokenPipeError:  # `leapalign ... | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush finds no pipe either
         return 1
@@ -97,7 +103,7 @@ def _train(argv: list[str]) -> None:
     word, rest = _split_recipe(argv)
     recipe = load_recipe(word, plugins_in(rest))
     flags = tyro.cli(TrainFlags, default=TrainFlags(run=recipe), args=rest, prog=f"leapalign train {word}")
-    _run(flags.run, resume=False, as_json=flags.json)
+    _run(flags.run, as_json=flags.json)
 
 
 def _split_recipe(argv: list[str]) -> tuple[str, list[str]]:
@@ -118,6 +124,12 @@ class ResumeFlags:
     """The run's folder."""
     steps: int = 0
     """Train up to this step instead of the recorded one; 0 = as recorded."""
+    max_hours: float = -1.0
+    """Stop in time to save, with exit status 75; 0 = no limit, -1 = as recorded."""
+    checkpoint: str = ""
+    """Go on from this one, as step-000050; empty = the newest. Later ones are kept under other names."""
+    allow_changes: bool = False
+    """Go on although run.json differs from what the checkpoint was trained with."""
     json: bool = False
     """Print the run's summary as JSON on stdout."""
     plugin: tuple[str, ...] = ()
@@ -129,14 +141,15 @@ def _resume(argv: list[str]) -> None:
 
     flags = tyro.cli(ResumeFlags, args=argv, prog="leapalign resume")
     run = read_run(flags.run / "run.json", load_plugins(flags.plugin))
-    run = replace(run, out=str(flags.run), steps=flags.steps or run.steps)
-    _run(run, resume=True, as_json=flags.json)
+    hours = flags.max_hours if flags.max_hours >= 0 else run.max_hours
+    run = replace(run, out=str(flags.run), steps=flags.steps or run.steps, max_hours=hours)
+    _run(run, as_json=flags.json, resume=True, checkpoint=flags.checkpoint, allow_changes=flags.allow_changes)
 
 
-def _run(run: Run, *, resume: bool, as_json: bool) -> None:
+def _run(run: Run, *, as_json: bool, **how: Any) -> None:
     from leapalign.training.loop import train
 
-    summary = train(run, resume=resume).summary
+    summary = train(run, **how).summary
     _answer(
         summary, as_json, f"{summary['steps']} steps in {summary['seconds']:.0f} s; tuned: {summary[run.tuning.output]}"
     )

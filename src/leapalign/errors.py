@@ -1,4 +1,4 @@
-"""The two ways a command ends badly without being a bug of ours: a user's mistake, and a run that must stop."""
+"""The ways a command ends without being a bug of ours: a user's mistake, a run that must stop, a run asked to stop."""
 
 
 class UserError(Exception):
@@ -9,7 +9,22 @@ class UserError(Exception):
 
 
 class RunStopped(Exception):
-    """A run cannot honestly go on (NaN or infinity in reward, loss or gradient).
+    """A run cannot go on: NaN or infinity in reward, loss or gradient, or too little memory.
 
-    The message names step, prompt and tensor. Nothing broken has been saved; the command line exits with 1.
+    The message names the step. Nothing broken has been saved; the command line exits with 1.
     """
+
+
+class NotFinite(RunStopped):
+    """NaN or infinity: the message names step, prompt and tensor. The batch was not stepped and may be skipped."""
+
+
+class RunInterrupted(Exception):
+    """A run that was asked to stop (a signal, or its time is up), has saved itself and can be resumed.
+
+    `status` is the command line's exit status: 130 after SIGINT, 143 after SIGTERM, 75 when `max_hours` are over.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status

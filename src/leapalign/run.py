@@ -57,6 +57,10 @@ class Run:
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 computes in it over float32 weights
     checkpoint_every: int = 50  # steps; the last step always saves
     keep_checkpoints: int = 2
+    async_checkpoints: bool = True  # copied to CPU memory at once and written beside the training
+    max_hours: float = 0.0  # of one process: it stops in time to save, with exit status 75; 0 = no limit
+    max_bad_batches: int = 0  # batches of NaN or infinity that are left out and counted before the run stops
+    self_checks: bool = True  # at start-up and at the first save; seconds
     probe_every: int = 10  # steps between two scores of the averaged weights on fixed prompts and noise; 0 = never
     probe_size: int = 32  # samples of that fixed set
     probe_seed: int = 0  # of that fixed set: not of the run, so that runs compare
@@ -72,10 +76,13 @@ class Run:
 
 
 # What may differ between a run and its resumption: none of these changes a step that both take.
-FREE_FIELDS = frozenset({"name", "out", "steps", "checkpoint_every", "keep_checkpoints"})
+FREE_FIELDS = frozenset(
+    {"name", "out", "steps", "checkpoint_every", "keep_checkpoints", "async_checkpoints"}
+    | {"max_hours", "max_bad_batches", "self_checks"}
+)
 _LEAST = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "num_sampling_steps": 1, "checkpoint_every": 1}
 _LEAST |= {"keep_checkpoints": 1, "probe_size": 1, "samples_per_draw": 0, "reward_chunk": 0, "probe_every": 0}
-_LEAST |= {"warmup_steps": 0, "decay_steps": 0}
+_LEAST |= {"warmup_steps": 0, "decay_steps": 0, "max_bad_batches": 0}
 
 
 def _check_counts(run: Run) -> None:
@@ -86,6 +93,7 @@ def _check_counts(run: Run) -> None:
 
 def _check_reals(run: Run) -> None:
     reals = {"learning_rate": run.learning_rate, "weight_decay": run.weight_decay, "max_grad_norm": run.max_grad_norm}
+    reals["max_hours"] = run.max_hours
     for name, value in reals.items():
         if not (math.isfinite(value) and value >= 0):
             raise UserError(f"{name} is {value}; it must be finite and not negative")

@@ -24,7 +24,8 @@ from leapalign.models.qwen_image import QwenImage
 from leapalign.models.sd3 import SD3
 from leapalign.models.z_image import ZImage
 
-HELPERS = {"base", "text", "decode", "guidance", "folder", "pipeline"}  # files of the folder that hold no family
+# Files of the folder that hold no family.
+HELPERS = {"base", "text", "decode", "guidance", "folder", "pipeline", "reference"}
 PROMPTS = ["a red circle", "two blue star left of the green square above" + 3 * " and a photo of the square"]
 SIZE: dict[str, Any] = {"height": 16, "width": 24, "max_sequence_length": 5, "decode_chunk": 1}
 CHAT: dict[str, Any] = SIZE | {"max_sequence_length": 48}  # room for the second prompt in its chat format

@@ -86,7 +86,8 @@ def test_killed_at_any_moment_of_a_save(tiny_run, tmp_path):
     engine = loop.build(run)
     parts = (engine.parameters, engine.ema, engine.optimizer)
     loop.update(engine, 0)
-    checkpoints.save(run, checkpoints.Progress(step=1), *parts)
+    (Path(run.out) / "checkpoints").mkdir(parents=True)
+    checkpoints.save(checkpoints.take(run, checkpoints.Progress(step=1), *parts))
     loop.update(engine, 1)
     newer = {name: p.detach().clone() for name, p in engine.parameters.items()}
     for moment in range(100):
@@ -94,15 +95,16 @@ def test_killed_at_any_moment_of_a_save(tiny_run, tmp_path):
         shutil.copytree(run.out, copy.out)
         status = _save_and_die(copy, parts, moment)
         fresh = loop.build(copy)
-        progress = checkpoints.restore(copy, fresh.parameters, fresh.ema, fresh.optimizer)
+        progress = checkpoints.restore(checkpoints.find(copy), fresh.parameters, fresh.ema, fresh.optimizer)
         assert progress.step in (1, 2)
-        assert {p.name for p in (Path(copy.out) / "checkpoints").iterdir()} <= {"step-000001", "step-000002"}
+        left = {p.name for p in (Path(copy.out) / "checkpoints").iterdir()}
+        assert left <= {"step-000001", "step-000002", "newest.json"}
         same = all(torch.equal(p, newer[name]) for name, p in fresh.parameters.items())
         assert same == (progress.step == 2)
         if status == 0:
             break
     assert moment > 12 and progress.step == 2
-    assert [p.name for p in (Path(copy.out) / "checkpoints").iterdir()] == ["step-000002"]
+    assert [p.name for p in checkpoints.complete(copy)] == ["step-000002"]
 
 
 def _save_and_die(run, parts, moment: int) -> int:
@@ -122,7 +124,7 @@ def _save_and_die(run, parts, moment: int) -> int:
         for name in ("fsync", "replace", "unlink", "rmdir"):
             setattr(os, name, counted(getattr(os, name)))
         try:
-            checkpoints.save(run, checkpoints.Progress(step=2), *parts)
+            checkpoints.save(checkpoints.take(run, checkpoints.Progress(step=2), *parts))
         finally:
             os._exit(0)
     return os.waitpid(pid, 0)[1]
@@ -131,7 +133,7 @@ def _save_and_die(run, parts, moment: int) -> int:
 def test_only_the_last_ones_are_kept(tiny_run):
     loop.train(tiny_run(steps=6, checkpoint_every=1, keep_checkpoints=2))
     run = tiny_run()
-    assert sorted(p.name for p in (Path(run.out) / "checkpoints").iterdir()) == ["step-000005", "step-000006"]
+    assert [p.name for p in checkpoints.complete(run)] == ["step-000005", "step-000006"]
 
 
 def test_a_changed_setting_is_refused_and_listed(tiny_run):
@@ -152,7 +154,7 @@ def test_a_damaged_checkpoint_is_named_with_the_older_one(tiny_run, name):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data[: len(data) - 1] if name == "state.json" else data)
-    with pytest.raises(UserError, match=r"step-000004: the checkpoint is damaged .*resume from step-000002"):
+    with pytest.raises(UserError, match=r"step-000004: the checkpoint is damaged .*--checkpoint step-000002`"):
         loop.train(replace(run, steps=6), resume=True)
 
 
@@ -168,7 +170,7 @@ def test_adamw_goes_on_exactly(tiny_run):
     run = tiny_run(steps=2)
     engine = loop.train(run).engine
     fresh = loop.build(run)
-    checkpoints.restore(run, fresh.parameters, fresh.ema, fresh.optimizer)
+    checkpoints.restore(checkpoints.find(run), fresh.parameters, fresh.ema, fresh.optimizer)
     saved, restored = (checkpoints.optimizer_tensors(e.parameters, e.optimizer) for e in (engine, fresh))
     assert len(saved) == 3 * len(engine.parameters) and float(saved["0.weight.step"]) == 2
     assert saved.keys() == restored.keys() and all(torch.equal(saved[k], restored[k]) for k in saved)
@@ -187,10 +189,17 @@ def test_a_folder_is_complete_or_absent(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thing"]
 
 
-def test_metrics_are_cut_at_the_step(tmp_path):
+def test_metrics_are_cut_at_the_checkpoints_position(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')
-    truncate_metrics(path, 1)
+    truncate_metrics(path, 24)
+    assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
+    for other in (23, 25):  # within a line, and beyond the end
+        with pytest.raises(UserError, match="some are lost or changed"):
+            truncate_metrics(path, other)
     assert path.read_text() == '{"step": 0}\n{"step": 1}\n'
     truncate_metrics(path, 0)
     assert path.read_text() == ""
+    path.unlink()
+    truncate_metrics(path, 24)
+    assert not path.exists()

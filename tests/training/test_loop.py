@@ -151,7 +151,7 @@ def test_a_draw_without_gradient_skips_only_itself(tiny_run):
     ],
 )
 def test_nan_stops_the_run_and_names_step_prompt_and_tensor(tiny_run, tiny_module, flaw, message):
-    run = tiny_run(steps=20, checkpoint_every=1, probe_every=0, keep_checkpoints=30)
+    run = tiny_run(steps=20, checkpoint_every=1, probe_every=0, keep_checkpoints=30, self_checks=False)
     bad = replace(run, rewards=(RewardTerm(reward=tiny_module.TinyReward(**flaw), threshold=2.0),))
     prompts = bad.prompts.load()
     text = next(iter(flaw.values()))

@@ -1,17 +1,26 @@
 """Checkpoints: everything that the next step depends on, complete or absent, in safetensors and JSON only.
 
     RUN/checkpoints/step-000050/  weights.safetensors  ema.safetensors  optimizer.safetensors  run.json  state.json
+    RUN/checkpoints/newest.json   the name of the newest one, so that a deleted one is missed
 
-Frozen weights are not copied: the run's model is loaded again. There is no random state to keep, because all
-randomness is a function of (seed, step, sample, purpose). state.json holds the sha256 of every other file.
+Frozen weights are not copied: the run's model is loaded again. There is no random state and no place in the prompts to
+keep, because all randomness and the order of the prompts are functions of (seed, step, sample, purpose); the learning
+rate is one of the step. state.json holds the step, counters, elapsed time, how far metrics.jsonl was, versions, the
+configuration's hash, the sha256 of every other file and its own.
+
+`layout` in state.json says how tensors are stored: "whole" is a file a group. An engine of several ranks can add
+another word and its own reader and writer of the groups; everything else stays.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -21,11 +30,16 @@ from torch import Tensor
 from leapalign.codec import encode
 from leapalign.errors import UserError
 from leapalign.run import Run, config_hash, differences, trajectory
-from leapalign.training.files import clear_scratch, complete_folder, remove_folder, sha256
+from leapalign.training.files import clear_scratch, complete_folder, remove_folder, sha256, write_text
 from leapalign.training.weights import EMA, Named, copy_into
 
-TENSORS = ("weights", "ema", "optimizer")
+GROUPS = ("weights", "ema", "optimizer")
+LAYOUT = "whole"
 PACKAGES = ("leapalign", "torch", "diffusers", "transformers", "safetensors")
+NEWEST = "newest.json"
+_NAME = re.compile(r"step-(\d{6,})")
+_RECORDS = {"run.json", "state.json"}
+_PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
 
 
 @dataclass
@@ -34,52 +48,153 @@ class Progress:
 
     step: int = 0  # updates done, skipped ones included
     skipped: int = 0  # updates without gradient
+    bad_batches: int = 0  # of those, the ones that were NaN or infinite
     seconds: float = 0.0  # spent in all processes so far
+    metrics_bytes: int = 0  # of metrics.jsonl that belong to these steps
+    changes: list[dict[str, Any]] = field(default_factory=list)  # {"step", "changes"}: settings changed on the way
 
 
-def save(run: Run, progress: Progress, parameters: Named, ema: EMA, optimizer: torch.optim.Optimizer) -> Path:
-    """Write the checkpoint of `progress.step` and prune older ones; killed at any moment, it is complete or absent."""
-    target = _folder(run) / f"step-{progress.step:06d}"
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What a checkpoint will hold, taken at one moment."""
+
+    run: Run
+    progress: dict[str, Any]
+    tensors: dict[str, Named]  # by group
+
+    @property
+    def step(self) -> int:
+        return self.progress["step"]
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for named in self.tensors.values() for t in named.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """One whose bytes are those that were written."""
+
+    folder: Path
+    state: dict[str, Any]
+    record: dict[str, Any]  # its run.json
+
+
+def take(
+    run: Run, progress: Progress, parameters: Named, ema: EMA, optimizer: torch.optim.Optimizer
+) -> Snapshot:  # views: whoever writes it later must copy the tensors first
+    """The run as it is now."""
+    groups = (parameters, ema.shadow, optimizer_tensors(parameters, optimizer))
+    return Snapshot(run=run, progress=asdict(progress), tensors=dict(zip(GROUPS, groups)))
+
+
+def save(snapshot: Snapshot, before_rename: Callable[[], None] = lambda: None) -> Path:
+    """Write a checkpoint and prune older ones; killed at any moment, it is complete or absent.
+
+    `before_rename` puts on the disk what the checkpoint relies on (the metrics up to its step).
+    """
+    run = snapshot.run
+    target = _folder(run) / f"step-{snapshot.step:06d}"
     if not target.exists():  # else a process was killed between this checkpoint and the pruning
-        _write(target, run, progress, parameters, ema, optimizer)
-    for old in _complete(run)[: -run.keep_checkpoints]:
+        _write(target, snapshot, before_rename)
+    write_text(_folder(run) / NEWEST, json.dumps({"name": target.name}) + "\n")
+    for old in complete(run)[: -run.keep_checkpoints]:
         remove_folder(old)
     return target
 
 
-def _write(
-    target: Path, run: Run, progress: Progress, parameters: Named, ema: EMA, optimizer: torch.optim.Optimizer
-) -> None:
-    record = encode(run)
+def _write(target: Path, snapshot: Snapshot, before_rename: Callable[[], None]) -> None:
+    record = encode(snapshot.run)
     with complete_folder(target) as folder:
-        save_file(_portable(parameters), folder / "weights.safetensors")
-        save_file(_portable(ema.shadow), folder / "ema.safetensors")
-        save_file(_portable(optimizer_tensors(parameters, optimizer)), folder / "optimizer.safetensors")
+        for group, named in snapshot.tensors.items():
+            save_file(_portable(named), folder / f"{group}.safetensors")
         (folder / "run.json").write_text(json.dumps(record, indent=2))
-        state: dict[str, Any] = asdict(progress) | {"config": config_hash(record), "versions": _versions()}
-        state["files"] = {path.name: sha256(path) for path in sorted(folder.iterdir())}
-        (folder / "state.json").write_text(json.dumps(state, indent=2))
+        state: dict[str, Any] = snapshot.progress | {
+            "layout": LAYOUT,
+            "config": config_hash(record),
+            "versions": versions(),
+            "files": {path.name: sha256(path) for path in sorted(folder.iterdir())},
+        }
+        (folder / "state.json").write_text(json.dumps(state | {"self": _digest(state)}, indent=2))
+        before_rename()
 
 
-def restore(run: Run, parameters: Named, ema: EMA, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put the newest checkpoint into the given objects; a run that has none yet starts at its first step."""
-    _folder(run).mkdir(parents=True, exist_ok=True)
-    clear_scratch(_folder(run))
-    if not _complete(run):
+def find(run: Run, name: str = "") -> Checkpoint | None:
+    """The newest checkpoint, or the one of that name, once every byte of it has been compared; None where none is.
+
+    Raises UserError for a damaged, deleted or unknown one, with the newest good one among the others.
+    """
+    folder = _folder(run)
+    if folder.is_dir():
+        clear_scratch(folder)
+    names = [path.name for path in complete(run)]
+    if name and name not in names:
+        raise UserError(f"{folder}: there is no checkpoint {name!r}; there are {', '.join(names) or 'none'}")
+    _refuse_deleted(run, name, names)
+    if not names:
+        return None
+    chosen = folder / (name or names[-1])
+    try:
+        return _verified(chosen)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{chosen}: the checkpoint is damaged ({error}); {_way_out(run, chosen)}") from None
+
+
+def restore(origin: Checkpoint | None, parameters: Named, ema: EMA, optimizer: torch.optim.Optimizer) -> Progress:
+    """Put a checkpoint into the given objects; a run that has none yet starts at its first step."""
+    if origin is None:
         return Progress()
-    folder = _complete(run)[-1]
-    state = _read_state(folder, run)
-    tensors = {name: load_file(folder / f"{name}.safetensors") for name in TENSORS}
-    _check_names(folder, tensors["weights"], parameters)
+    tensors = {group: load_file(origin.folder / f"{group}.safetensors") for group in GROUPS}
+    _check_shapes(origin.folder, tensors["weights"], parameters)
+    _check_shapes(origin.folder, tensors["ema"], ema.shadow)
     copy_into(parameters, tensors["weights"])
     copy_into(ema.shadow, tensors["ema"])
     _restore_optimizer(parameters, optimizer, tensors["optimizer"])
-    return Progress(step=state["step"], skipped=state["skipped"], seconds=state["seconds"])
+    return Progress(**{f.name: origin.state[f.name] for f in fields(Progress)})
+
+
+def set_aside(run: Run, origin: Checkpoint) -> list[Path]:
+    """Give the checkpoints after `origin` other names, with the metrics as they were: their steps are made again."""
+    later = [path for path in complete(run) if _step(path) > _step(origin.folder)]
+    moved = []
+    for path in reversed(later):
+        moved.append(_free_name(path.with_name(f"unused-{path.name}")))
+        path.rename(moved[-1])
+    if later:
+        lines = (Path(run.out) / "metrics.jsonl").read_bytes()
+        _free_name(moved[0].with_name(f"{moved[0].name}.metrics.jsonl")).write_bytes(lines)
+        write_text(_folder(run) / NEWEST, json.dumps({"name": origin.folder.name}) + "\n")
+    return moved
+
+
+def check_unchanged(run: Run, origin: Checkpoint | None, allow: bool = False) -> list[str]:
+    """The settings that are not those of the checkpoint; UserError that lists them unless they are allowed."""
+    if origin is None or config_hash(origin.record) == config_hash(encode(run)):
+        return []
+    changes = differences(trajectory(origin.record), trajectory(encode(run)))
+    if not allow:
+        listed = "\n  ".join(changes)
+        raise UserError(
+            f"{run.out}: run.json is not what the checkpoint was trained with:\n  {listed}\n"
+            f"Undo the change, or go on with it: `leapalign resume {run.out} --allow-changes`, or start a new run with "
+            "`leapalign train`"
+        )
+    return changes
+
+
+def complete(run: Run) -> list[Path]:
+    """Checkpoints, oldest first: a folder has this name only once it is complete."""
+    return sorted((p for p in _folder(run).glob("step-*") if _NAME.fullmatch(p.name)), key=_step)
 
 
 def optimizer_tensors(parameters: Named, optimizer: torch.optim.Optimizer) -> Named:
     """AdamW's state as `<parameter>.<exp_avg | exp_avg_sq | step>`; nothing for weights that were never stepped."""
     return {f"{name}.{key}": value for name, p in parameters.items() for key, value in optimizer.state[p].items()}
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that the numbers come from."""
+    return {package: version(package) for package in PACKAGES}
 
 
 def _restore_optimizer(parameters: Named, optimizer: torch.optim.Optimizer, tensors: Named) -> None:
@@ -89,42 +204,79 @@ def _restore_optimizer(parameters: Named, optimizer: torch.optim.Optimizer, tens
         optimizer.state[p][key] = value if key == "step" else value.to(p.device)  # torch keeps the count on the CPU
 
 
-def check_unchanged(run: Run) -> None:
-    """Refuse to go on with settings other than those of the newest checkpoint, and list them."""
-    if not _complete(run):
-        return
-    _read_state(_complete(run)[-1], run)  # a flipped bit in its run.json would look like a changed setting
-    old, new = json.loads((_complete(run)[-1] / "run.json").read_text()), encode(run)
-    if config_hash(old) != config_hash(new):
-        changes = "\n  ".join(differences(trajectory(old), trajectory(new)))
-        raise UserError(
-            f"{run.out}: run.json is not what the checkpoint was trained with:\n  {changes}\n"
-            "Undo the change to resume, or start a new run with `leapalign train`"
-        )
+def _verified(folder: Path) -> Checkpoint:
+    """Raises what a damaged file makes its readers raise."""
+    state = json.loads((folder / "state.json").read_text())
+    own = state.pop("self")
+    if own != _digest(state):
+        raise ValueError("state.json has other bytes than were written")
+    if state["layout"] != LAYOUT:
+        raise ValueError(f"its layout is {state['layout']!r}, and this version reads {LAYOUT!r}")
+    expected = {f"{group}.safetensors" for group in GROUPS} | _RECORDS
+    present = {path.name for path in folder.iterdir()}
+    if odd := (set(state["files"]) | {"state.json"}) ^ expected or expected - present:
+        raise ValueError(f"{min(odd)} is missing or unknown")
+    if pickles := sorted(name for name in present if PurePosixPath(name).suffix in _PICKLES):
+        raise ValueError(f"{pickles[0]} is no part of a checkpoint; pickled files are never opened, remove it")
+    for name, digest in state["files"].items():
+        if sha256(folder / name) != digest:
+            raise ValueError(f"{name} has other bytes than were written")
+    return Checkpoint(folder=folder, state=state, record=json.loads((folder / "run.json").read_text()))
 
 
-def _read_state(folder: Path, run: Run) -> dict[str, Any]:
+def _is_good(folder: Path) -> bool:
     try:
-        state = json.loads((folder / "state.json").read_text())
-        for name, digest in state["files"].items():
-            if sha256(folder / name) != digest:
-                raise ValueError(f"{name} has other bytes than were written")
-    except (OSError, ValueError, KeyError) as error:
-        older = [path.name for path in _complete(run) if path < folder]
-        way_out = f"delete that folder to resume from {older[-1]}" if older else "no older one is left: train again"
-        raise UserError(f"{folder}: the checkpoint is damaged ({error}); {way_out}") from None
-    return state
+        return bool(_verified(folder))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
-def _check_names(folder: Path, saved: Named, parameters: Named) -> None:
-    if saved.keys() != parameters.keys():
-        odd = sorted(saved.keys() ^ parameters.keys())
+def _way_out(run: Run, bad: Path | None) -> str:
+    good = next((path for path in reversed(complete(run)) if path != bad and _is_good(path)), None)
+    if good is None:
+        return f"no other one is good: train again, `leapalign train {run.out}/run.json --out ANOTHER`"
+    return f"{good.name} is good: `leapalign resume {run.out} --checkpoint {good.name}` goes on from it"
+
+
+def _refuse_deleted(run: Run, name: str, names: list[str]) -> None:
+    """Going on silently from an older one, or from the start, would throw the later metrics away."""
+    marker = _folder(run) / NEWEST
+    if (Path(run.out) / "run.json").exists() and not marker.parent.is_dir():  # they are made together
+        raise UserError(f"{marker.parent}: this folder was there and is gone; {_way_out(run, None)}")
+    if name or not marker.exists():
+        return
+    try:
+        newest = json.loads(marker.read_text())["name"]
+        gone = not names or int(_NAME.fullmatch(newest)[1]) > _step(Path(names[-1]))  # type: ignore[index]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{marker}: not readable ({error}); remove it to resume from the newest folder") from None
+    if gone:
+        raise UserError(f"{marker.parent / newest}: this checkpoint was there and is gone; {_way_out(run, None)}")
+
+
+def _check_shapes(folder: Path, saved: Named, expected: Named) -> None:
+    if odd := sorted(saved.keys() ^ expected.keys()):
         raise UserError(f"{folder}: it holds other weights than the model trains, for instance {odd[0]}")
+    for name, tensor in expected.items():
+        if saved[name].shape != tensor.shape:
+            shapes = f"{list(saved[name].shape)} in the checkpoint, {list(tensor.shape)} in the model"
+            raise UserError(f"{folder}: {name} is {shapes}; this is another model")
 
 
-def _complete(run: Run) -> list[Path]:
-    """Checkpoints, oldest first: a folder has this name only once it is complete."""
-    return sorted(_folder(run).glob("step-*"))
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _free_name(path: Path) -> Path:
+    number = 2
+    free = path
+    while free.exists():
+        free, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return free
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _folder(run: Run) -> Path:
@@ -133,7 +285,3 @@ def _folder(run: Run) -> Path:
 
 def _portable(tensors: Named) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _versions() -> dict[str, str]:
-    return {package: version(package) for package in PACKAGES}

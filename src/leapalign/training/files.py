@@ -1,30 +1,47 @@
-"""Files that are complete or absent: written beside their place, fsynced, renamed into it."""
+"""Files that are complete or absent: written beside their place, fsynced, renamed into it; and what disks refuse."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from leapalign.errors import UserError
+
 SCRATCH = ".tmp-"  # what a killed process may leave behind; never read, removed by the next one
+DISK_PROBLEMS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "writing is not permitted",
+    errno.EPERM: "writing is not permitted",
+    errno.EIO: "the disk fails",
+}
 
 
 @contextmanager
 def complete_folder(target: Path) -> Iterator[Path]:
     """Fill the folder that is handed out; when the block ends well, `target` is that folder, in one rename.
 
-    An older `target` is moved away first and then removed.
+    An older `target` is moved away first and then removed. When the block fails, its half is removed: it may be what
+    fills the disk.
     """
     scratch = target.with_name(f"{SCRATCH}{target.name}")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    yield scratch
-    for path in sorted(scratch.rglob("*")):
-        _sync(path)
-    _sync(scratch)
+    try:
+        yield scratch
+        for path in sorted(scratch.rglob("*")):
+            _sync(path)
+        _sync(scratch)
+    except Exception:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
     remove_folder(target)
     os.replace(scratch, target)
     _sync(target.parent)
@@ -42,7 +59,7 @@ def remove_folder(target: Path) -> None:
 def clear_scratch(folder: Path) -> None:
     """Remove what killed processes left in a folder."""
     for path in folder.glob(f"{SCRATCH}*"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def write_text(target: Path, text: str) -> None:
@@ -60,6 +77,45 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def refuse_links_out(out: Path) -> None:
+    """A run's folder may come from somebody else: a link in it must not lead what is written to another place."""
+    for path in (*out.glob("*"), *(out / "checkpoints").glob("*")):
+        if path.is_symlink() and not path.resolve().is_relative_to(out.resolve()):
+            raise UserError(
+                f"{path} is a link to {path.resolve()}, outside of the run's folder, and a run writes into its own "
+                "folder only; replace the link by what it points to (RUN itself may be a link)"
+            )
+
+
+@contextmanager
+def disk_errors(out: Path, way_out: str) -> Iterator[None]:
+    """Inside, a disk that takes no more is a UserError: what, where, how much is free, and `way_out`."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = _errno(error)
+        if number not in DISK_PROBLEMS:
+            raise
+        place = getattr(error, "filename", None) or out
+        raise UserError(f"{place}: {DISK_PROBLEMS[number]}{_free(out, number)}; {way_out}") from error
+
+
+def _errno(error: Exception) -> int | None:
+    """safetensors writes in Rust and has the number in its text only."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"(?:code: |os error )(\d+)", str(error))
+    return int(found[1]) if found else None
+
+
+def _free(out: Path, number: int | None) -> str:
+    if number not in (errno.ENOSPC, errno.EDQUOT):
+        return ""
+    return f" ({shutil.disk_usage(out).free / 2**20:.0f} MiB are free)"
 
 
 def _sync(path: Path) -> None:

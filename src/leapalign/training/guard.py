@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from leapalign.errors import RunStopped
+from leapalign.errors import NotFinite
 from leapalign.training.weights import Named
 
 SHOWN = 4  # prompts named in one message
@@ -19,7 +19,7 @@ def check_rows(tensor: Tensor, name: str, prompts: Sequence[str], step: int) -> 
     if bool(finite.all()):
         return
     row = int(torch.nonzero(~finite)[0])
-    raise RunStopped(_message(step, name, _first_bad(tensor[row]), [prompts[row % len(prompts)]]))
+    raise NotFinite(_message(step, name, _first_bad(tensor[row]), [prompts[row % len(prompts)]]))
 
 
 def check_gradients(norm: Tensor, parameters: Named, prompts: Sequence[str], step: int) -> None:
@@ -28,8 +28,8 @@ def check_gradients(norm: Tensor, parameters: Named, prompts: Sequence[str], ste
         return
     for name, p in parameters.items():
         if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
-            raise RunStopped(_message(step, f"the gradient of {name}", _first_bad(p.grad), prompts))
-    raise RunStopped(_message(step, "the gradient's norm", float(norm), prompts))  # finite entries, overflowing norm
+            raise NotFinite(_message(step, f"the gradient of {name}", _first_bad(p.grad), prompts))
+    raise NotFinite(_message(step, "the gradient's norm", float(norm), prompts))  # finite entries, overflowing norm
 
 
 def _first_bad(tensor: Tensor) -> float:

@@ -6,7 +6,8 @@ whole batch, so that 1 x 8 = 2 x 4 = 8 x 1.
 Decided on purpose:
 - an update without gradient (every sample above its threshold, or a draw that leaves no differentiated step) takes no
   step at all: no AdamW, no weight decay, no EMA; it counts as a step and in `skipped`;
-- gradients are clipped at 1 by default, which the paper does not state and public code does.
+- gradients are clipped at 1 by default, which the paper does not state and public code does;
+- a batch that is NaN or infinite stops the run, or is left out and counted, up to `max_bad_batches`.
 """
 
 from __future__ import annotations
@@ -23,18 +24,22 @@ import torch
 from torch import Tensor, nn
 
 from leapalign.codec import dumps
-from leapalign.errors import UserError
+from leapalign.errors import NotFinite, UserError
 from leapalign.flow.graph import inputs_only
 from leapalign.flow.rollout import Velocity, rollout
 from leapalign.methods.base import Surrogate
 from leapalign.methods.objective import Hinge, LatentGradient, latent_gradient
 from leapalign.prompts import Prompt
 from leapalign.run import RewardTerm, Run
-from leapalign.training import batches, checkpoints
+from leapalign.training import batches, checkpoints, memory_errors, self_checks
 from leapalign.training.batches import MicroBatch, noise_generators
 from leapalign.training.checkpoints import Progress
-from leapalign.training.files import complete_folder, write_text
+from leapalign.training.files import complete_folder, disk_errors, refuse_links_out, write_text
 from leapalign.training.guard import check_gradients, check_rows
+from leapalign.training.lock import LOCK, run_lock
+from leapalign.training.saver import Saver
+from leapalign.training.session import Session, tell
+from leapalign.training.stopping import Stop, on_signals
 from leapalign.training.summary import summarize
 from leapalign.training.tracking import Metrics, Tracker
 from leapalign.training.weights import EMA, Named, clip_gradients, gradient_norm, trained_parameters
@@ -72,24 +77,45 @@ class Result:
         return self.saved
 
 
-def train(run: Run, *, resume: bool = False, on_step: Callable[[Metrics], None] | None = None) -> Result:
-    """Train from the base, or go on from `run.out`'s newest checkpoint. `on_step` sees each step's metrics.
+def train(
+    run: Run,
+    *,
+    resume: bool = False,
+    checkpoint: str = "",
+    allow_changes: bool = False,
+    on_step: Callable[[Metrics], None] | None = None,
+) -> Result:
+    """Train from the base, or go on from `run.out`'s newest checkpoint (or the one named). `on_step` sees each step's
+    metrics.
 
-    Raises UserError for what the user can mend, RunStopped where NaN or infinity appears.
+    Raises UserError for what the user can mend, RunStopped where NaN or infinity appears or memory does not suffice,
+    RunInterrupted where the run was asked to stop and has saved itself.
     """
+    stop = Stop(max_seconds=3600 * run.max_hours)
     out = _open_folder(run, resume)
-    engine = build(run)
-    progress = checkpoints.restore(run, engine.parameters, engine.ema, engine.optimizer)
-    write_text(out / "run.json", dumps(run))
-    tracker = Tracker(out, progress.step, run.steps)
-    try:
-        _train_steps(engine, progress, tracker, on_step)
-    finally:
-        tracker.close()
-    saved = out / run.tuning.output
-    with complete_folder(saved) as folder, engine.ema.applied():
-        run.tuning.save(engine.model, folder)
-    return Result(out=out, saved=saved, summary=summarize(run, progress), engine=engine)
+    with disk_errors(out, f"make room, then `leapalign resume {out}`: checkpoints there are whole"), run_lock(out):
+        origin = checkpoints.find(run, checkpoint)
+        changes = checkpoints.check_unchanged(run, origin, allow_changes)
+        with memory_errors.explained(run, "loading", [], loading=True):
+            engine = build(run)
+            progress = checkpoints.restore(origin, engine.parameters, engine.ema, engine.optimizer)
+            if run.self_checks:
+                self_checks.at_start(engine)
+        (out / "checkpoints").mkdir(exist_ok=True)
+        write_text(out / "run.json", dumps(run))
+        aside = checkpoints.set_aside(run, origin) if origin and checkpoint else []
+        tracker = Tracker(out, progress.step, run.steps, progress.metrics_bytes)
+        try:
+            if origin:
+                tell(tracker, origin, progress, changes, aside)
+            _train_steps(engine, progress, tracker, stop, on_step)
+        finally:
+            tracker.close()
+        saved = out / run.tuning.output
+        with complete_folder(saved) as folder, engine.ema.applied():
+            run.tuning.save(engine.model, folder)
+        summary = summarize(run, progress)
+    return Result(out=out, saved=saved, summary=summary, engine=engine)
 
 
 def build(run: Run) -> Engine:
@@ -130,27 +156,42 @@ def load_reward(term: RewardTerm, device: str, dtype: str) -> Callable[[Tensor, 
 
 
 def _train_steps(
-    engine: Engine, progress: Progress, tracker: Tracker, on_step: Callable[[Metrics], None] | None
+    engine: Engine, progress: Progress, tracker: Tracker, stop: Stop, on_step: Callable[[Metrics], None] | None
 ) -> None:
     run, begun = engine.run, time.monotonic() - progress.seconds
-    if progress.step == 0 and run.probe_every:
-        tracker.log({"step": 0} | probe(engine))
-    while progress.step < run.steps:
-        started = time.monotonic()
+    plan = memory_errors.parts_in_memory(engine.parameters, engine.ema.shadow, engine.model.policy)
+    with on_signals(stop), Saver(asynchronous=run.async_checkpoints, parameters=engine.parameters) as saver:
+        session = Session(engine=engine, progress=progress, tracker=tracker, saver=saver, stop=stop)
+        if progress.step == 0 and run.probe_every:
+            tracker.log({"step": 0} | probe(engine))
+        while progress.step < run.steps:
+            started = time.monotonic()
+            with memory_errors.explained(run, f"step {progress.step + 1}", plan):
+                metrics = _step(session)
+                progress.seconds = time.monotonic() - begun
+                metrics = {"step": progress.step} | metrics | {"seconds": time.monotonic() - started}
+                _warn_above(tracker, metrics)
+                tracker.log(metrics)
+                if _due(run, progress.step, run.checkpoint_every):
+                    session.save()
+            saver.check()
+            stop.took(time.monotonic() - started)
+            if on_step:
+                on_step(metrics)
+            if progress.step < run.steps:
+                session.leave_if_asked()
+
+
+def _step(session: Session) -> Metrics:
+    """The next update, or none where its batch is left out; then the probe, where it is due."""
+    engine, progress = session.engine, session.progress
+    try:
         metrics = update(engine, progress.step)
-        progress.step += 1
-        progress.skipped += metrics["skipped"]
-        if _due(run, progress.step, run.probe_every):
-            metrics |= probe(engine)
-        progress.seconds = time.monotonic() - begun
-        metrics = {"step": progress.step} | metrics | {"seconds": time.monotonic() - started}
-        _warn_above(tracker, metrics)
-        tracker.log(metrics)
-        if _due(run, progress.step, run.checkpoint_every):
-            tracker.sync()
-            checkpoints.save(run, progress, engine.parameters, engine.ema, engine.optimizer)
-        if on_step:
-            on_step(metrics)
+    except NotFinite as error:
+        metrics = session.leave_out(error)
+    progress.step += 1
+    progress.skipped += metrics["skipped"]
+    return metrics | (probe(engine) if _due(engine.run, progress.step, engine.run.probe_every) else {})
 
 
 def update(engine: Engine, step: int) -> Metrics:
@@ -257,7 +298,7 @@ def _batch_metrics(parts: list[tuple[dict[str, Tensor], LatentGradient]]) -> Met
 
 
 def _warn_above(tracker: Tracker, metrics: Metrics) -> None:
-    if metrics["above_lambda"] > 0.5 and not tracker.warned:
+    if metrics.get("above_lambda", 0) > 0.5 and not tracker.warned:
         tracker.warned = True
         share = f"{metrics['above_lambda']:.0%}"
         tracker.note(
@@ -312,8 +353,8 @@ def resolve_device(name: str) -> str:
 def _open_folder(run: Run, resume: bool) -> Path:
     out = Path(run.out)
     if resume:
-        checkpoints.check_unchanged(run)
-    elif out.is_dir() and any(out.iterdir()):
+        refuse_links_out(out)
+    elif out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
         raise UserError(f"{out}: this folder is not empty; use `leapalign resume {out}`, or another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)

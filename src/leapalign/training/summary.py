@@ -22,6 +22,7 @@ def summarize(run: Run, progress: Progress) -> dict[str, Any]:
         run.tuning.output: str(out / run.tuning.output),  # "pipeline", or "lora" for an adapter
         "steps": progress.step,
         "skipped": progress.skipped,
+        "bad_batches": progress.bad_batches,
         "seconds": round(progress.seconds, 3),
         "reward": {"before": probes[0], "after": probes[-1]} if probes else None,
     }

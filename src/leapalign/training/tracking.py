@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from leapalign.errors import UserError
 from leapalign.training.files import write_text
 
 Metrics = dict[str, Any]
@@ -22,11 +23,12 @@ QUIET_SECONDS = 5.0  # between two plain lines where there is no terminal
 class Tracker:
     """Writes a step's metrics everywhere. Close it, whatever happens."""
 
-    def __init__(self, out: Path, start: int, total: int) -> None:
+    def __init__(self, out: Path, start: int, total: int, position: int = 0) -> None:
+        """`start`: updates done; `position`: bytes of metrics.jsonl that belong to them."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = out / "metrics.jsonl"
-        truncate_metrics(self.path, start)
+        truncate_metrics(self.path, position)
         self.file = self.path.open("a", encoding="utf-8")
         self.events = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
         self.display = _display(start, total)
@@ -46,8 +48,12 @@ class Tracker:
         """A sentence for the user."""
         self.display.note(text)
 
+    def position(self) -> int:
+        """Bytes of metrics.jsonl so far."""
+        return self.path.stat().st_size  # every line is flushed
+
     def sync(self) -> None:
-        """On disk before a checkpoint is: a resumed run must find the lines up to its step."""
+        """On disk before a checkpoint is: a resumed run must find the lines up to its step. From any thread."""
         os.fsync(self.file.fileno())
         self.events.flush()
 
@@ -57,23 +63,25 @@ class Tracker:
         self.display.close()
 
 
-def truncate_metrics(path: Path, step: int) -> None:
-    """Keep the complete lines up to `step`: what a killed process logged after its checkpoint is done again."""
-    if path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        write_text(path, "".join(line + "\n" for line in lines if step))  # step 0: a fresh start
+def truncate_metrics(path: Path, position: int) -> None:
+    """Keep the bytes that were there at the checkpoint: what a killed process logged after it is done again.
+
+    A file that is gone begins anew; one that is shorter, or cut within a line, has lost lines: UserError.
+    """
+    if not path.exists():
+        return
+    kept = path.read_bytes()[:position]
+    if len(kept) < position or not (kept.endswith(b"\n") or not kept):
+        raise UserError(
+            f"{path}: the checkpoint was saved when this file had {position} bytes, of which some are lost or changed; "
+            "put it back, or delete it to go on without the lines so far"
+        )
+    write_text(path, kept.decode("utf-8"))
 
 
 def read_metrics(out: Path) -> list[Metrics]:
     """The run's metrics, step by step."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # the half line of a killed process
 
 
 def _display(start: int, total: int) -> _Plain | _Rich:

@@ -1,0 +1,107 @@
+"""Checks of a run by itself, before it spends hours: each takes a few forwards of one sample (Run.self_checks).
+
+At start-up: the sampler agrees with diffusers' pipeline on the first prompt and noise, over a few steps; each reward
+has a finite gradient that is not zero at the picture so drawn. At the first save: the saved model, opened again, has
+the same velocity. Nothing of the run is changed: no weight, no gradient, no random state.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from leapalign.errors import UserError
+from leapalign.flow.rollout import rollout
+from leapalign.models.base import Conditioning
+from leapalign.models.reference import pipeline_latents
+from leapalign.training.batches import micro_batches, noise_generators
+from leapalign.training.files import SCRATCH
+
+if TYPE_CHECKING:
+    from leapalign.training.loop import Engine
+
+STEPS = 4  # of the sampling that is compared; at most the run's own
+RELOADED_BYTES = 2**31  # a policy above this is not opened a second time
+# Largest difference over the largest value. Wrong guidance, grid, sign or scale differ by more; two branches of
+# guidance in one forward, as in diffusers, round otherwise than in two.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
+OFF = "--self-checks False leaves these checks out"
+
+
+def at_start(engine: Engine) -> None:
+    """Sampler and rewards, on the run's first sample."""
+    prompts, noise, text = _first_sample(engine)
+    num_steps = min(STEPS, engine.run.num_sampling_steps)
+    sigmas = engine.model.sigmas(num_steps).to(noise.device)
+    with torch.no_grad():
+        latents = rollout(engine.model.velocity(text), noise, sigmas)
+    expected = pipeline_latents(engine.model, engine.run.model, text, noise, num_steps)
+    if expected is not None:
+        _compare(engine, latents, expected, f"{num_steps} sampling steps differ from those of diffusers' own pipeline")
+    with torch.no_grad():
+        images = engine.model.decode(latents)
+    for name, reward in engine.rewards.items():
+        _check_reward(name, reward, images, prompts)
+
+
+def at_first_save(engine: Engine) -> None:
+    """The model saved and opened again; only where it is small enough to be in memory twice."""
+    run, policy = engine.run, engine.model.policy
+    size = sum(p.numel() * p.element_size() for p in policy.parameters())
+    if not hasattr(run.model, "path") or size > RELOADED_BYTES:
+        return
+    folder = Path(run.out) / f"{SCRATCH}self-check"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+        run.tuning.save(engine.model, folder)
+        again = run.tuning.load_tuned(run.model, str(folder), str(engine.sigmas.device), run.dtype)
+        _, noise, text = _first_sample(engine)
+        with torch.no_grad():
+            ours, reloaded = (model.velocity(text)(noise, engine.sigmas[-1]) for model in (engine.model, again))
+        _compare(engine, reloaded, ours, "the saved model, opened again, has another velocity than the trained one")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_reward(name: str, reward: Callable[[Tensor, list[str]], Tensor], images: Tensor, prompts: list[str]) -> None:
+    leaf = images.detach().requires_grad_()
+    with torch.enable_grad():
+        score = reward(leaf, prompts)
+        if not score.requires_grad:
+            raise UserError(f"reward {name}: it carries no gradient; direct-gradient methods need a differentiable one")
+        (gradient,) = torch.autograd.grad(score.sum(), leaf)
+    for what, tensor in (("score", score.detach()), ("gradient", gradient)):
+        if not bool(torch.isfinite(tensor).all()):
+            bad = float(tensor[~torch.isfinite(tensor)].flatten()[0])
+            raise UserError(
+                f"self-check: the {what} of the reward {name} is {bad} at the first picture ({prompts}); {OFF}"
+            )
+    if not bool(gradient.any()):
+        raise UserError(
+            f"self-check: the gradient of the reward {name} is zero at the first picture ({prompts}), so it cannot "
+            f"train; is it constant, rounded, or cut off by detach() or no_grad()? {OFF}"
+        )
+
+
+def _compare(engine: Engine, ours: Tensor, expected: Tensor, problem: str) -> None:
+    difference = float((ours.float() - expected.float()).abs().max() / expected.float().abs().max())
+    tolerance = TOLERANCE[engine.run.dtype]
+    if not difference <= tolerance:  # NaN too
+        raise UserError(
+            f"self-check: {problem}: by {difference:.2g} of the largest value, expected at most {tolerance:g}. "
+            f"{type(engine.run.model).__name__} does not fit this folder, or this version of diffusers; {OFF}"
+        )
+
+
+def _first_sample(engine: Engine) -> tuple[list[str], Tensor, Conditioning]:
+    run = engine.run
+    micro = next(micro_batches(run, engine.prompts, 0))
+    prompts = [micro.prompts[0]]
+    noise = engine.model.noise(noise_generators(run.seed, 0, [0])).to(engine.sigmas.device)
+    return prompts, noise, engine.model.encode(prompts)

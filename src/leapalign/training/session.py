@@ -1,0 +1,76 @@
+"""What is around the steps of one process: saves, an orderly end, batches left out, and what the user is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from leapalign.errors import NotFinite, RunInterrupted
+from leapalign.run import differences
+from leapalign.training import checkpoints, self_checks
+from leapalign.training.checkpoints import Checkpoint, Progress
+from leapalign.training.saver import Saver
+from leapalign.training.stopping import Stop
+from leapalign.training.tracking import Metrics, Tracker
+
+if TYPE_CHECKING:
+    from leapalign.training.loop import Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """One process's part of a run."""
+
+    engine: Engine
+    progress: Progress
+    tracker: Tracker
+    saver: Saver
+    stop: Stop
+
+    def save(self) -> None:
+        """Save, or begin to; the first time in a process, what is saved is checked."""
+        engine = self.engine
+        if self.saver.step < 0 and engine.run.self_checks:
+            self_checks.at_first_save(engine)
+        self.progress.metrics_bytes = self.tracker.position()
+        snapshot = checkpoints.take(engine.run, self.progress, engine.parameters, engine.ema, engine.optimizer)
+        self.saver.save(snapshot, self.tracker.sync)
+
+    def leave_if_asked(self) -> None:
+        """Between two steps: where a signal or the time says so, save (unless that was just done) and leave.
+
+        Raises RunInterrupted.
+        """
+        reason = self.stop.reason(self.saver.seconds_needed())
+        if reason is None:
+            return
+        if self.saver.step != self.progress.step:
+            self.save()
+        self.saver.wait()
+        run, (why, status) = self.engine.run, reason
+        done = f"{why} after step {self.progress.step} of {run.steps}, which is saved"
+        raise RunInterrupted(f"{done}; `leapalign resume {run.out}` goes on", status)
+
+    def leave_out(self, error: NotFinite) -> Metrics:
+        """A batch of NaN or infinity: the metrics of a step without it, or, beyond the limit, the end of the run."""
+        before, limit = self.progress.bad_batches, self.engine.run.max_bad_batches
+        if before >= limit:
+            raise NotFinite(
+                f"{error} (max_bad_batches is {limit}; {before} were left out before)" if limit else str(error)
+            )
+        self.progress.bad_batches += 1
+        self.tracker.note(f"{error}. This batch was left out: {before + 1} of at most {limit}")
+        return {"bad_batch": 1, "skipped": 1}
+
+
+def tell(tracker: Tracker, origin: Checkpoint, progress: Progress, changes: list[str], aside: list[Path]) -> None:
+    """What a resumed run begins with; changed settings are also kept in its checkpoints."""
+    tracker.note(f"resuming from {origin.folder.name}")
+    if changes:
+        progress.changes.append({"step": progress.step, "changes": changes})
+        tracker.note("with changed settings:\n  " + "\n  ".join(changes))
+    if others := differences(origin.state["versions"], checkpoints.versions()):
+        tracker.note("with other versions, so numbers may differ in the last bits: " + ", ".join(others))
+    for path in aside:
+        tracker.note(f"a later checkpoint is kept as {path.name}")
