@@ -72,7 +72,8 @@ def sloppy(vae: dict[str, Any]) -> str:
     starts = (0, *(lesson.until for lesson in LESSONS))
     strict = [f"{start} to {lesson.until}" for start, lesson in zip(starts, LESSONS) if lesson.manners == STRICT]
     return (
-        f"Data: 32,000 scenes a lesson, drawn by `leapalign.shapeworld`; the caption is true of this share:\n{shares}.\n"
+        "Data: 32,000 scenes a lesson, drawn by `leapalign.shapeworld`; the caption is true of this share of them:\n"
+        f"{shares}.\n"
         f"Steps {', '.join(strict)} are a lesson in which every caption is true, without which no relation is learnt.\n"
         f"The VAE took {vae['steps']} steps and {vae['seconds']} s."
     )
