@@ -30,7 +30,7 @@ USAGE = """usage: leapalign COMMAND ...
   sample WHAT              pictures from a run, a pipeline folder or an embedded model
   evaluate WHAT            GenEval tasks and rewards of a run or a pipeline folder
   score IMAGES             rewards of picture files
-  list [KIND]              methods, models, rewards, ways of tuning or recipes
+  list [KIND]              methods, models, rewards, prompt sets, ways of tuning or recipes
   demo                     the whole way once, on a laptop CPU
 
   leapalign COMMAND --help says more; leapalign train RECIPE --help lists that recipe's flags
@@ -252,7 +252,9 @@ def _score(argv: list[str]) -> None:
 class ListFlags:
     """What there is to choose from, with the class that a run.json names."""
 
-    kind: Annotated[Literal["all", "methods", "models", "rewards", "tuning", "recipes"], tyro.conf.Positional] = "all"
+    kind: Annotated[
+        Literal["all", "methods", "models", "rewards", "prompts", "tuning", "recipes"], tyro.conf.Positional
+    ] = "all"
     json: bool = False
     """Print JSON on stdout."""
 
