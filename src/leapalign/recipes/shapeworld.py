@@ -1,6 +1,6 @@
-"""Named runs. A recipe is a function that returns a `Run`; your own file can hold some: `leapalign train my.py:mine`.
+"""Runs on the embedded pipeline and reward, without any download.
 
-The ShapeWorld recipes differ in their method alone, so that methods can be compared. Departures from the paper's
+They differ in their method alone, so that methods can be compared. Departures from the paper's
 numbers (Sec. 6.1): a small model and few steps want a larger learning rate (1e-4), a shorter average (0.95) and, for
 LeapAlign, the whole nested gradient (alpha 1; LOG.md): with 0.3 positions hardly moved.
 """
@@ -52,7 +52,7 @@ def shapeworld_alignprop() -> Run:
     return shapeworld(AlignProp())
 
 
-RECIPES: dict[str, Callable[[], Run]] = {
+SHAPEWORLD: dict[str, Callable[[], Run]] = {
     "shapeworld-leapalign": shapeworld_leapalign,
     "shapeworld-refl": shapeworld_refl,
     "shapeworld-draft-k": shapeworld_draft_k,
