@@ -1,7 +1,7 @@
 """Bytes of one micro-batch's graph, from the run's own method and model on tensors without memory.
 
 The method runs as in training; forwards without graph, which leave nothing behind, are skipped but for one. A policy of
-many equal blocks is measured with two of each kind and once more with a third: what is kept, and the peaks, grow by
+many equal blocks is measured with one of each kind and once more with a second: what is kept, and the peaks, grow by
 the same bytes with each further equal block, so the rest is a multiplication. benches/plan.py compares with a real run.
 """
 
@@ -25,7 +25,7 @@ from leapalign.seeds import generator
 
 GRAPHS = ("all", "blocks", "inputs")
 TRIALS = 64  # draws that are looked at for the largest graph and the mean number of forwards
-ENOUGH = 2  # equal blocks that are measured in any case
+ENOUGH = 1  # equal blocks that are measured in any case
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def count_forwards(run: Run) -> Forwards:
 
 
 def _trial(run: Run, seed: int) -> tuple[int, int, bool, int]:
-    """Calls, calls with graph, whether one without graph comes after one with it, copies."""
+    """Calls, calls with graph, whether one without graph comes after all of these, copies."""
     calls: list[bool] = []
     weight = torch.ones((), requires_grad=True)
 
@@ -80,8 +80,7 @@ def _trial(run: Run, seed: int) -> tuple[int, int, bool, int]:
 
     sigmas = torch.linspace(0, 1, run.num_sampling_steps + 1)
     surrogate = run.method(velocity, torch.zeros(1, 1), sigmas, draw(run, seed, lambda n: torch.zeros(n, 1, 1)))
-    later = True in calls and False in calls[calls.index(True) :]
-    return len(calls), sum(calls), later, surrogate.copies
+    return len(calls), sum(calls), True in calls and not calls[-1], surrogate.copies
 
 
 def draw(run: Run, seed: int, noise: Callable[[int], Tensor]) -> Any:
@@ -152,11 +151,11 @@ class Skipping:
         self.velocity, self.with_graph, self.after_graph = velocity, False, False
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            self.with_graph = True
-            return self.velocity(x, sigma)
-        self.after_graph |= self.with_graph
-        return torch.zeros_like(x)
+        self.after_graph = self.with_graph and not torch.is_grad_enabled()  # after the last one with graph
+        if not torch.is_grad_enabled():
+            return torch.zeros_like(x)
+        self.with_graph = True
+        return self.velocity(x, sigma)
 
 
 def latent_bytes(model: Any, mode: FakeTensorMode, rows: int, score: Callable[[Tensor], Sequence[Tensor]]) -> int:

@@ -1,4 +1,4 @@
-"""What a run would fetch from the hub, and what of it is in the hub's cache already. Nothing is asked of the network."""
+"""What a run would fetch from the hub, and what of it is in the hub's cache. Nothing is asked of the network."""
 
 from __future__ import annotations
 
@@ -32,9 +32,8 @@ def pipeline_parts(repo: str, sizes: dict[str, int]) -> list[Download]:
 
     found = try_to_load_from_cache(repo, INDEX)
     snapshot = Path(found).parent if isinstance(found, str) else None
-    return [
-        Download(
-            repo=repo, what=part, bytes=size, cached=bool(snapshot and any(snapshot.glob(f"{part}/*.safetensors")))
-        )
-        for part, size in sizes.items()
-    ]
+
+    def here(part: str) -> bool:
+        return snapshot is not None and any(snapshot.glob(f"{part}/*.safetensors"))
+
+    return [Download(repo=repo, what=part, bytes=size, cached=here(part)) for part, size in sizes.items()]

@@ -207,8 +207,7 @@ def _assemble(
         name=run.name,
         device=device,
         geometry=_geometry(run, forwards, branches),
-        parameters={**parts.weights, "trained": _trained(model.policy)}
-        | {f"reward {reward.name}": 0 for reward in parts.rewards if reward.score is None},
+        parameters={**parts.weights, "trained": _trained(model.policy)},
         memory=memory,
         graphs=graphs,
         graph=run.graph,
@@ -319,10 +318,9 @@ def _disk(parts: Parts, trained: int) -> dict[str, int]:
 
 def _notes(parts: Parts, plan: Plan) -> list[str]:
     found = [f"{reward.name}: {reward.note}" for reward in parts.rewards if reward.note]
-    if parts.known and parts.known.gated and any(not d.cached for d in plan.downloads if d.repo == _path_of(parts.run)):
-        found.append(
-            f"{_path_of(parts.run)} is gated ({parts.known.licence}): accept it on its page, then hf auth login"
-        )
+    path, known = _path_of(parts.run), parts.known
+    if known and known.gated and any(not d.cached for d in plan.downloads if d.repo == path):
+        found.append(f"{path} is gated ({known.licence}): accept it on its page, then `hf auth login`")
     if (there := _capacity(plan.device)) and plan.peak > there:
         found.append(f"the peak does not fit: {plan.device} has {_gb(there)} GB; see graph, tuning, micro_batch_size")
     if plan.prompts["bytes"] > (memory := _capacity("cpu")) > 0:

@@ -1,8 +1,8 @@
 """Models without weights: shapes, dtypes and a graph, and no memory.
 
-Parts are built on the meta device, from their configurations alone: nothing that a file of weights holds is read. Before
-something is computed with them their tensors become torch's fake ones, which are meta tensors that claim to lie on the
-CPU, so that autocast and attention take the ways that they take there.
+Parts are built on the meta device, from their configurations alone: nothing that a file of weights holds is read.
+Before something is computed with them their tensors become torch's fake ones, which are meta tensors that claim to lie
+on the CPU, so that autocast and attention take the ways that they take there.
 """
 
 from __future__ import annotations
