@@ -142,7 +142,9 @@ def _parts(run: Run, path: Path, known: Pipeline | None) -> Parts:
     fake(model.decoder.vae, mode)
     model.device = "cpu"
     rewards = [plan_reward(term, run.dtype, mode) for term in run.rewards]
-    weights = {name: _count(part) for name in folder.parts if isinstance(part := _model_part(folder, name), nn.Module)}
+    weights = {
+        name: numbers_in(part) for name in folder.parts if isinstance(part := _model_part(folder, name), nn.Module)
+    }
     return Parts(
         run=run, model=model, folder=folder, known=known, kind=kind, rewards=rewards, mode=mode, weights=weights
     )
@@ -174,8 +176,11 @@ def _quantization(run: Run) -> str:
     return "" if kind == "none" else kind
 
 
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def numbers_in(module: nn.Module) -> int:
+    """What its file holds: weights, tied ones once, and saved buffers (SD3's table of positions)."""
+    saved = module.state_dict().keys()
+    buffers = [buffer for name, buffer in module.named_buffers() if name in saved]
+    return sum(tensor.numel() for tensor in (*module.parameters(), *buffers))
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
