@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 USAGE = """usage: leapalign COMMAND ...
 
   train RECIPE [--flags]   train; RECIPE is a name (leapalign list recipes), file.py:name, or a run.json
+                           with --dry-run: memory, downloads and disk that it would need, and nothing else
   resume RUN               go on with an interrupted run, from its last checkpoint
   sample WHAT              pictures from a run, a pipeline folder or an embedded model
   evaluate WHAT            GenEval tasks and rewards of a run or a pipeline folder
   score IMAGES             rewards of picture files
   export RUN               a run's weights for other programs: pipeline, LoRA file, ComfyUI
-  list [KIND]              methods, models, rewards, ways of tuning or recipes
+  list [KIND]              methods, models, rewards, prompt sets, ways of tuning or recipes
   demo                     the whole way once, on a laptop CPU
 
   leapalign COMMAND --help says more; leapalign train RECIPE --help lists that recipe's flags
@@ -91,8 +92,10 @@ class TrainFlags:
     """Train a recipe into a new folder; every number of it is a flag."""
 
     run: Annotated[Any, tyro.conf.arg(name="")]
+    dry_run: bool = False
+    """Print what the run would need (memory, downloads, disk) or what is wrong with it; fetch and load nothing."""
     json: bool = False
-    """Print the run's summary as JSON on stdout."""
+    """Print the run's summary, or the plan, as JSON on stdout."""
     plugin: tuple[str, ...] = ()
     """Your own files whose classes a run.json names; each is executed."""
 
@@ -103,7 +106,18 @@ def _train(argv: list[str]) -> None:
     word, rest = _split_recipe(argv)
     recipe = load_recipe(word, plugins_in(rest))
     flags = tyro.cli(TrainFlags, default=TrainFlags(run=recipe), args=rest, prog=f"leapalign train {word}")
-    _run(flags.run, as_json=flags.json)
+    if flags.dry_run:
+        _plan(flags.run, flags.json)
+    else:
+        _run(flags.run, as_json=flags.json)
+
+
+def _plan(run: Run, as_json: bool) -> None:
+    from leapalign.planning.plan import make_plan
+    from leapalign.planning.show import as_text
+
+    plan = make_plan(run)
+    _answer(plan.as_json(), as_json, as_text(plan))
 
 
 def _split_recipe(argv: list[str]) -> tuple[str, list[str]]:
@@ -294,7 +308,9 @@ def _export(argv: list[str]) -> None:
 class ListFlags:
     """What there is to choose from, with the class that a run.json names."""
 
-    kind: Annotated[Literal["all", "methods", "models", "rewards", "tuning", "recipes"], tyro.conf.Positional] = "all"
+    kind: Annotated[
+        Literal["all", "methods", "models", "rewards", "prompts", "tuning", "recipes"], tyro.conf.Positional
+    ] = "all"
     json: bool = False
     """Print JSON on stdout."""
 

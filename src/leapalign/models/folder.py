@@ -11,6 +11,9 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,19 @@ _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".onnx"}
 class PipelineFolder:
     path: Path
     parts: dict[str, tuple[str, str]]  # part -> (library, class); absent parts are left out
+
+
+_LOADER: ContextVar[Callable[..., Any] | None] = ContextVar("loader", default=None)
+
+
+@contextmanager
+def parts_from(loader: Callable[..., Any]) -> Iterator[None]:
+    """Inside, `load_part` asks `loader` with its own arguments: a plan's models have no weights."""
+    token = _LOADER.set(loader)
+    try:
+        yield
+    finally:
+        _LOADER.reset(token)
 
 
 def open_folder(path: str, pipeline_class: str, required: tuple[str, ...]) -> PipelineFolder:
@@ -51,6 +67,8 @@ def load_part(folder: PipelineFolder, name: str, dtype: Any = None, quantization
     """
     if name not in folder.parts:
         return None
+    if loader := _LOADER.get():
+        return loader(folder, name, dtype)
     library, class_name = folder.parts[name]
     try:
         kind = getattr(importlib.import_module(library), class_name)
