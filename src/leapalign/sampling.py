@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from leapalign.errors import UserError
 from leapalign.evaluation.folders import picture_paths, refuse_existing, write_pictures
 from leapalign.evaluation.sampling import Sampling, draw_images
+from leapalign.models.families import config_for
 from leapalign.prompts import Prompt
 from leapalign.recipe_files import load_plugins, read_run
 from leapalign.training.loop import resolve_device
@@ -43,35 +42,19 @@ def model_config(source: str, plugins: dict[str, ModuleType]) -> tuple[Any, int]
             raise UserError(
                 f"{source}: this run is not finished, it has no pipeline yet; use `leapalign resume {source}`"
             )
-        return replace(run.model, path=str(folder / "pipeline")), run.num_sampling_steps
+        return pointed_at(run.model, str(folder / "pipeline")), run.num_sampling_steps
     if source.startswith("embedded:"):
         from leapalign.recipes import shapeworld_leapalign
 
         run = shapeworld_leapalign()
-        return replace(run.model, path=source), run.num_sampling_steps
-    return _family(source)(source), STEPS
+        return pointed_at(run.model, source), run.num_sampling_steps
+    return config_for(source), STEPS
 
 
-def _family(source: str) -> Callable[[str], Any]:
-    """The model class that opens this pipeline."""
-    from leapalign.models.flux import Flux
-    from leapalign.models.sd3 import SD3
-
-    families = {"StableDiffusion3Pipeline": SD3, "FluxPipeline": Flux}
-    name = _class_name(source)
-    if name not in families:
-        raise UserError(f"{source}: it holds a {name}; expected one of {', '.join(families)}")
-    return lambda path: families[name](path=path)
-
-
-def _class_name(source: str) -> str:
-    index = Path(source) / "model_index.json"
-    if not Path(source).exists():
-        raise UserError(f"{source}: there is no such folder; give a run, a pipeline folder or embedded:generator")
-    try:
-        return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{source}: neither run.json nor a readable model_index.json is in there") from None
+def pointed_at(config: Any, folder: str) -> Any:
+    """The same settings on another folder, with that folder's own weights: no single file stands for them there."""
+    alone = {"transformer_file": ""} if hasattr(config, "transformer_file") else {}
+    return replace(config, path=folder, **alone)
 
 
 def _with_flags(config: Any, flags: SampleFlags) -> Any:

@@ -21,7 +21,18 @@ from leapalign.models.flux import Flux
 from leapalign.models.pipeline import PipelineModel
 from leapalign.models.sd3 import SD3
 
-HELPERS = {"base", "text", "decode", "guidance", "folder", "pipeline"}  # files of the folder that hold no family
+HELPERS = {  # files of the folder that hold no family
+    "base",
+    "text",
+    "prompt_store",
+    "prompt_place",
+    "decode",
+    "guidance",
+    "folder",
+    "single_file",
+    "families",
+    "pipeline",
+}
 PROMPTS = ["a red circle", "two blue star left of the green square"]
 SIZE: dict[str, Any] = {"height": 16, "width": 24, "max_sequence_length": 5, "decode_chunk": 1}
 

@@ -15,7 +15,8 @@ from leapalign.models.base import Conditioning, Text
 from leapalign.models.decode import Decoder
 from leapalign.models.folder import PipelineFolder, load_part, save_with
 from leapalign.models.guidance import guided, in_precision
-from leapalign.models.text import PromptCache
+from leapalign.models.prompt_store import PromptStore
+from leapalign.models.text import Encoder, PromptCache
 
 if TYPE_CHECKING:
     from leapalign.flow.rollout import Velocity
@@ -78,6 +79,19 @@ class PipelineModel:
 
     def save(self, folder: str | Path) -> None:
         save_with(self.folder, self.policy, folder)
+
+
+def prompt_cache(
+    load_encoder: Callable[[], Encoder],
+    folder: PipelineFolder,
+    parts: tuple[str, ...],
+    device: str,
+    dtype: torch.dtype,
+    **settings: Any,
+) -> PromptCache:
+    """The cache of a family's prompts, on disk too. `parts` and `settings` are all that decides an embedding."""
+    decisive = {"device": torch.device(device).type, "dtype": str(dtype).removeprefix("torch."), **settings}
+    return PromptCache(load_encoder, device, PromptStore.of(folder, parts, decisive))
 
 
 def load_decoder(folder: PipelineFolder, device: str, chunk: int) -> Decoder:
