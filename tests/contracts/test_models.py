@@ -17,6 +17,8 @@ from torch import Tensor
 import leapalign.models
 import tiny_pipelines as tiny
 from leapalign.flow.rollout import rollout
+from leapalign.models import prompt_store
+from leapalign.models.families import config_for
 from leapalign.models.flux import Flux
 from leapalign.models.pipeline import PipelineModel
 from leapalign.models.sd3 import SD3
@@ -95,6 +97,32 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     model = case.config(folder).load("cpu", "float32")
     model.prepare(PROMPTS)
     return case, model
+
+
+def test_second_load_takes_its_prompts_from_disk(
+    loaded: tuple[Case, PipelineModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, and the text encoders are never loaded."""
+    case, model = loaded
+    monkeypatch.setenv("LEAPALIGN_CACHE", str(tmp_path))
+    monkeypatch.setattr(prompt_store, "WORTHWHILE", 0)
+    config = case.config(str(model.folder.path))
+    config.load("cpu", "float32").prepare(PROMPTS)
+    second = config.load("cpu", "float32")
+    monkeypatch.setattr(second.prompts, "_load_encoder", lambda: pytest.fail("the text encoders are loaded again"))
+    again, encoded = second.encode(PROMPTS), model.encode(PROMPTS)
+    for a, b in ((again.prompts, encoded.prompts), (again.negative, encoded.negative)):
+        if a is None or b is None:
+            assert a is b
+            continue
+        for name in ("tokens", "pooled", "mask"):
+            stored, made = getattr(a, name), getattr(b, name)
+            assert (stored is made is None) or torch.equal(stored, made)
+
+
+def test_its_pipelines_folder_is_recognised(loaded: tuple[Case, PipelineModel]) -> None:
+    case, model = loaded
+    assert type(config_for(str(model.folder.path))) is type(case.config("somewhere"))
 
 
 def noise(model: PipelineModel) -> Tensor:

@@ -75,7 +75,7 @@ def load_part(folder: PipelineFolder, name: str, dtype: Any = None) -> Any:
 
         kind = getattr(importlib.import_module(library), class_name)
         model = load_single_file(kind, folder.transformer_file, folder.path / name, dtype)
-        return model.eval().requires_grad_(False)
+        return _own_memory(model).eval().requires_grad_(False)
     try:
         kind = getattr(importlib.import_module(library), class_name)
         part, info = _from_pretrained(kind, folder.path / name, library, dtype)
@@ -84,7 +84,15 @@ def load_part(folder: PipelineFolder, name: str, dtype: Any = None) -> Any:
     missing = sorted(info.get("missing_keys", ())) + sorted(map(str, info.get("mismatched_keys", ())))
     if missing:  # the libraries would fill these with random numbers and go on
         raise UserError(f"{folder.path / name} lacks {len(missing)} weights of {class_name}: {', '.join(missing[:3])}")
-    return part
+    return _own_memory(part) if name == TRANSFORMER else part
+
+
+def _own_memory(model: Any) -> Any:
+    """Weights out of the mapped file: how products are rounded on the CPU depends on where in it a tensor begins."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+    return model
 
 
 def save_with(folder: PipelineFolder, policy: Any, target: str | Path, policy_part: str = "transformer") -> None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from leapalign.models.folder import PipelineFolder
 
 FORMAT = 1  # of entries and keys; another number finds none of the older ones
+HEADER = 512  # bytes of a file besides its tensors, about
 WORTHWHILE = 64 * 2**20  # bytes of text encoders; smaller ones are run again in the time that files take
 
 
@@ -129,7 +130,7 @@ class PromptStore:
     def make_room(self, count: int, bytes_each: int) -> None:
         """For so many entries more, by removing those of other runs that were used least recently. Raises UserError."""
         present = sum(file.stat().st_size for file in self.needed if file.is_file())
-        more = count * bytes_each
+        more = count * (bytes_each + HEADER)
         plan = CachePlan(place=self.root, limit=self.limit, free=free_bytes(self.root) + present, needed=present + more)
         if plan.problem:
             raise UserError(plan.problem)

@@ -31,6 +31,7 @@ def check_file(path: str) -> Path:
 def load_single_file(kind: Any, file: Path, config_folder: Path, dtype: Any) -> Any:
     """A `kind` of that folder's configuration with the file's weights. Raises UserError unless they fill it exactly."""
     from safetensors.torch import load_file
+    from torch import nn
 
     name = kind.__name__
     if not hasattr(kind, "from_single_file"):
@@ -38,22 +39,23 @@ def load_single_file(kind: Any, file: Path, config_folder: Path, dtype: Any) -> 
     weights = {key: weight for key, weight in load_file(file).items() if not key.startswith(OTHER_PARTS)}
     try:
         # the converters take out of `weights` what they use; what stays there has no place in the model
-        model = kind.from_single_file(weights, config=str(config_folder), local_files_only=True, torch_dtype=dtype)
+        model = kind.from_single_file(weights, config=str(config_folder), local_files_only=True)  # in float32
     except Exception as error:  # KeyError, IndexError, ValueError, RuntimeError: whichever line of the converter it is
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
         raise UserError(
-            f"transformer_file {file} cannot be opened as {name} with {config_folder / 'config.json'} ({reason}); "
-            "expected the weights of this very architecture, in diffusers' or in the original key names"
+            f"transformer_file {file} cannot be opened as {name} ({_reason(error)}) with the sizes that "
+            f"{config_folder / 'config.json'} says; expected the weights of this very architecture, in diffusers' or in the original key names"
         ) from error
-    state = model.state_dict()
-    _refuse(file, name, "lacks", sorted(key for key, weight in state.items() if weight.is_meta))
-    _refuse(file, name, "has no place for", sorted(weights.keys() - state.keys()))
-    return model
-
-
-def _refuse(file: Path, name: str, what: str, keys: list[str]) -> None:
-    if keys:
+    if unused := sorted(weights.keys() - model.state_dict().keys()):
         raise UserError(
-            f"transformer_file {file} does not fill the {name}: it {what} {len(keys)} weights, e.g. {keys[0]}; "
-            "expected a full-precision file of this very architecture"
+            f"transformer_file {file} holds {len(unused)} weights for which {name} has no place, e.g. {unused[0]}; "
+            "expected a file of this very architecture that is not quantised"
         )
+    return nn.Module.to(model, dtype)  # not diffusers' own, which warns without a cause
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    if isinstance(error, NotImplementedError):  # torch's word for weights without memory: nothing was there for them
+        return "weights are missing"
+    return str(error) or type(error).__name__
