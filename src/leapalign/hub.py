@@ -52,6 +52,18 @@ def find_file(hub_id: str, file: str) -> str | None:
     return str(found) if found.is_file() else None
 
 
+def cached_folder(hub_id: str) -> Path | None:
+    """The snapshot that is in the cache, as far as it is there; asks nobody."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    repo, revision = split_id(hub_id)
+    home = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"))
+    reference = home / "refs" / revision
+    folder = home / "snapshots" / (reference.read_text().strip() if reference.is_file() else revision)
+    return folder if folder.is_dir() else None
+
+
 def commit_of(folder: Path) -> str:
     """The commit of a folder inside the hub's cache; empty for any other folder."""
     return folder.name if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name) else ""

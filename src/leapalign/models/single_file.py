@@ -43,7 +43,8 @@ def load_single_file(kind: Any, file: Path, config_folder: Path, dtype: Any) -> 
     except Exception as error:  # KeyError, IndexError, ValueError, RuntimeError: whichever line of the converter it is
         raise UserError(
             f"transformer_file {file} cannot be opened as {name} ({_reason(error)}) with the sizes that "
-            f"{config_folder / 'config.json'} says; expected the weights of this very architecture, in diffusers' or in the original key names"
+            f"{config_folder / 'config.json'} says; expected the weights of this very architecture, in diffusers' or "
+            "in the original key names"
         ) from error
     if unused := sorted(weights.keys() - model.state_dict().keys()):
         raise UserError(
