@@ -22,6 +22,7 @@ from leapalign.models.families import config_for
 from leapalign.models.flux import Flux
 from leapalign.models.pipeline import PipelineModel
 from leapalign.models.sd3 import SD3
+from leapalign.verification.pipelines import Trial, check_pipeline
 
 HELPERS = {  # files of the folder that hold no family
     "base",
@@ -123,6 +124,14 @@ def test_second_load_takes_its_prompts_from_disk(
 def test_its_pipelines_folder_is_recognised(loaded: tuple[Case, PipelineModel]) -> None:
     case, model = loaded
     assert type(config_for(str(model.folder.path))) is type(case.config("somewhere"))
+
+
+def test_verify_finds_its_sampler_equal_to_the_pipelines_own(loaded: tuple[Case, PipelineModel]) -> None:
+    case, model = loaded
+    trial = Trial(prompt="a red circle", num_steps=2, size=16, seed=1, device="cpu")
+    checks = check_pipeline(case.config(str(model.folder.path)), trial, None)
+    assert not [check for check in checks if check.state == "different"]
+    assert {"opens", "latents, ours and the pipeline's own"} <= {check.check for check in checks}
 
 
 def noise(model: PipelineModel) -> Tensor:

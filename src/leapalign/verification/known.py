@@ -15,7 +15,7 @@ class Figures:
     """The untrained model's row of one table."""
 
     where: str  # table, prompts and how the pictures are drawn
-    scores: Mapping[str, float]  # reward as in `leapalign list rewards` -> mean
+    scores: Mapping[str, float]  # reward as in `leapalign list rewards`, and its output or aspect -> mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ _FLUX_TABLE_2 = Figures(
     scores={
         "hpsv2": 0.3078,
         "hpsv3": 13.5020,
-        "pickscore": 22.7902,  # output="logit"
+        "pickscore logit": 22.7902,
         "unified alignment": 3.4514,
         "unified quality": 3.5708,
         "imagereward": 1.0455,
@@ -56,7 +56,7 @@ _SD35_TABLE_4 = Figures(
     scores={
         "hpsv2": 0.2967,
         "hpsv3": 12.2846,
-        "pickscore": 22.5189,
+        "pickscore logit": 22.5189,
         "unified alignment": 3.4436,
         "unified quality": 3.5565,
         "imagereward": 1.0614,

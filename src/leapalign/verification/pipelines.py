@@ -15,7 +15,7 @@ from torch import Tensor
 
 from leapalign.errors import UserError
 from leapalign.flow.rollout import rollout
-from leapalign.models.folder import INDEX, TRANSFORMER, check_part, locate, parts_of, read_json
+from leapalign.models.folder import INDEX, TRANSFORMER, PipelineFolder, check_part, locate, parts_of, read_json
 from leapalign.verification import known
 from leapalign.verification.checks import Check, different, good, note, within
 from leapalign.verification.files import Hashes, check_hashes, check_weights
@@ -47,6 +47,7 @@ def check_pipeline(config: Any, trial: Trial, listed: Hashes | None) -> list[Che
         if name.startswith("tokenizer")
         for check in _check_tokenizer(folder, name, parts, trial)
     ]
+    checks += _check_scheduler(folder, parts)
     files = (file for file in folder.rglob("*") if file.is_file())
     checks += check_hashes("all parts", folder, files, listed)
     checks += check_architecture(config.path, folder)
@@ -64,6 +65,18 @@ def _check_part(part: Path, library: str, class_name: str) -> list[Check]:
             different(part.name, "folder", str(error), f"{class_name} of {library}", "fetch or copy the part again")
         ]
     return check_weights(part.name, part, kind, library) if issubclass(kind, nn.Module) else []
+
+
+def _check_scheduler(folder: Path, parts: dict[str, tuple[str, str]]) -> list[Check]:
+    """Plain Euler, as the leaps need it."""
+    from leapalign.models.pipeline import load_scheduler
+
+    try:
+        scheduler = load_scheduler(PipelineFolder(folder, parts))
+    except UserError as error:
+        remedy = "use the scheduler's folder, and its entry in model_index.json, of this very model"
+        return [different("scheduler", "kind", str(error), "a plain FlowMatchEulerDiscreteScheduler", remedy)]
+    return [good("scheduler", "kind", f"{type(scheduler).__name__}, shift {scheduler.config.shift:g}")]
 
 
 def _check_tokenizer(folder: Path, name: str, parts: dict[str, tuple[str, str]], trial: Trial) -> list[Check]:
@@ -208,8 +221,9 @@ def _check_latents(ours: Tensor, theirs: Theirs) -> Check:
 
 
 def _check_picture(image: Tensor) -> Check:
-    came = f"mean {float(image.mean()):.3f}, deviation {float(image.std()):.3f}"
-    if bool(image.isfinite().all()) and float(image.std()) > 1e-3:
+    deviation = float(image.flatten(2).std(dim=2).max())  # within a channel: one colour has none
+    came = f"mean {float(image.mean()):.3f}, deviation {deviation:.3f}"
+    if bool(image.isfinite().all()) and deviation > 1e-3:
         return good("vae", "decodes", came, "a picture")
     return different("vae", "decodes", came, "a picture that is not of one colour", "fetch vae and transformer again")
 

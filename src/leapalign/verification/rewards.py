@@ -132,12 +132,12 @@ def _check_scores(name: str, config: Any, reward: Any, device: str) -> list[Chec
     pixels = torch.stack([_as_tensor(picture) for picture in pictures]).to(device).requires_grad_(config.differentiable)
     scores = reward(pixels, PROMPTS)
     by_file = reward.score_pictures(pictures, PROMPTS)
-    numbers = [round(float(score), 4) for score in scores]
+    numbers = [round(float(score), 4) for score in scores.detach()]
     if not config.differentiable:  # answers in words: without a number in them they are NaN
         return [note(name, "scores", f"{numbers}"), _check_answers(name, by_file)]
     if not bool(scores.isfinite().all()):
         return [different(name, "scores", f"{numbers}", "finite numbers", "fetch the weights again, or use float32")]
-    spread = float(scores.max() - scores.min())
+    spread = float(scores.detach().max() - scores.detach().min())
     checks = [good(name, "scores of drawn pictures", f"{numbers}")]
     if spread == 0:
         checks = [
@@ -157,18 +157,19 @@ def _check_answers(name: str, scores: Tensor) -> Check:
 
 
 def _check_gradient(name: str, scores: Tensor, pixels: Tensor) -> Check:
+    what, expected, remedy = "gradient at the picture", "finite, not zero", "fetch the weights again, or use float32"
+    if not scores.requires_grad:
+        return different(name, what, "none", expected, "let the scores keep the graph of the pictures")
     (grad,) = torch.autograd.grad(scores.sum(), pixels)
     norms = grad.flatten(1).norm(dim=1)
     came = f"norms {float(norms.min()):.2g} to {float(norms.max()):.2g}"
     if bool(norms.isfinite().all()) and bool((norms > 0).all()):
-        return good(name, "gradient at the picture", came, "finite, not zero")
-    return different(
-        name, "gradient at the picture", came, "finite, not zero", "fetch the weights again, or use float32"
-    )
+        return good(name, what, came, expected)
+    return different(name, what, came, expected, remedy)
 
 
 def draw_pictures() -> list[Image]:
-    """A red circle with a word, a blue square, stripes, a green triangle; with soft edges, so that a resize is smooth."""
+    """A red circle with a word, a blue square, stripes, a green triangle; soft edges make a resize smooth."""
     from PIL import Image, ImageDraw, ImageFilter
 
     circle, square, triangle = (Image.new("RGB", (SIZE, SIZE), colour) for colour in ("white", "#e0d0c0", "#303040"))
