@@ -21,7 +21,12 @@ from leapalign.verification.files import Hashes, check_dtypes, check_finite, che
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PROMPTS = ('a red circle and the word "red"', "a blue square", "stripes from black to white", "a green triangle")
+PROMPTS = (  # each quotes a word, for rewards that look for one
+    'a red circle and the word "red"',
+    'a blue square and the word "blue"',
+    'stripes from black to white and the word "grey"',
+    'a green triangle and the word "green"',
+)
 SIZE = 256  # pixels a side
 # Of the spread of the scores: the two ways round and resize apart, other means, colours or crops differ by far more.
 PATHS = 0.1
