@@ -122,8 +122,8 @@ def larger_tokenizer(folder: Path) -> None:
 
 def poor_tokenizer(folder: Path) -> None:
     """Of another language: it has no letters for the prompt."""
-    vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}
-    CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(folder / "tokenizer")
+    vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1, "z</w>": 2}
+    CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=tiny.CLIP_LENGTH).save_pretrained(folder / "tokenizer")
 
 
 def missing_shard(folder: Path) -> None:
@@ -227,6 +227,20 @@ def test_spoiled_folder(name: str, sd3_folder: Path, tmp_path: Path) -> None:
     assert all(c.expected and (c.remedy or c.part == "sampler") for c in checks if c.state == "different")
     parts = {part for part, _ in found} - {"sampler", "vae"}
     assert parts <= {where[0]}  # nothing else is blamed
+
+
+def test_tokenizer_of_few_words_is_no_difference(sd3_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sd3_folder, tmp_path / "copy"))
+    vocabulary = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2, "z</w>": 3}
+    CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=tiny.CLIP_LENGTH).save_pretrained(folder / "tokenizer")
+    checks = check(folder)
+    assert not differing(checks)
+    assert any(c.part == "tokenizer" and c.state == "note" and "knows 'a' of" in c.came for c in checks)
+
+
+def test_embedded_model_is_good(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "embedded:generator", "--steps", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["good"]
 
 
 def test_good_folders_have_no_difference(sd3_folder: Path) -> None:
