@@ -1,4 +1,5 @@
-"""The command line. Exit status: 0 done, 1 stopped (NaN, infinity, out of memory), 2 the user's mistake.
+"""The command line. Exit status: 0 done, 1 stopped (NaN, infinity, out of memory) or `verify`
+found differences, 2 the user's mistake.
 
 A training run that was asked to stop has saved itself: 130 after SIGINT (Ctrl-C), 143 after SIGTERM, 75 when its
 `max_hours` are over. 130 is also any other command that was interrupted, and a second Ctrl-C.
@@ -35,6 +36,8 @@ USAGE = """usage: leapalign COMMAND ...
   evaluate WHAT            GenEval tasks and rewards of a run or a pipeline folder
   score IMAGES             rewards of picture files
   export RUN               a run's weights for other programs: pipeline, LoRA file, ComfyUI
+  verify WHAT              whether a model's or a reward's files are good, and what to expect of it
+  cache                    the prompts encoded on disk: how many, and --clear
   list [KIND]              methods, models, rewards, prompt sets, ways of tuning or recipes
   demo                     the whole way once, on a laptop CPU
 
@@ -83,8 +86,7 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     if argv[0] not in COMMANDS:
         raise UserError(f"there is no command {argv[0]!r}{suggestion(argv[0], COMMANDS)}\n\n{USAGE}")
-    COMMANDS[argv[0]](argv[1:])
-    return 0
+    return COMMANDS[argv[0]](argv[1:]) or 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,6 +307,60 @@ def _export(argv: list[str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VerifyFlags:
+    """Whether weights are what they should be: files, keys, hashes, our sampler against the pipeline's own, scores."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """A pipeline folder, hub id, run or embedded:generator; or a reward: NAME (leapalign list rewards), NAME=PATH."""
+    hashes: str = ""
+    """A list as sha256sum writes it, with paths below the folder; empty = the hub's own, where its cache has them."""
+    prompt: str = "a photo of a red circle"
+    """What both samplers draw."""
+    steps: int = 4
+    """Sampling steps of that picture."""
+    size: int = 0
+    """Its height and width in pixels; 0 = the run's, or the pipeline's usual size up to 512."""
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of a reward's weights; pipelines are compared in float32."""
+    json: bool = False
+    """Print every check as JSON on stdout."""
+    plugin: tuple[str, ...] = ()
+    """Your own files whose classes the run names; each is executed."""
+
+
+def _verify(argv: list[str]) -> int:
+    flags = tyro.cli(VerifyFlags, args=argv, prog="leapalign verify")
+    from leapalign.verifying import print_table, verify
+
+    answer = verify(flags)
+    if flags.json:
+        _answer(answer, True, "")
+    else:
+        print_table(answer)
+    return 0 if answer["good"] else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheFlags:
+    """The prompts that text encoders have encoded, kept on disk (LEAPALIGN_CACHE, LEAPALIGN_CACHE_GB)."""
+
+    clear: bool = False
+    """Remove all of them; the next run encodes its prompts again."""
+    json: bool = False
+    """Print JSON on stdout."""
+
+
+def _cache(argv: list[str]) -> None:
+    flags = tyro.cli(CacheFlags, args=argv, prog="leapalign cache")
+    from leapalign.caching import as_text, show
+
+    answer = show(clear=flags.clear)
+    _answer(answer, flags.json, as_text(answer))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ListFlags:
     """What there is to choose from, with the class that a run.json names."""
 
@@ -355,13 +411,15 @@ def _answer(value: Any, as_json: bool, text: str) -> None:
     print(json.dumps(value, indent=2) if as_json else text)
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": _train,
     "resume": _resume,
     "sample": _sample,
     "evaluate": _evaluate,
     "score": _score,
     "export": _export,
+    "verify": _verify,
+    "cache": _cache,
     "list": _list,
     "demo": _demo,
 }

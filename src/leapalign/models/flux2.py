@@ -35,6 +35,7 @@ class Flux2Klein:
     """A Flux2KleinPipeline folder or hub id."""
 
     name: ClassVar[str] = "flux2-klein"
+    pipeline: ClassVar[str] = "Flux2KleinPipeline"
 
     path: str
     height: int = 1024  # pixels
@@ -50,14 +51,11 @@ class Flux2Klein:
         """Open the folder. Raises UserError on a folder, size, length or layer that cannot work."""
         from leapalign.models import pipeline as pipe
         from leapalign.models.folder import open_folder
-        from leapalign.models.text import PromptCache
 
         precision = pipe.parse_dtype(dtype)
         if not 1 <= self.max_sequence_length <= 512:
             raise UserError(f"max_sequence_length {self.max_sequence_length}: expected 1 to 512")
-        folder = open_folder(
-            self.path, "Flux2KleinPipeline", ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
-        )
+        folder = open_folder(self.path, self.pipeline, ("transformer", "vae", "scheduler", "text_encoder", "tokenizer"))
         policy, scheduler = tuning.load_policy(folder, device, precision), pipe.load_scheduler(folder)
         _check_layers(self.text_layers, folder, policy.config.joint_attention_dim)
         decoder = load_decoder(folder, device, self.decode_chunk)
@@ -67,7 +65,15 @@ class Flux2Klein:
         return pipe.PipelineModel(
             policy=policy,
             folder=folder,
-            prompts=PromptCache(lambda: _text_encoder(self, folder, device, precision), device),
+            prompts=pipe.prompt_cache(
+                lambda: _text_encoder(self, folder, device, precision),
+                folder,
+                TEXT_PARTS,
+                device,
+                precision,
+                max_sequence_length=self.max_sequence_length,
+                text_layers=self.text_layers,
+            ),
             decoder=decoder,
             latent_shape=shape,
             guidance=pipe.Guidance(_scale(self, folder), self.cfg_grad == "both", self.negative_prompt),

@@ -151,11 +151,11 @@ def _parts(run: Run, path: Path, known: Pipeline | None) -> Parts:
 
 
 def _pipeline_class(path: Path) -> str:
-    from leapalign.models.folder import _read_json
+    from leapalign.models.folder import read_json
 
     if not (path / INDEX).is_file():
         raise UserError(f"{path} is not a diffusers pipeline folder: it has no {INDEX}")
-    index = _read_json(path / INDEX)
+    index = read_json(path / INDEX)
     return str(index.get("_class_name")) if isinstance(index, dict) else "?"
 
 
