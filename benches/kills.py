@@ -87,7 +87,8 @@ def killed(bench: Kills, out: Path, moments: random.Random, seconds: float) -> l
     for number in range(bench.kills + 1):
         child = start(argv(bench, out))
         if number < bench.kills:
-            _await_step(out, moments.randrange(min(_lines(out), bench.steps - 1), bench.steps))
+            last = bench.steps - 4  # later ones could end before they are killed
+            _await_step(out, moments.randint(min(_lines(out), last), last))
             time.sleep(moments.uniform(0, 2 * seconds))
             if number % 2:
                 _await_save(out, moments)
