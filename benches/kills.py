@@ -4,8 +4,8 @@
 
 Each attempt is a process of its own (a fork of this one, which has imported everything, so that kills meet training and
 saving and not imports) that calls the command line: `train`, then `resume` until the run is finished. A run is killed
-`kills` times: each time when it has got to a random one of the steps that are left, and a random part of two steps'
-time later; every second time in the save that comes then. `while_saving` counts the kills that left a half-written
+`kills` times: each time when it has got to a random one of the steps that are left, and up to half a
+step's time later; every second time in the save that comes then. `while_saving` counts the kills that left a half-written
 checkpoint. Compared are the sha256 of all tensors of the last checkpoint and of the tuned weights, and metrics.jsonl
 line by line without the seconds.
 """
@@ -87,9 +87,9 @@ def killed(bench: Kills, out: Path, moments: random.Random, seconds: float) -> l
     for number in range(bench.kills + 1):
         child = start(argv(bench, out))
         if number < bench.kills:
-            last = bench.steps - 4  # later ones could end before they are killed
+            last = bench.steps * 3 // 4  # later, a run could end before it is killed
             _await_step(out, moments.randint(min(_lines(out), last), last))
-            time.sleep(moments.uniform(0, 2 * seconds))
+            time.sleep(moments.uniform(0, seconds / 2))
             if number % 2:
                 _await_save(out, moments)
             os.kill(child, signal.SIGKILL)
