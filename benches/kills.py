@@ -5,7 +5,7 @@
 Each attempt is a process of its own (a fork of this one, which has imported everything, so that kills meet training and
 saving and not imports) that calls the command line: `train`, then `resume` until the run is finished. A run is killed
 `kills` times: each time when it has got to a random one of the steps that are left, and up to half a step's time later;
-every second time in the save that comes then. `while_saving` counts the kills that left a half-written checkpoint.
+every second time in the save that comes then. `while_saving` counts the kills that cut a save in two.
 Compared are the sha256 of all tensors of the last checkpoint and of the tuned weights, and metrics.jsonl line by line
 without the seconds.
 """
