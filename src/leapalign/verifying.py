@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leapalign.models.base import pointed_at
 from leapalign.recipe_files import load_plugins
-from leapalign.sampling import model_config
+from leapalign.sampling import find_source
 from leapalign.scoring import reward_classes, reward_config
 from leapalign.training.loop import resolve_device
-from leapalign.verification.checks import Check
+from leapalign.verification.checks import Check, note
 from leapalign.verification.files import read_hashes
 from leapalign.verification.pipelines import Trial, check_pipeline
 from leapalign.verification.rewards import check_reward
@@ -29,7 +31,9 @@ def verify(flags: VerifyFlags) -> dict[str, Any]:
     if is_reward(flags.source):
         kind, checks = "reward", check_reward(flags.source, reward_config(flags.source), device, flags.dtype, listed)
     else:
-        config, _ = model_config(flags.source, load_plugins(flags.plugin))
+        source = find_source(flags.source, load_plugins(flags.plugin))
+        whole = source.tuning.output == "pipeline"
+        config = pointed_at(source.model, source.saved) if whole else source.model
         own = (
             config.height if (Path(flags.source) / "run.json").is_file() or flags.source.startswith("embedded:") else 0
         )
@@ -37,6 +41,9 @@ def verify(flags: VerifyFlags) -> dict[str, Any]:
             prompt=flags.prompt, num_steps=flags.steps, size=flags.size or own, seed=flags.seed, device=device
         )
         kind, checks = "pipeline", check_pipeline(config, trial, listed)
+        if not whole:
+            told = f"{source.tuning.name} in {source.saved}: what is checked here is its base, {config.path}"
+            checks.append(note("run", "adapter", told, "`leapalign export` merges both into a pipeline to verify"))
     good = all(check.state != "different" for check in checks)
     return {"source": flags.source, "kind": kind, "good": good, "checks": [dataclasses.asdict(c) for c in checks]}
 
@@ -48,15 +55,17 @@ def is_reward(word: str) -> bool:
 
 def print_table(answer: dict[str, Any]) -> None:
     """A line a check, then the verdict."""
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("", "part", "check", "came", "expected", "what to do", title=f"{answer['kind']} {answer['source']}")
+    title = f"{answer['kind']} {answer['source']}"
+    table = Table("", "part", "check", "came", "expected", "what to do", title=title, box=SIMPLE)
     for check in (Check(**record) for record in answer["checks"]):
         cells = (check.part, check.check, check.came, check.expected, check.remedy)
         table.add_row(MARKS[check.state], *(escape(cell) for cell in cells))
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=160)  # a log has no edge
     console.print(table)
     console.print(verdict([Check(**record) for record in answer["checks"]]))
 

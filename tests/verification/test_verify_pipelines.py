@@ -368,3 +368,21 @@ def test_finished_run_is_verified_at_its_own_size(
     assert main(["verify", str(tmp_path), "--steps", "2", "--json"]) == 0
     checks = json.loads(capsys.readouterr().out)["checks"]
     assert any(c["check"] == "opens" and c["came"].startswith("24 x 24, 2 steps") for c in checks)
+
+
+def test_a_run_that_leaves_an_adapter_is_verified_by_its_base(
+    sd3_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dataclasses import replace
+
+    from leapalign.codec import dumps
+    from leapalign.recipes import shapeworld_leapalign
+    from leapalign.tuning.lora import LoRA
+
+    model = SD3(path=str(sd3_folder), height=24, width=24, max_sequence_length=5, guidance_scale=2.0)
+    run = replace(shapeworld_leapalign(), model=model, out=str(tmp_path), tuning=LoRA(rank=2))
+    (tmp_path / "run.json").write_text(dumps(run))
+    (tmp_path / "lora").mkdir()
+    assert main(["verify", str(tmp_path), "--steps", "2", "--json"]) == 0
+    (told,) = [c for c in json.loads(capsys.readouterr().out)["checks"] if c["check"] == "adapter"]
+    assert told["state"] == "note" and str(sd3_folder) in told["came"]

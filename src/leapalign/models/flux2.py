@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 PATCH = 2  # latents of the VAE in one of ours, along each side
 
+TEXT_PARTS = ("text_encoder", "tokenizer")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Flux2Klein:
@@ -36,6 +38,9 @@ class Flux2Klein:
 
     name: ClassVar[str] = "flux2-klein"
     pipeline: ClassVar[str] = "Flux2KleinPipeline"
+    renamed: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("text_layers", "text_encoder_out_layers"),
+    )  # what its call names otherwise
 
     path: str
     height: int = 1024  # pixels
@@ -55,7 +60,7 @@ class Flux2Klein:
         precision = pipe.parse_dtype(dtype)
         if not 1 <= self.max_sequence_length <= 512:
             raise UserError(f"max_sequence_length {self.max_sequence_length}: expected 1 to 512")
-        folder = open_folder(self.path, self.pipeline, ("transformer", "vae", "scheduler", "text_encoder", "tokenizer"))
+        folder = open_folder(self.path, self.pipeline, ("transformer", "vae", "scheduler", *TEXT_PARTS))
         policy, scheduler = tuning.load_policy(folder, device, precision), pipe.load_scheduler(folder)
         _check_layers(self.text_layers, folder, policy.config.joint_attention_dim)
         decoder = load_decoder(folder, device, self.decode_chunk)

@@ -43,6 +43,9 @@ class QwenImage:
 
     name: ClassVar[str] = "qwen-image"
     pipeline: ClassVar[str] = "QwenImagePipeline"
+    renamed: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("guidance_scale", "true_cfg_scale"),
+    )  # what its call names otherwise
 
     path: str
     height: int = 1024  # pixels

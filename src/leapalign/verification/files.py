@@ -61,9 +61,12 @@ def shapes(headers: Iterable[Header]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(entry["shape"]) for key, entry in _tensors(headers)}
 
 
+COUNTERS = ("position_ids", "num_batches_tracked")
+
+
 def check_dtypes(part: str, headers: Iterable[Header]) -> Check:
-    """One type of number a part; single tensors may be kept in float32."""
-    kinds = {key: entry["dtype"] for key, entry in _tensors(headers) if not key.endswith("position_ids")}
+    """One type of number a part; single tensors may be kept in float32, and counters are whole numbers."""
+    kinds = {key: entry["dtype"] for key, entry in _tensors(headers) if not key.endswith(COUNTERS)}
     counts = Counter(kinds.values())
     came = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
     usual = counts.most_common(1)[0][0] if counts else ""

@@ -185,13 +185,14 @@ def _pipeline_call(config: Any, folder: Path, trial: Trial) -> Theirs:
     pipeline = _open_pipeline(config, folder).to(trial.device)
     kind = type(pipeline)
     size = trial.size or min(LARGEST, pipeline.default_sample_size * pipeline.vae_scale_factor)
-    known_to_both = inspect.signature(kind.__call__).parameters.keys() & {field.name for field in fields(config)}
-    settings = {name: getattr(config, name) for name in known_to_both}
+    names = {field.name: field.name for field in fields(config)} | dict(getattr(config, "renamed", ()))
+    takes = inspect.signature(kind.__call__).parameters
+    settings = {theirs: getattr(config, ours) for ours, theirs in names.items() if theirs in takes}
     settings |= {"height": size, "width": size, "num_inference_steps": trial.num_steps}
 
     def draw(output_type: str) -> Tensor:
         generator = torch.Generator().manual_seed(trial.seed)
-        return pipeline(trial.prompt, generator=generator, output_type=output_type, **settings).images.cpu()
+        return pipeline(prompt=trial.prompt, generator=generator, output_type=output_type, **settings).images.cpu()
 
     return Theirs(
         size=size,
@@ -231,7 +232,7 @@ def _check_latents(ours: Tensor, theirs: Theirs) -> Check:
 def _check_picture(image: Tensor) -> Check:
     deviation = float(image.flatten(2).std(dim=2).max())  # within a channel: one colour has none
     came = f"mean {float(image.mean()):.3f}, deviation {deviation:.3f}"
-    if bool(image.isfinite().all()) and deviation > 1e-3:
+    if bool(image.isfinite().all()) and deviation > 1e-5:  # a few steps may well draw an empty ground
         return good("vae", "decodes", came, "a picture")
     return different("vae", "decodes", came, "a picture that is not of one colour", "fetch vae and transformer again")
 
