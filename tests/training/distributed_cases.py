@@ -1,8 +1,8 @@
 """What torchrun starts once for a number of ranks: every case, its worst deviation from one process, as JSON.
 
-    torchrun --nproc-per-node 2 tests/training/distributed_cases.py FOLDER
+    torchrun --nproc-per-node 2 tests/training/distributed_cases.py FOLDER [PART OF A NAME]
 
-Rank 0 computes the same in a world of one process, in the same program. float64, so that only the order of sums is left.
+Each rank also computes the same in a world of one process. float64, so that only the order of sums is left.
 """
 
 from __future__ import annotations

@@ -175,26 +175,20 @@ def joined(run: Run) -> Iterator[World]:
 
     A group that is there already is used and left alone. UserError where the run's geometry does not fit it.
     """
-    if dist.is_initialized():
-        world = _from_environment(dist.get_rank(), dist.get_world_size())
-        check_geometry(run, world)
-        yield world
-        return
-    world = _from_environment()
+    ours = not dist.is_initialized()
+    world = _from_environment() if ours else _from_environment(dist.get_rank())
     check_geometry(run, world)
     if world.size == 1:
         yield world
         return
-    device = torch.device(world_device(run.device, world))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
+    if ours:
+        _begin(run, world)
     try:
         yield world
     except RunInterrupted as end:  # agreed on, so all ranks are here
         end.elsewhere = not world.main
-        dist.destroy_process_group()
+        if ours:
+            dist.destroy_process_group()
         raise
     except RuntimeError as error:
         if _is_broken(error):
@@ -203,15 +197,28 @@ def joined(run: Run) -> Iterator[World]:
                 "rank has ended, and its own message says why"
             ) from error
         raise
-    # after an error the group is left to the end of the process: tidying up could wait for ranks that are gone
-    dist.destroy_process_group()
+    if (
+        ours
+    ):  # after an error the group is left to the end of the process: tidying up could wait for ranks that are gone
+        dist.destroy_process_group()
+
+
+def _begin(run: Run, world: World) -> None:
+    """gloo between CPUs, also for what is agreed on beside nccl between GPUs."""
+    device = world_device(run.device, world)  # a rank's own one, with its number, where it is a GPU
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=world.rank, world_size=world.size, timeout=TIMEOUT
+    )
 
 
 def _is_broken(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(sign in str(error) for sign in BROKEN)
 
 
-def _from_environment(rank: int | None = None, size: int | None = None) -> World:
+def _from_environment(rank: int | None = None) -> World:
     """torchrun's variables. UserError where only some of them are there, or are no numbers."""
     names = VARIABLES[:4]
     given = {name: os.environ[name] for name in VARIABLES if name in os.environ}
