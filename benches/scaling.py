@@ -27,6 +27,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 import tyro
+from shared import facts
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -34,7 +35,6 @@ from leapalign.recipes import shapeworld_leapalign, shapeworld_leapalign_lora
 from leapalign.run import Run
 from leapalign.training import loop
 from leapalign.training.distributed import joined
-from shared import facts
 
 WAYS: dict[str, dict[str, Any]] = {
     "replicate": {"sharding": "replicate"},

@@ -164,7 +164,7 @@ def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]
 def trained(run: Run, world: World) -> dict[str, Any]:
     """Some steps by `train`; where the folder has a checkpoint (of another number of ranks), the steps after it."""
     found = (Path(run.out) / "run.json").exists()
-    result = loop.train(replace(run, steps=4) if found else run, resume=found)
+    result = loop.train(replace(run, steps=4) if found else run, resume=found, allow_changes=found)
     return {"step": result.summary["steps"] if world.main else 0, "silent": world.main or not result.summary}
 
 

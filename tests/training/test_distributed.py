@@ -116,6 +116,7 @@ def test_one_process_goes_on_with_the_checkpoint_of_two(two, two_folder, tiny_ru
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # on busy cores
 def test_four_ranks_equal_one_and_go_on_with_the_checkpoint_of_two(two, two_folder, tiny_run, tiny_module, tmp_path):
     four = tmp_path / "four"
     four.mkdir()

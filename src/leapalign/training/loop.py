@@ -17,7 +17,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from leapalign.training.distributed import World, joined, sum_gradients, world_d
 from leapalign.training.files import complete_folder, disk_errors, refuse_links_out, write_text
 from leapalign.training.guard import check_gradients, check_rows
 from leapalign.training.lock import LOCK, run_lock
+from leapalign.training.metrics import batch_metrics, of_all_ranks
 from leapalign.training.saver import Saver
 from leapalign.training.session import Session, tell
 from leapalign.training.shards import Shards, shard
@@ -49,7 +50,6 @@ from leapalign.training.summary import summarize
 from leapalign.training.tracking import Metrics, Silent, Tracker
 from leapalign.training.weights import EMA, Named, clip_gradients, gradient_norm, trained_parameters
 
-Part = tuple[dict[str, Tensor], LatentGradient]  # of a micro-batch: the method's metrics, the objective
 ALONE = World()
 
 
@@ -273,7 +273,7 @@ def update(engine: Engine, step: int) -> Metrics:
         set_learning_rate(engine, step)
         engine.optimizer.step()
         engine.ema.update()
-    return _batch_metrics(_of_all_ranks(world, parts)) | {"grad_norm": float(norm), "skipped": int(not trained)}
+    return batch_metrics(of_all_ranks(world, parts)) | {"grad_norm": float(norm), "skipped": int(not trained)}
 
 
 def _summed_gradients(engine: Engine) -> Tensor:
@@ -281,24 +281,6 @@ def _summed_gradients(engine: Engine) -> Tensor:
     whole_on_each = {name: p for name, p in engine.parameters.items() if not isinstance(p, DTensor)}
     sum_gradients(engine.world, whole_on_each)
     return gradient_norm(engine.parameters)
-
-
-def _of_all_ranks(world: World, parts: list[Part]) -> list[Part]:
-    """What metrics are made of, in the order of the samples."""
-    if world.size == 1:
-        return parts
-    own = [(_on_cpu(metrics), _small(result)) for metrics, result in parts]
-    return [part for round in zip(*world.gather(own)) for part in round]
-
-
-def _small(result: LatentGradient) -> LatentGradient:
-    """Without the gradient, on the CPU."""
-    named = {name: _on_cpu(getattr(result, name)) for name in ("rewards", "hinges", "slopes")}
-    return replace(result, loss=result.loss.cpu(), grad=result.grad[:0].cpu(), **named)
-
-
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: t.cpu() for name, t in tensors.items()}
 
 
 def set_learning_rate(engine: Engine, step: int) -> None:
@@ -369,25 +351,6 @@ def probe(engine: Engine) -> Metrics:
     means = {name: float(total) / len(texts) for name, total in zip(engine.rewards, totals)}
     parts = {f"probe_reward/{name}": mean for name, mean in means.items()} if len(means) > 1 else {}
     return {"probe_reward": sum(means.values())} | parts
-
-
-def _batch_metrics(parts: list[tuple[dict[str, Tensor], LatentGradient]]) -> Metrics:
-    results = [result for _, result in parts]
-    reward = torch.cat([result.reward for result in results])
-    metrics = {
-        "loss": float(sum(result.loss for result in results)),
-        "reward": float(reward.mean()),
-        "reward_std": float(reward.std(correction=0)),
-        "above_lambda": 1 - float(torch.cat([result.below for result in results]).float().mean()),
-    }
-    if len(results[0].rewards) > 1:
-        for name in results[0].rewards:
-            metrics[f"reward/{name}"] = float(torch.cat([r.rewards[name] for r in results]).mean())
-            metrics[f"hinge/{name}"] = float(torch.cat([r.hinges[name] for r in results]).mean())
-    for name in results[0].slopes:
-        metrics[f"slope/{name}"] = float(torch.cat([r.slopes[name] for r in results]).mean())
-    own = {name: torch.stack([m[name].float().mean() for m, _ in parts]).mean() for name in parts[0][0]}
-    return metrics | {name: float(value) for name, value in own.items()}
 
 
 def _warn_above(tracker: Tracker | Silent, metrics: Metrics) -> None:
