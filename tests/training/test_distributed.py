@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 
 from leapalign.errors import UserError
 from leapalign.run import Run
@@ -29,6 +31,7 @@ from leapalign.training.distributed import (
     one_draw_a_round,
     world_device,
 )
+from leapalign.training.shards import is_sharded, shard
 from leapalign.training.tracking import read_metrics
 
 CASES = Path(__file__).with_name("distributed_cases.py")
@@ -213,6 +216,44 @@ def test_ranks_have_a_device_each(monkeypatch: pytest.MonkeyPatch) -> None:
         world_device("cuda:0", second)
     with pytest.raises(UserError, match="rank 6 is number 2 on its machine, which has 2 CUDA devices"):
         world_device("cuda", replace(second, rank=6, local_rank=2))
+
+
+def test_what_cannot_be_sharded_is_refused(tiny_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    run, two_ranks = tiny_run(sharding="full"), World(size=2, local_size=2)
+    policy = torch.nn.Linear(2, 2)
+    assert shard(replace(run, sharding="auto"), policy, two_ranks) is None  # small, and on the CPU
+    with monkeypatch.context() as old, pytest.raises(UserError, match="newer torch"):
+        old.delattr(FSDPModule, "set_force_sum_reduction_for_comms")
+        shard(run, policy, two_ranks)
+    policy.hf_quantizer = object()  # pyright: ignore
+    with pytest.raises(UserError, match="a quantised base cannot be sharded"):
+        shard(run, policy, two_ranks)
+
+
+def test_a_large_policy_on_cuda_is_sharded_by_itself(tiny_run, monkeypatch):
+    """20 bytes a trained weight against 40 % of a device's memory; draws that differ between ranks forbid it."""
+    policy = torch.nn.Linear(999, 1000)  # 10 ** 6 weights
+    small, large = (SimpleNamespace(total_memory=memory) for memory in (49_000_000, 51_000_000))
+    monkeypatch.setattr(torch.nn.Linear, "parameters", lambda self: iter([OnCuda()]))
+    run = tiny_run(batch_size=8, micro_batch_size=2)
+    for properties, expected in ((small, True), (large, False)):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, p=properties: p)
+        assert is_sharded(run, policy, World(size=2)) is expected
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: small)
+    assert not is_sharded(replace(run, samples_per_draw=2), policy, World(size=2))
+    assert not is_sharded(run, policy, World()) and not is_sharded(
+        replace(run, sharding="replicate"), policy, World(size=2)
+    )
+
+
+class OnCuda:
+    """A trained weight on a device that the machine need not have."""
+
+    device = torch.device("cuda")
+    requires_grad = True
+
+    def numel(self) -> int:
+        return 10**6
 
 
 def test_a_single_changed_bit_changes_the_fingerprint() -> None:

@@ -122,12 +122,17 @@ class World:
 
 
 def fingerprint(tensors: Named) -> str:
-    """A hash of names, shapes and the exact sum of the bits of each tensor: seconds for billions of weights."""
+    """A hash of names, shapes and the exact sum of the bits of each tensor: seconds for billions of weights.
+
+    Of quantised weights, which are tensors of their library's own class, the name and shape only.
+    """
     facts = [(name, list(t.shape), str(t.dtype), _bits(t.detach())) for name, t in tensors.items()]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _bits(tensor: Tensor) -> int:
+    if type(tensor) is not Tensor:
+        return 0
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return int(tensor.contiguous().view(kinds[tensor.element_size()]).sum(dtype=torch.int64)) if tensor.numel() else 0
 

@@ -86,6 +86,8 @@ def shard(run: Run, policy: nn.Module, world: World) -> Shards | None:
         return None
     if getattr(policy, "hf_quantizer", None) is not None:
         raise UserError("a quantised base cannot be sharded; use --sharding replicate, or --tuning.quantization none")
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise UserError(f"sharded weights need a newer torch than {torch.__version__}; use --sharding replicate")
     shell = _shell(policy)
     mesh = _mesh(run, world, next(policy.parameters()).device.type)
     trained = {p for p in policy.parameters() if p.requires_grad}
