@@ -59,13 +59,13 @@ def main(argv: Sequence[str]) -> int:
     except SystemExit as end:  # tyro: 0 after help, 2 after a wrong flag
         return end.code if isinstance(end.code, int) else 2
     except UserError as error:
-        print(f"leapalign: {error}", file=sys.stderr)
+        _say(error, f"leapalign: {error}")
         return 2
     except RunStopped as error:
-        print(f"leapalign: stopped at {error}", file=sys.stderr)
+        _say(error, f"leapalign: stopped at {error}")
         return 1
     except RunInterrupted as end:
-        print(f"leapalign: {end}", file=sys.stderr)
+        _say(end, f"leapalign: {end}")
         return end.status
     except BrokenPipeError:  # `leapalign ... | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush finds no pipe either
@@ -73,6 +73,12 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("leapalign: interrupted; `leapalign resume RUN` goes on from the last checkpoint", file=sys.stderr)
         return 130
+
+
+def _say(error: UserError | RunStopped | RunInterrupted, text: str) -> None:
+    """Once, and not once a rank."""
+    if not error.elsewhere:
+        print(text, file=sys.stderr)
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -166,6 +172,8 @@ def _run(run: Run, *, as_json: bool, **how: Any) -> None:
     from leapalign.training.loop import train
 
     summary = train(run, **how).summary
+    if not summary:  # rank 0 of several has it
+        return
     _answer(
         summary, as_json, f"{summary['steps']} steps in {summary['seconds']:.0f} s; tuned: {summary[run.tuning.output]}"
     )

@@ -7,12 +7,16 @@ class UserError(Exception):
     The message says what came, what was expected and what to do. The command line prints it alone and exits with 2.
     """
 
+    elsewhere = False  # it happened to another rank of a distributed run, which says it
+
 
 class RunStopped(Exception):
     """A run cannot go on: NaN or infinity in reward, loss or gradient, or too little memory.
 
     The message names the step. Nothing broken has been saved; the command line exits with 1.
     """
+
+    elsewhere = False  # as above
 
 
 class NotFinite(RunStopped):
@@ -24,6 +28,8 @@ class RunInterrupted(Exception):
 
     `status` is the command line's exit status: 130 after SIGINT, 143 after SIGTERM, 75 when `max_hours` are over.
     """
+
+    elsewhere = False  # as above
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)

@@ -61,6 +61,9 @@ class Run:
     max_hours: float = 0.0  # of one process: it stops in time to save, with exit status 75; 0 = no limit
     max_bad_batches: int = 0  # batches of NaN or infinity that are left out and counted before the run stops
     self_checks: bool = True  # at start-up and at the first save; seconds
+    sharding: Literal["auto", "replicate", "full", "hybrid"] = "auto"  # of the weights over ranks (docs/distributed.md)
+    shard_ranks: int = 0  # hybrid: ranks that share one copy of the weights; 0 = those of a machine
+    gather_in_rollout: bool = False  # sharded weights stay whole between forwards without graph: memory for traffic
     probe_every: int = 10  # steps between two scores of the averaged weights on fixed prompts and noise; 0 = never
     probe_size: int = 32  # samples of that fixed set
     probe_seed: int = 0  # of that fixed set: not of the run, so that runs compare
@@ -78,11 +81,11 @@ class Run:
 # What may differ between a run and its resumption: none of these changes a step that both take.
 FREE_FIELDS = frozenset(
     {"name", "out", "steps", "checkpoint_every", "keep_checkpoints", "async_checkpoints"}
-    | {"max_hours", "max_bad_batches", "self_checks"}
+    | {"max_hours", "max_bad_batches", "self_checks", "sharding", "shard_ranks", "gather_in_rollout"}
 )
 _LEAST = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "num_sampling_steps": 1, "checkpoint_every": 1}
 _LEAST |= {"keep_checkpoints": 1, "probe_size": 1, "samples_per_draw": 0, "reward_chunk": 0, "probe_every": 0}
-_LEAST |= {"warmup_steps": 0, "decay_steps": 0, "max_bad_batches": 0}
+_LEAST |= {"warmup_steps": 0, "decay_steps": 0, "max_bad_batches": 0, "shard_ranks": 0}
 
 
 def _check_counts(run: Run) -> None:
@@ -113,21 +116,23 @@ def _check_geometry(run: Run) -> None:
         sizes = [m for m in range(1, batch + 1) if batch % m == 0]
         raise UserError(
             f"batch_size {batch} is not made of micro-batches of {micro}; "
-            f"use batch_size {_nearest_multiples(batch, micro)}, or micro_batch_size {_nearest(sizes, micro)}"
+            f"use batch_size {nearest_multiples(batch, micro)}, or micro_batch_size {nearest(sizes, micro)}"
         )
     if share % micro:
         raise UserError(
             f"samples_per_draw {share} is not a multiple of micro_batch_size {micro}; "
-            f"use samples_per_draw {_nearest_multiples(share, micro)}, or 0 for the whole batch"
+            f"use samples_per_draw {nearest_multiples(share, micro)}, or 0 for the whole batch"
         )
 
 
-def _nearest_multiples(value: int, unit: int) -> str:
+def nearest_multiples(value: int, unit: int) -> str:
+    """The next multiple down, or up."""
     below = value // unit * unit
     return f"{below} or {below + unit}" if below else f"{unit}"
 
 
-def _nearest(choices: list[int], value: int) -> str:
+def nearest(choices: list[int], value: int) -> str:
+    """Of ascending choices that begin with 1: the next one down, or up, from a value that is none of them."""
     below, above = max(c for c in choices if c <= value), [c for c in choices if c > value]
     return f"{below} or {above[0]}" if above else f"{below}"
 

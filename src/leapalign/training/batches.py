@@ -25,9 +25,11 @@ class MicroBatch:
     prompts: tuple[str, ...]
 
 
-def micro_batches(run: Run, prompts: Sequence[Prompt], step: int) -> Iterator[MicroBatch]:
-    """The step's batch, cut into whole micro-batches."""
-    for start in range(0, run.batch_size, run.micro_batch_size):
+def micro_batches(
+    run: Run, prompts: Sequence[Prompt], step: int, rank: int = 0, ranks: int = 1
+) -> Iterator[MicroBatch]:
+    """The step's batch, cut into whole micro-batches, of which neighbours go to neighbouring ranks."""
+    for start in range(rank * run.micro_batch_size, run.batch_size, ranks * run.micro_batch_size):
         samples = range(start, start + run.micro_batch_size)
         places = [step * run.batch_size + sample for sample in samples]
         texts = tuple(prompts[prompt_index(run.seed, place, len(prompts))].text for place in places)

@@ -8,8 +8,8 @@ keep, because all randomness and the order of the prompts are functions of (seed
 rate is one of the step. state.json holds the step, counters, elapsed time, how far metrics.jsonl was, versions, the
 configuration's hash, the sha256 of every other file and its own.
 
-`layout` in state.json says how tensors are stored: "whole" is a file a group. An engine of several ranks can add
-another word and its own reader and writer of the groups; everything else stays.
+`layout` in state.json says how tensors are stored: "whole" is a file a group. Sharded weights are gathered for it, so a
+checkpoint of any number of ranks resumes on any other.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from leapalign.codec import encode
 from leapalign.errors import UserError
 from leapalign.run import Run, config_hash, differences, trajectory
 from leapalign.training.files import clear_scratch, complete_folder, remove_folder, sha256, write_text
-from leapalign.training.weights import EMA, Named, copy_into
+from leapalign.training.weights import EMA, Named, copy_into, like
 
 GROUPS = ("weights", "ema", "optimizer")
 LAYOUT = "whole"
@@ -201,7 +201,8 @@ def _restore_optimizer(parameters: Named, optimizer: torch.optim.Optimizer, tens
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition(".")
         p = parameters[name]
-        optimizer.state[p][key] = value if key == "step" else value.to(p.device)  # torch keeps the count on the CPU
+        # torch keeps the count on the CPU
+        optimizer.state[p][key] = value if key == "step" else like(value.to(p.device), p)
 
 
 def _verified(folder: Path) -> Checkpoint:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from leapalign.errors import NotFinite
-from leapalign.training.weights import Named
+from leapalign.training.weights import Named, whole
 
 SHOWN = 4  # prompts named in one message
 
@@ -27,8 +27,9 @@ def check_gradients(norm: Tensor, parameters: Named, prompts: Sequence[str], ste
     if bool(torch.isfinite(norm)):
         return
     for name, p in parameters.items():
-        if p.grad is not None and not bool(torch.isfinite(p.grad).all()):
-            raise NotFinite(_message(step, f"the gradient of {name}", _first_bad(p.grad), prompts))
+        grad = None if p.grad is None else whole(p.grad)
+        if grad is not None and not bool(torch.isfinite(grad).all()):
+            raise NotFinite(_message(step, f"the gradient of {name}", _first_bad(grad), prompts))
     raise NotFinite(_message(step, "the gradient's norm", float(norm), prompts))  # finite entries, overflowing norm
 
 

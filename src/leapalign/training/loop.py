@@ -12,9 +12,11 @@ Decided on purpose:
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from leapalign.codec import dumps
 from leapalign.errors import NotFinite, UserError
@@ -33,16 +36,21 @@ from leapalign.prompts import Prompt
 from leapalign.run import RewardTerm, Run
 from leapalign.training import batches, checkpoints, memory_errors, self_checks
 from leapalign.training.batches import MicroBatch, noise_generators
-from leapalign.training.checkpoints import Progress
+from leapalign.training.checkpoints import Checkpoint, Progress
+from leapalign.training.distributed import World, joined, sum_gradients, world_device
 from leapalign.training.files import complete_folder, disk_errors, refuse_links_out, write_text
 from leapalign.training.guard import check_gradients, check_rows
 from leapalign.training.lock import LOCK, run_lock
+from leapalign.training.metrics import batch_metrics, of_all_ranks
 from leapalign.training.saver import Saver
 from leapalign.training.session import Session, tell
+from leapalign.training.shards import Shards, shard
 from leapalign.training.stopping import Stop, on_signals
 from leapalign.training.summary import summarize
-from leapalign.training.tracking import Metrics, Tracker
+from leapalign.training.tracking import Metrics, Silent, Tracker
 from leapalign.training.weights import EMA, Named, clip_gradients, gradient_norm, trained_parameters
+
+ALONE = World()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +66,26 @@ class Engine:
     optimizer: torch.optim.AdamW
     ema: EMA
     sigmas: Tensor
+    world: World
+    shards: Shards | None  # None: every rank has the whole policy
+
+    def rollout(self) -> AbstractContextManager[None]:
+        """Around the forwards of a rollout."""
+        return self.shards.rollout() if self.shards else nullcontext()
+
+    def whole_model(self, *, frozen: bool) -> Any:
+        """The model with whole weights on rank 0, None on the others; of sharded ones a copy. Every rank must call it.
+
+        Without `frozen`, weights that are not trained may lack values.
+        """
+        if self.shards is None:
+            return self.model if self.world.main else None
+        policy = self.shards.whole_policy(self.world.main, frozen=frozen)
+        if policy is None:
+            return None
+        model = copy.copy(self.model)
+        model.policy = policy
+        return model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,48 +120,76 @@ def train(
     RunInterrupted where the run was asked to stop and has saved itself.
     """
     stop = Stop(max_seconds=3600 * run.max_hours)
-    out = _open_folder(run, resume)
-    with disk_errors(out, f"make room, then `leapalign resume {out}`: checkpoints there are whole"), run_lock(out):
-        origin = checkpoints.find(run, checkpoint)
-        changes = checkpoints.check_unchanged(run, origin, allow_changes)
-        with memory_errors.explained(run, "loading", [], loading=True):
-            engine = build(run)
-            progress = checkpoints.restore(origin, engine.parameters, engine.ema, engine.optimizer)
-            if run.self_checks:
-                self_checks.at_start(engine)
-        (out / "checkpoints").mkdir(exist_ok=True)
-        write_text(out / "run.json", dumps(run))
-        aside = checkpoints.set_aside(run, origin) if origin and checkpoint else []
-        tracker = Tracker(out, progress.step, run.steps, progress.metrics_bytes)
-        try:
-            if origin:
-                tell(tracker, origin, progress, changes, aside)
-            _train_steps(engine, progress, tracker, stop, on_step)
-        finally:
-            tracker.close()
-        saved = out / run.tuning.output
-        with complete_folder(saved) as folder, engine.ema.applied():
-            run.tuning.save(engine.model, folder)
-        summary = summarize(run, progress)
+    with joined(run) as world:
+        with world.agreed():
+            out = _open_folder(run, resume) if world.main else Path(run.out)
+        way_out = f"make room, then `leapalign resume {out}`: checkpoints there are whole"
+        with disk_errors(out, way_out), ExitStack() as lock:
+            origin, changes = None, []
+            with world.agreed():
+                if world.main:
+                    lock.enter_context(run_lock(out))
+                    origin = checkpoints.find(run, checkpoint)
+                    changes = checkpoints.check_unchanged(run, origin, allow_changes)
+            origin = world.from_main(origin)
+            with memory_errors.explained(run, "loading", [], loading=True):
+                engine = build(run, world)
+                with world.agreed():
+                    progress = checkpoints.restore(origin, engine.parameters, engine.ema, engine.optimizer)
+                if run.self_checks:
+                    self_checks.at_start(engine)
+            with world.agreed():
+                tracker = _begin(run, origin, checkpoint, progress, changes) if world.main else Silent()
+            try:
+                _train_steps(engine, progress, tracker, stop, on_step)
+            finally:
+                tracker.close()
+            saved, summary = out / run.tuning.output, {}
+            with engine.ema.applied():
+                model = engine.whole_model(frozen=False)
+                if model is not None:
+                    with complete_folder(saved) as folder:
+                        run.tuning.save(model, folder)
+            if world.main:
+                summary = summarize(run, progress)
     return Result(out=out, saved=saved, summary=summary, engine=engine)
 
 
-def build(run: Run) -> Engine:
-    """Load model, rewards and prompts, and encode every prompt that the run will meet."""
+def _begin(run: Run, origin: Checkpoint | None, checkpoint: str, progress: Progress, changes: list[str]) -> Tracker:
+    """Everything is loaded: the run's folder says what is trained from here on."""
+    out = Path(run.out)
+    (out / "checkpoints").mkdir(exist_ok=True)
+    write_text(out / "run.json", dumps(run))
+    aside = checkpoints.set_aside(run, origin) if origin and checkpoint else []
+    tracker = Tracker(out, progress.step, run.steps, progress.metrics_bytes)
+    if origin:
+        tell(tracker, origin, progress, changes, aside)
+    return tracker
+
+
+def build(run: Run, world: World = ALONE) -> Engine:
+    """Load model, rewards and prompts, and encode every prompt that the run will meet; then shard, if that is asked."""
     _refuse_without_gradient(run)
-    device = resolve_device(run.device)
-    prompts = run.prompts.load()
-    model = run.model.load(device, run.dtype, run.tuning)
-    run.tuning.initialise(model.policy, run.seed)
-    model.prepare(batches.prompts_used(run, prompts))
-    if run.graph == "blocks":
-        _checkpoint_blocks(model.policy)
-    parameters = trained_parameters(model.policy)
     names = reward_names(run)
+    with world.agreed():
+        device = resolve_device(world_device(run.device, world))
+        prompts = run.prompts.load()
+        model = run.model.load(device, run.dtype, run.tuning)
+        run.tuning.initialise(model.policy, run.seed)
+        model.prepare(batches.prompts_used(run, prompts))
+        if run.graph == "blocks":
+            _checkpoint_blocks(model.policy)
+        trained_parameters(model.policy)
+        rewards = {name: load_reward(term, device, run.dtype) for name, term in zip(names, run.rewards)}
+    world.check_equal(run, model.policy)
+    shards = shard(run, model.policy, world)
+    parameters = trained_parameters(model.policy)
     return Engine(
         run=run,
+        world=world,
+        shards=shards,
         model=model,
-        rewards={name: load_reward(term, device, run.dtype) for name, term in zip(names, run.rewards)},
+        rewards=rewards,
         terms={
             name: Hinge(threshold=t.threshold, weight=t.weight, unit_gradient=t.unit_gradient)
             for name, t in zip(names, run.rewards)
@@ -156,7 +212,7 @@ def load_reward(term: RewardTerm, device: str, dtype: str) -> Callable[[Tensor, 
 
 
 def _train_steps(
-    engine: Engine, progress: Progress, tracker: Tracker, stop: Stop, on_step: Callable[[Metrics], None] | None
+    engine: Engine, progress: Progress, tracker: Tracker | Silent, stop: Stop, on_step: Callable[[Metrics], None] | None
 ) -> None:
     run, begun = engine.run, time.monotonic() - progress.seconds
     plan = memory_errors.parts_in_memory(engine.parameters, engine.ema.shadow, engine.model.policy)
@@ -197,22 +253,34 @@ def _step(session: Session) -> Metrics:
 def update(engine: Engine, step: int) -> Metrics:
     """One optimiser step on one batch; `skipped` is 1 where there was no gradient and so no step."""
     engine.optimizer.zero_grad(set_to_none=True)
-    norm, trained, parts = torch.zeros(()), False, []
-    with engine.run.tuning.in_update(engine.model.policy, engine.run.seed, step):
-        for micro in batches.micro_batches(engine.run, engine.prompts, step):
-            surrogate, result = _surrogate_and_gradient(engine, micro)
-            if surrogate.has_gradient and result.has_gradient:
-                surrogate.backward(result.grad)
-                norm = gradient_norm(engine.parameters)
-                check_gradients(norm, engine.parameters, micro.prompts, step + 1)
-                trained = True
+    run, world, sharded = engine.run, engine.world, engine.shards is not None
+    trained, parts = False, []
+    with run.tuning.in_update(engine.model.policy, run.seed, step):
+        for micro in batches.micro_batches(run, engine.prompts, step, world.rank, world.size):
+            with world.agreed(NotFinite) as some:
+                surrogate, result = _surrogate_and_gradient(engine, micro)
+                own = some.any = surrogate.has_gradient and result.has_gradient
+            with world.agreed(NotFinite):
+                if own or (sharded and some.any):  # backwards of sharded weights are made by all ranks or none
+                    surrogate.backward(result.grad)
+                    norm = gradient_norm(engine.parameters)
+                    check_gradients(norm, engine.parameters, micro.prompts, step + 1)
+            trained = trained or some.any
             parts.append((surrogate.metrics, result))
+    norm = _summed_gradients(engine) if trained else torch.zeros(())
     if trained:
         clip_gradients(engine.parameters, norm, engine.run.max_grad_norm)
         set_learning_rate(engine, step)
         engine.optimizer.step()
         engine.ema.update()
-    return _batch_metrics(parts) | {"grad_norm": float(norm), "skipped": int(not trained)}
+    return batch_metrics(of_all_ranks(world, parts)) | {"grad_norm": float(norm), "skipped": int(not trained)}
+
+
+def _summed_gradients(engine: Engine) -> Tensor:
+    """The whole batch's gradients in every rank's .grad, and their norm; sharded ones were summed on the way."""
+    whole_on_each = {name: p for name, p in engine.parameters.items() if not isinstance(p, DTensor)}
+    sum_gradients(engine.world, whole_on_each)
+    return gradient_norm(engine.parameters)
 
 
 def set_learning_rate(engine: Engine, step: int) -> None:
@@ -238,7 +306,8 @@ def _surrogate_and_gradient(engine: Engine, micro: MicroBatch) -> tuple[Surrogat
         batches.draw_generator(run, micro),
         lambda n: torch.stack([model.noise(renoise) for _ in range(n)]),
     )
-    surrogate = run.method(_velocity(engine, micro.prompts), x, engine.sigmas, draws)
+    with engine.rollout():
+        surrogate = run.method(_velocity(engine, micro.prompts), x, engine.sigmas, draws)
     check_rows(surrogate.x_hat.detach(), "the latent x_hat", micro.prompts, step)
     score = partial(_score, engine, micro.prompts)
     result = latent_gradient(surrogate, score, engine.terms, chunk=run.reward_chunk, batch_size=run.batch_size)
@@ -251,6 +320,8 @@ def _surrogate_and_gradient(engine: Engine, micro: MicroBatch) -> tuple[Surrogat
 
 def _velocity(engine: Engine, prompts: tuple[str, ...]) -> Velocity:
     velocity = engine.model.velocity(engine.model.encode(list(prompts)))
+    if engine.shards:
+        velocity = engine.shards.velocity(velocity)
     return inputs_only(velocity) if engine.run.graph == "inputs" else velocity
 
 
@@ -263,41 +334,26 @@ def _score(engine: Engine, prompts: tuple[str, ...], latents: Tensor, rows: list
 @torch.no_grad()
 def probe(engine: Engine) -> Metrics:
     """r(x_0) of the averaged weights on fixed prompts and noise: one curve that is comparable between methods."""
-    run, texts = engine.run, batches.probe_prompts(engine.run, engine.prompts)
-    totals = dict.fromkeys(engine.rewards, 0.0)
+    run, world, texts = engine.run, engine.world, batches.probe_prompts(engine.run, engine.prompts)
+    totals = torch.zeros(len(engine.rewards), dtype=torch.float64)
+    part, one_round = run.micro_batch_size, run.micro_batch_size * world.size
     with engine.ema.applied():
-        for start in range(0, len(texts), run.micro_batch_size):
-            prompts = tuple(texts[start : start + run.micro_batch_size])
-            rows = range(start, start + len(prompts))
-            x = engine.model.noise(noise_generators(run.probe_seed, 0, rows, "probe")).to(engine.sigmas.device)
-            x_0 = rollout(_velocity(engine, prompts), x, engine.sigmas)
-            for name, reward in _score(engine, prompts, x_0, list(range(len(prompts)))).items():
-                totals[name] += float(reward.sum())
-    means = {name: total / len(texts) for name, total in totals.items()}
+        for start in range(world.rank * part, len(texts) + world.rank * part, one_round):
+            rows = range(start, min(start + part, len(texts)))
+            made = rows or range(1)  # past the end: a forward like the other ranks', which counts for nothing
+            prompts = tuple(texts[row] for row in made)
+            x = engine.model.noise(noise_generators(run.probe_seed, 0, made, "probe")).to(engine.sigmas.device)
+            with engine.rollout():
+                x_0 = rollout(_velocity(engine, prompts), x, engine.sigmas)
+            scores = _score(engine, prompts, x_0, list(range(len(prompts)))).values()
+            totals += torch.tensor([float(reward.sum()) if rows else 0.0 for reward in scores], dtype=torch.float64)
+    world.sum_([totals])
+    means = {name: float(total) / len(texts) for name, total in zip(engine.rewards, totals)}
     parts = {f"probe_reward/{name}": mean for name, mean in means.items()} if len(means) > 1 else {}
     return {"probe_reward": sum(means.values())} | parts
 
 
-def _batch_metrics(parts: list[tuple[dict[str, Tensor], LatentGradient]]) -> Metrics:
-    results = [result for _, result in parts]
-    reward = torch.cat([result.reward for result in results])
-    metrics = {
-        "loss": float(sum(result.loss for result in results)),
-        "reward": float(reward.mean()),
-        "reward_std": float(reward.std(correction=0)),
-        "above_lambda": 1 - float(torch.cat([result.below for result in results]).float().mean()),
-    }
-    if len(results[0].rewards) > 1:
-        for name in results[0].rewards:
-            metrics[f"reward/{name}"] = float(torch.cat([r.rewards[name] for r in results]).mean())
-            metrics[f"hinge/{name}"] = float(torch.cat([r.hinges[name] for r in results]).mean())
-    for name in results[0].slopes:
-        metrics[f"slope/{name}"] = float(torch.cat([r.slopes[name] for r in results]).mean())
-    own = {name: torch.stack([m[name].float().mean() for m, _ in parts]).mean() for name in parts[0][0]}
-    return metrics | {name: float(value) for name, value in own.items()}
-
-
-def _warn_above(tracker: Tracker, metrics: Metrics) -> None:
+def _warn_above(tracker: Tracker | Silent, metrics: Metrics) -> None:
     if metrics.get("above_lambda", 0) > 0.5 and not tracker.warned:
         tracker.warned = True
         share = f"{metrics['above_lambda']:.0%}"

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from leapalign.errors import RunStopped, UserError
 from leapalign.run import Run
@@ -83,7 +84,7 @@ def parts_in_memory(
 ) -> list[str]:
     """The sizes that are known once a run is loaded, largest first; forwards and rewards come on top."""
     trained = _bytes(parameters)
-    frozen = _bytes(dict(policy.named_parameters())) - trained
+    frozen = _bytes({name: p for name, p in policy.named_parameters() if not p.requires_grad})
     sizes = {
         "optimiser (two moments)": 2 * trained,
         "trained weights": trained,
@@ -95,7 +96,9 @@ def parts_in_memory(
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    """On this rank: of sharded tensors, its part."""
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
+    return sum(t.numel() * t.element_size() for t in local)
 
 
 def _memory_error(error: BaseException | None) -> BaseException | None:

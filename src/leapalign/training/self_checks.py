@@ -55,15 +55,20 @@ def at_first_save(engine: Engine) -> None:
     size = sum(p.numel() * p.element_size() for p in policy.parameters())
     if not hasattr(run.model, "path") or size > RELOADED_BYTES:
         return
+    model = engine.whole_model(frozen=True)
+    if model is None:
+        return  # rank 0 checks
+    if engine.shards:
+        model.policy.to(engine.sigmas.device)
     folder = Path(run.out) / f"{SCRATCH}self-check"
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir(parents=True)
-        run.tuning.save(engine.model, folder)
+        run.tuning.save(model, folder)
         again = run.tuning.load_tuned(run.model, str(folder), str(engine.sigmas.device), run.dtype)
         _, noise, text = _first_sample(engine)
         with torch.no_grad():
-            ours, reloaded = (model.velocity(text)(noise, engine.sigmas[-1]) for model in (engine.model, again))
+            ours, reloaded = (m.velocity(text)(noise, engine.sigmas[-1]) for m in (model, again))
         _compare(engine, reloaded, ours, "the saved model, opened again, has another velocity than the trained one")
     finally:
         shutil.rmtree(folder, ignore_errors=True)

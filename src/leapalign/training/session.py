@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +11,9 @@ from leapalign.run import differences
 from leapalign.training import checkpoints, self_checks
 from leapalign.training.checkpoints import Checkpoint, Progress
 from leapalign.training.saver import Saver
+from leapalign.training.shards import whole_on_cpu
 from leapalign.training.stopping import Stop
-from leapalign.training.tracking import Metrics, Tracker
+from leapalign.training.tracking import Metrics, Silent, Tracker
 
 if TYPE_CHECKING:
     from leapalign.training.loop import Engine
@@ -24,30 +25,34 @@ class Session:
 
     engine: Engine
     progress: Progress
-    tracker: Tracker
+    tracker: Tracker | Silent
     saver: Saver
     stop: Stop
 
     def save(self) -> None:
-        """Save, or begin to; the first time in a process, what is saved is checked."""
-        engine = self.engine
+        """Save, or begin to; the first time in a process, what is saved is checked. Rank 0 writes."""
+        engine, main = self.engine, self.engine.world.main
         if self.saver.step < 0 and engine.run.self_checks:
             self_checks.at_first_save(engine)
         self.progress.metrics_bytes = self.tracker.position()
         snapshot = checkpoints.take(engine.run, self.progress, engine.parameters, engine.ema, engine.optimizer)
-        self.saver.save(snapshot, self.tracker.sync)
+        snapshot = replace(snapshot, tensors=whole_on_cpu(snapshot.tensors, main))
+        if main:
+            self.saver.save(snapshot, self.tracker.sync)
+        self.saver.step = snapshot.step
 
     def leave_if_asked(self) -> None:
         """Between two steps: where a signal or the time says so, save (unless that was just done) and leave.
 
         Raises RunInterrupted.
         """
-        reason = self.stop.reason(self.saver.seconds_needed())
+        reason = self.engine.world.first(self.stop.reason(self.saver.seconds_needed()))
         if reason is None:
             return
         if self.saver.step != self.progress.step:
             self.save()
-        self.saver.wait()
+        with self.engine.world.agreed():
+            self.saver.wait()
         run, (why, status) = self.engine.run, reason
         done = f"{why} after step {self.progress.step} of {run.steps}, which is saved"
         raise RunInterrupted(f"{done}; `leapalign resume {run.out}` goes on", status)
@@ -64,7 +69,9 @@ class Session:
         return {"bad_batch": 1, "skipped": 1}
 
 
-def tell(tracker: Tracker, origin: Checkpoint, progress: Progress, changes: list[str], aside: list[Path]) -> None:
+def tell(
+    tracker: Tracker | Silent, origin: Checkpoint, progress: Progress, changes: list[str], aside: list[Path]
+) -> None:
     """What a resumed run begins with; changed settings are also kept in its checkpoints."""
     tracker.note(f"resuming from {origin.folder.name}")
     if changes:

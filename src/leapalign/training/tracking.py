@@ -63,6 +63,27 @@ class Tracker:
         self.display.close()
 
 
+class Silent:
+    """The tracker of ranks that write nothing."""
+
+    warned = True
+
+    def log(self, metrics: Metrics) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def position(self) -> int:
+        return 0
+
+    def sync(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def truncate_metrics(path: Path, position: int) -> None:
     """Keep the bytes that were there at the checkpoint: what a killed process logged after it is done again.
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from leapalign.errors import UserError
 
@@ -26,9 +27,9 @@ def trained_parameters(policy: nn.Module) -> Named:
 
 
 def gradient_norm(parameters: Named) -> Tensor:
-    """The Euclidean norm over all gradients that exist, 0-dim float32 at least."""
+    """The Euclidean norm over all gradients that exist, 0-dim float32 at least; of sharded ones, over all shards."""
     grads = [p.grad for p in parameters.values() if p.grad is not None]
-    return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+    return whole(torch.nn.utils.get_total_norm(grads)) if grads else torch.zeros(())
 
 
 def clip_gradients(parameters: Named, norm: Tensor, max_norm: float) -> None:
@@ -64,9 +65,21 @@ class EMA:
 
 @torch.no_grad()
 def copy_into(targets: Named, values: Named) -> None:
-    """Write values into the tensors of the same names."""
+    """Write values into the tensors of the same names; whole values into sharded tensors too."""
     for name, target in targets.items():
-        target.copy_(values[name])
+        target.copy_(like(values[name], target))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor with all its parts; every rank must call it for the same ones."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(value: Tensor, target: Tensor) -> Tensor:
+    """A whole tensor spread as `target` is, without exchange: every rank has it. Others are given back."""
+    if not isinstance(target, DTensor) or isinstance(value, DTensor):
+        return value
+    return distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
 
 
 def _master(p: Tensor) -> Tensor:

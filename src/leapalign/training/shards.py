@@ -1,0 +1,159 @@
+"""Sharded weights: FSDP2's `fully_shard` on every block of the policy, then on what is left of it.
+
+Between forwards a rank holds its part of each weight (a DTensor) and, where the weight is trained, the same part of its
+gradient, moments and average. Where some weights are frozen (LoRA), these are sharded and the trained ones, which are
+small, stay whole on every rank: so float32 adapters and their bfloat16 base need no common group, and nothing but
+their gradients' sum is exchanged for them.
+
+Gradients are summed, not averaged: the loss is divided by the whole batch already.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from leapalign.errors import UserError
+from leapalign.flow.rollout import Velocity
+from leapalign.run import Run
+from leapalign.training.distributed import World, one_draw_a_round
+from leapalign.training.weights import Named, whole
+
+ROOM = 0.4  # of a device's memory for what a rank keeps for the whole run; beyond it, `auto` shards
+KEPT = 20  # bytes a trained weight: float32 weight, gradient, two moments, average
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """A policy whose weights are spread over the ranks."""
+
+    policy: FSDPModule
+    shell: nn.Module  # the same policy with no memory for its weights: takes them up, whole, to be saved
+    gather_in_rollout: bool
+
+    def velocity(self, velocity: Velocity) -> Velocity:
+        """The same one; under `gather_in_rollout` a forward without graph leaves the weights whole for the next."""
+        if not self.gather_in_rollout:
+            return velocity
+
+        def gathered(x: Tensor, sigma: Tensor) -> Tensor:
+            self.policy.set_reshard_after_forward(torch.is_grad_enabled())
+            return velocity(x, sigma)
+
+        return gathered
+
+    @contextmanager
+    def rollout(self) -> Iterator[None]:
+        """Around forwards between which no weight changes: afterwards no rank holds more than its part."""
+        try:
+            yield
+        finally:
+            if self.gather_in_rollout:
+                self.policy.set_reshard_after_forward(True)
+                for module in _groups(self.policy):
+                    module.reshard()
+
+    def whole_policy(self, keep: bool, *, frozen: bool) -> nn.Module | None:
+        """The policy with whole weights on the CPU where `keep` is true; every rank must call it.
+
+        Without `frozen`, weights that are not trained stay without values: enough to save what is.
+        """
+        state = {}
+        for name, p in self.policy.named_parameters():  # type: ignore[attr-defined]
+            if frozen or p.requires_grad:
+                tensor = whole(p.detach())
+                if keep:
+                    state[name] = tensor.cpu()
+        if not keep:
+            return None
+        policy = copy.deepcopy(self.shell)
+        policy.load_state_dict(state, strict=False, assign=True)
+        return policy
+
+
+def shard(run: Run, policy: nn.Module, world: World) -> Shards | None:
+    """Spread the policy's weights over the ranks, where the run asks for it. UserError where they cannot be."""
+    if not is_sharded(run, policy, world):
+        return None
+    if getattr(policy, "hf_quantizer", None) is not None:
+        raise UserError("a quantised base cannot be sharded; use --sharding replicate, or --tuning.quantization none")
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise UserError(f"sharded weights need a newer torch than {torch.__version__}; use --sharding replicate")
+    shell = _shell(policy)
+    mesh = _mesh(run, world, next(policy.parameters()).device.type)
+    trained = {p for p in policy.parameters() if p.requires_grad}
+    whole_on_each = trained if len(trained) < len(list(policy.parameters())) else set()
+    for module in (*_blocks(policy), policy):
+        # the root too: left gathered after a forward it would miss the next change of its weights
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole_on_each)
+    for module in _groups(policy):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    return Shards(policy=policy, shell=shell, gather_in_rollout=run.gather_in_rollout)  # type: ignore[arg-type]
+
+
+def is_sharded(run: Run, policy: nn.Module, world: World) -> bool:
+    """`auto` shards on CUDA what would fill more than ROOM of a device, if the draws allow it."""
+    if world.size == 1 or run.sharding == "replicate":
+        return False
+    if run.sharding != "auto":
+        return True
+    device = next(policy.parameters()).device
+    if device.type != "cuda" or not one_draw_a_round(run, world) or getattr(policy, "hf_quantizer", None) is not None:
+        return False
+    kept = sum(p.numel() * (KEPT if p.requires_grad else p.element_size()) for p in policy.parameters())
+    return kept > ROOM * torch.cuda.get_device_properties(device).total_memory
+
+
+def whole_on_cpu(groups: dict[str, Named], keep: bool) -> dict[str, Named]:
+    """Tensors by group with all their parts, one after the other, on the CPU where `keep` is true (else none).
+
+    Groups without a sharded tensor are given back as they are. Every rank must call it.
+    """
+    answer: dict[str, Named] = {}
+    for group, named in groups.items():
+        if not any(isinstance(t, DTensor) for t in named.values()):
+            answer[group] = named
+            continue
+        gathered = {}
+        for name, t in named.items():
+            tensor = whole(t.detach())
+            if keep:
+                gathered[name] = tensor.cpu()
+        answer[group] = gathered
+    return answer
+
+
+def _blocks(policy: nn.Module) -> list[nn.Module]:
+    """The repeated blocks: the elements of the policy's own lists of modules."""
+    return [block for child in policy.children() if isinstance(child, nn.ModuleList) for block in child]
+
+
+def _groups(policy: Any) -> list[FSDPModule]:
+    return [module for module in policy.modules() if isinstance(module, FSDPModule)]
+
+
+def _mesh(run: Run, world: World, device: str) -> DeviceMesh:
+    if run.sharding != "hybrid":
+        return init_device_mesh(device, (world.size,), mesh_dim_names=("shard",))
+    inner = run.shard_ranks or world.local_size
+    if world.size % inner:
+        raise UserError(f"{world.size} ranks are not made of machines of {inner}; give shard_ranks")
+    return init_device_mesh(device, (world.size // inner, inner), mesh_dim_names=("replicate", "shard"))
+
+
+def _shell(policy: nn.Module) -> nn.Module:
+    """A copy in which the weights have shapes only; it still is of the model's own class."""
+    memo: dict[int, Any] = {}
+    for p in policy.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+    return copy.deepcopy(policy, memo)

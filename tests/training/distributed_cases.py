@@ -1,0 +1,252 @@
+"""What torchrun starts once for a number of ranks: every case, its worst deviation from one process, as JSON.
+
+    torchrun --nproc-per-node 2 tests/training/distributed_cases.py FOLDER [PART OF A NAME]
+
+Each rank also computes the same in a world of one process. float64, so that only the order of sums is left.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file as load_tensors
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tiny_pipelines
+from leapalign.errors import NotFinite, RunInterrupted
+from leapalign.methods import AlignProp, DRaFT, DRaFTLV, DRTune, LeapAlign, ReFL
+from leapalign.models.base import Conditioning, Text
+from leapalign.models.guidance import Guidance, guided
+from leapalign.models.sd3 import SD3, predict
+from leapalign.recipe_files import load_file
+from leapalign.run import RewardTerm, Run
+from leapalign.training import loop
+from leapalign.training.distributed import World, joined
+from leapalign.training.weights import whole
+from leapalign.tuning.adapter import attach
+from leapalign.tuning.lora import LoRA
+from leapalign.tuning.targets import find_targets
+
+TINY = load_file(str(Path(__file__).with_name("tiny_recipe.py")))
+PROMPTS, Tiny, TinyModel, TinyReward, tiny = (
+    getattr(TINY, name) for name in ("PROMPTS", "Tiny", "TinyModel", "TinyReward", "tiny")
+)
+METHODS = (LeapAlign(), ReFL(), DRaFT(num_last_steps=2), DRaFTLV(), DRTune(), AlignProp())
+
+
+@lru_cache
+def _transformer() -> Any:
+    return tiny_pipelines.sd3_pipeline(with_t5=False).transformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedSD3:
+    """diffusers' SD3 transformer with two blocks, in float64, under true guidance; no VAE and no text encoders."""
+
+    name: ClassVar[str] = "guided-sd3"
+
+    def load(self, device: str, dtype: str, tuning: Any) -> Guided:
+        policy = copy.deepcopy(_transformer()).requires_grad_(True)
+        if isinstance(tuning, LoRA):
+            policy.requires_grad_(False)
+            attach(policy, find_targets(policy, ()), rank=tuning.rank, alpha=tuning.rank)
+        return Guided(policy.double())
+
+
+class Guided(Tiny):
+    """Latents [4, 4, 4]; tokens and pooled features that depend on the prompt."""
+
+    def __init__(self, policy: Any) -> None:
+        self.policy, self.dtype, self.prepared = policy, torch.float64, []
+
+    def encode(self, prompts: Any) -> Conditioning:
+        return Conditioning(Text.stack([_text(prompt) for prompt in prompts]), _text(""))
+
+    def noise(self, generators: Any) -> torch.Tensor:
+        return torch.stack([torch.randn(4, 4, 4, generator=g, dtype=torch.float64) for g in generators])
+
+    def velocity(self, conditioning: Conditioning) -> Any:
+        return guided(lambda x, t, text: predict(self.policy, x, 1000 * t, text), conditioning, Guidance(3.0, True, ""))
+
+
+def _text(prompt: str) -> Text:
+    phase = torch.arange(5 * 32 + 24, dtype=torch.float64) * (1 + len(prompt))
+    return Text(phase[: 5 * 32].sin().view(1, 5, 32), phase[5 * 32 :].cos().view(1, 24))
+
+
+def numbers(engine: loop.Engine, steps: int) -> dict[str, Any]:
+    """After some updates: metrics, and the last gradients, weights and averages, whole."""
+    metrics = [loop.update(engine, step) for step in range(steps)]
+    metrics.append(loop.probe(engine))
+    tensors = {}
+    for name, p in engine.parameters.items():
+        tensors[f"weight {name}"] = whole(p.detach()).clone()
+        tensors[f"average {name}"] = whole(engine.ema.shadow[name]).clone()
+        if p.grad is not None:
+            tensors[f"gradient {name}"] = whole(p.grad).clone()
+    return {"metrics": metrics, "tensors": tensors}
+
+
+def deviation(found: dict[str, Any], expected: dict[str, Any]) -> float:
+    """Largest difference; infinite where one has what the other lacks."""
+    if found["tensors"].keys() != expected["tensors"].keys():
+        return float("inf")
+    worst = max(float((t - expected["tensors"][n]).abs().max()) for n, t in found["tensors"].items())
+    for ours, theirs in zip(found["metrics"], expected["metrics"]):
+        if ours.keys() != theirs.keys():
+            return float("inf")
+        worst = max([worst, *(abs(ours[k] - theirs[k]) / max(1, abs(theirs[k])) for k in ours)])
+    return worst
+
+
+def compared(run: Run, world: World, steps: int = 2) -> dict[str, Any]:
+    """The run on all ranks against the same on one; every rank compares for itself."""
+    expected = numbers(loop.build(run, World()), steps)
+    found = numbers(loop.build(run, world), steps)
+    moved = max(float(t.abs().max()) for n, t in expected["tensors"].items() if n.startswith("gradient"))
+    return {"deviation": max(world.gather(deviation(found, expected))), "gradient": moved}
+
+
+def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]:
+    """By name."""
+    small = replace(
+        tiny(), model=TinyModel(double=True), batch_size=8, micro_batch_size=1, probe_size=5, sharding="replicate"
+    )
+    small = replace(small, prompts=replace(small.prompts, path=str(folder / "prompts.txt")))
+    real = replace(
+        small,
+        model=GuidedSD3(),
+        num_sampling_steps=3,
+        batch_size=4,
+        probe_size=3,
+        learning_rate=1e-3,
+    )
+    full, lora = replace(real, sharding="full"), replace(real, tuning=LoRA(rank=2, init="gaussian"), learning_rate=1e-2)
+    few = (RewardTerm(reward=TinyReward(), threshold=_between(small)),)
+    named: dict[str, Callable[[], dict[str, Any]]] = {}
+    for method in METHODS:
+        named[f"replicate {method.name}"] = lambda m=method: compared(replace(small, method=m), world, 3)
+        named[f"full {method.name}"] = lambda m=method: compared(replace(full, method=m), world)
+    apart = replace(small, samples_per_draw=1)
+    named["replicate, a draw a sample"] = lambda: compared(replace(apart, method=AlignProp()), world, 3)
+    named["replicate, some above the threshold"] = lambda: compared(replace(small, rewards=few), world, 1)
+    named["full, some above the threshold"] = lambda: compared(replace(small, rewards=few, sharding="full"), world, 1)
+    named["replicate, real"] = lambda: compared(real, world)
+    named["replicate, lora"] = lambda: compared(lora, world)
+    named["full, lora"] = lambda: compared(replace(lora, sharding="full"), world)
+    named["full, gathered"] = lambda: compared(replace(full, gather_in_rollout=True), world)
+    named["full, inputs"] = lambda: compared(replace(full, graph="inputs"), world, 1)
+    named["full, blocks"] = lambda: compared(replace(full, graph="blocks"), world, 1)
+    named["hybrid"] = lambda: compared(replace(real, sharding="hybrid", shard_ranks=max(1, world.size // 2)), world)
+    for sharding in ("replicate", "full"):
+        run = replace(small, sharding=sharding, out=str(folder / f"run-{sharding}"), steps=2)
+        named[f"{sharding}, trained"] = lambda r=run: trained(r, world)
+        named[f"{sharding}, NaN on one rank"] = lambda r=run: spoilt(r, world)
+    stopping = replace(small, out=str(folder / "run-stopped"))
+    named["a signal to the last rank"] = lambda: stopped(stopping, world)
+    named["saved"] = lambda: saved(folder, full, world)
+    return named
+
+
+def trained(run: Run, world: World) -> dict[str, Any]:
+    """Some steps by `train`; where the folder has a checkpoint (of another number of ranks), the steps after it."""
+    found = (Path(run.out) / "run.json").exists()
+    result = loop.train(replace(run, steps=4) if found else run, resume=found, allow_changes=found)
+    return {"step": result.summary["steps"] if world.main else 0, "silent": world.main or not result.summary}
+
+
+def spoilt(run: Run, world: World) -> dict[str, Any]:
+    """The reward of the first prompt is NaN: some rank meets it first, and all of them stop in the same step."""
+    engine = loop.build(replace(run, rewards=(RewardTerm(reward=TinyReward(spoil="red"), threshold=2.0),)), world)
+    try:
+        for step in range(3):
+            loop.update(engine, step)
+        said: tuple[Any, ...] = ("nothing",)
+    except NotFinite as error:
+        said = (str(error).split(". ")[0], error.elsewhere)
+    every = world.gather(said)
+    return {"texts": sorted({words[0] for words in every}), "said by": sum(not words[-1] for words in every)}
+
+
+def stopped(run: Run, world: World) -> dict[str, Any]:
+    """SIGTERM reaches one rank only."""
+
+    def send(metrics: Any) -> None:
+        if world.rank == world.size - 1 and metrics["step"] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        loop.train(run, on_step=send)
+        status, elsewhere = 0, False
+    except RunInterrupted as end:
+        status, elsewhere = end.status, end.elsewhere
+    checkpoint = Path(run.out) / "checkpoints" / "step-000001" / "state.json"
+    return {
+        "status": world.gather(status),
+        "saved": checkpoint.exists(),
+        "said by": world.gather(elsewhere).count(False),
+    }
+
+
+def saved(folder: Path, run: Run, world: World) -> dict[str, Any]:
+    """The real classes in float32, sharded: checked at the start and at the first save, and left as a pipeline."""
+    if world.main:
+        tiny_pipelines.save(tiny_pipelines.sd3_pipeline(with_t5=False), folder / "sd3")
+    dist.barrier()
+    model = SD3(path=str(folder / "sd3"), height=8, width=8, guidance_scale=3.0, max_sequence_length=0)
+    run = replace(run, model=model, steps=1, probe_every=0, out=str(folder / "run-saved"))
+    result = loop.train(run)
+    shadow = {name: whole(t) for name, t in result.engine.ema.shadow.items()}
+    dist.barrier()
+    written = load_tensors(result.pipeline / "transformer" / "diffusion_pytorch_model.safetensors")
+    equal = written.keys() >= shadow.keys() and all(torch.equal(written[name], t) for name, t in shadow.items())
+    parts = sum(p.to_local().numel() for p in result.engine.parameters.values())  # type: ignore[attr-defined]
+    return {"equal": equal, "share": parts / sum(t.numel() for t in shadow.values())}
+
+
+def _between(run: Run) -> float:
+    """A threshold above some of the first batch's rewards and below others."""
+    engine = loop.build(run, World())
+    micros = loop.batches.micro_batches(run, engine.prompts, 0)
+    rewards = sorted(float(loop._surrogate_and_gradient(engine, m)[1].reward[0]) for m in micros)
+    return (rewards[0] + rewards[1]) / 2  # one sample of one rank trains
+
+
+def main(folder: Path, only: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    if rank == 0:
+        (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    dist.barrier()
+    with joined(tiny_for(dist.get_world_size())) as world:
+        answers = {}
+        for name, case in cases(folder, world).items():
+            if only and only not in name:
+                continue
+            begun = time.monotonic()
+            answers[name] = case() | {"seconds": time.monotonic() - begun}
+    if rank == 0:
+        (folder / "answers.json").write_text(json.dumps(answers))
+    dist.destroy_process_group()
+
+
+def tiny_for(ranks: int) -> Run:
+    return replace(tiny(), batch_size=2 * ranks)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), "".join(sys.argv[2:3]))

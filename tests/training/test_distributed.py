@@ -1,0 +1,264 @@
+"""Several ranks: the same numbers as one process, and one end for all. One torchrun launch a number of ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
+
+from leapalign.errors import UserError
+from leapalign.run import Run
+from leapalign.training import batches, loop
+from leapalign.training.distributed import (
+    VARIABLES,
+    World,
+    check_geometry,
+    fingerprint,
+    joined,
+    one_draw_a_round,
+    world_device,
+)
+from leapalign.training.shards import is_sharded, shard
+from leapalign.training.tracking import read_metrics
+
+CASES = Path(__file__).with_name("distributed_cases.py")
+SOURCES = str(Path(loop.__file__).parents[2])
+METHODS = ("leapalign", "refl", "draft-k", "draft-lv", "drtune", "alignprop")
+
+
+def torchrun(ranks: int, *words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *words]
+    path = os.pathsep.join([SOURCES, os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+
+
+def launch(ranks: int, folder: Path) -> dict[str, Any]:
+    """Every case on that many ranks."""
+    done = torchrun(ranks, str(CASES), str(folder), folder=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "answers.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def two_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="session")
+def two(two_folder: Path) -> dict[str, Any]:
+    return launch(2, two_folder)
+
+
+def check(answers: dict[str, Any], ranks: int) -> None:
+    """What every launch must have found."""
+    compared = {name: answer for name, answer in answers.items() if "deviation" in answer}
+    assert {f"{way} {method}" for way in ("replicate", "full") for method in METHODS} <= compared.keys()
+    assert len(compared) == 2 * len(METHODS) + 10
+    for name, answer in compared.items():
+        assert answer["deviation"] < 1e-10 and answer["gradient"] > 1e-4, (name, answer)
+    for way in ("replicate", "full"):
+        assert answers[f"{way}, trained"]["silent"]
+        bad = answers[f"{way}, NaN on one rank"]
+        assert bad["texts"] == ["step 1: the reward tiny-reward is nan for the prompt 'red'"] and bad["said by"] >= 1
+    assert answers["replicate, NaN on one rank"]["said by"] < ranks
+    signalled = answers["a signal to the last rank"]
+    assert signalled["status"] == [143] * ranks and signalled["saved"] and signalled["said by"] == 1
+    assert answers["saved"]["equal"] and answers["saved"]["share"] < 1.2 / ranks
+
+
+def test_two_ranks_equal_one(two: dict[str, Any]) -> None:
+    """Losses, gradients, weights, averages and probes of every method, with true guidance, for all weights and LoRA."""
+    check(two, 2)
+
+
+def alone(tiny_run: Callable[..., Run], tiny_module: Any, prompts: Path, out: Path, **changes: Any) -> Run:
+    """The run of the case `trained`, in one process."""
+    run = tiny_run(model=tiny_module.TinyModel(double=True), batch_size=8, micro_batch_size=1, probe_size=5, **changes)
+    return replace(run, prompts=replace(run.prompts, path=str(prompts)), out=str(out), steps=4)
+
+
+def same_end(first: Path, second: Path) -> None:
+    """Checkpoints and metrics of two runs, up to the order of sums."""
+    for group in ("weights", "ema", "optimizer"):
+        ours, theirs = (
+            load_file(out / "checkpoints" / "step-000004" / f"{group}.safetensors") for out in (first, second)
+        )
+        assert ours.keys() == theirs.keys()
+        for name, tensor in ours.items():
+            torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-10)
+    one, other = (
+        [{k: v for k, v in m.items() if k != "seconds"} for m in read_metrics(out)] for out in (first, second)
+    )
+    assert [m["step"] for m in one] == [0, 1, 2, 3, 4]
+    for a, b in zip(one, other, strict=True):
+        assert a == pytest.approx(b, abs=1e-10)
+
+
+@pytest.mark.parametrize("way", ["replicate", "full"])
+def test_one_process_goes_on_with_the_checkpoint_of_two(two, two_folder, tiny_run, tiny_module, tmp_path, way):
+    assert two[f"{way}, trained"]["step"] == 2
+    prompts = two_folder / "prompts.txt"
+    shutil.copytree(two_folder / f"run-{way}", tmp_path / "resumed")
+    loop.train(alone(tiny_run, tiny_module, prompts, tmp_path / "resumed"), resume=True)
+    loop.train(alone(tiny_run, tiny_module, prompts, tmp_path / "whole"))
+    same_end(tmp_path / "resumed", tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # on busy cores
+def test_four_ranks_equal_one_and_go_on_with_the_checkpoint_of_two(two, two_folder, tiny_run, tiny_module, tmp_path):
+    four = tmp_path / "four"
+    four.mkdir()
+    shutil.copy(two_folder / "prompts.txt", four)
+    for way in ("replicate", "full"):
+        shutil.copytree(two_folder / f"run-{way}", four / f"run-{way}")
+    check(launch(4, four), 4)
+    loop.train(alone(tiny_run, tiny_module, four / "prompts.txt", tmp_path / "whole"))
+    for way in ("replicate", "full"):
+        same_end(four / f"run-{way}", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_ends_the_job_with_its_own_message(tmp_path: Path, tiny_module: Any) -> None:
+    """The command line under torchrun; rank 1's reward meets a bug in the second step."""
+    (tmp_path / "prompts.txt").write_text("\n".join(tiny_module.PROMPTS))
+    recipe = tmp_path / "failing.py"
+    text = Path(tiny_module.__file__).read_text()
+    bug = "import os\n\n                self.calls.append(1)\n"
+    bug += "                if os.environ['RANK'] == '1' and len(self.calls) > 6:\n"
+    bug += "                    raise ValueError('a bug of rank 1')\n                r ="
+    text = text.replace("r =", bug, 1).replace(
+        '    spoil: str = ""', '    calls: ClassVar[list] = []\n    spoil: str = ""'
+    )
+    recipe.write_text(text)
+    begun = time.monotonic()
+    words = ("--device", "cpu", "--steps", "500", "--probe-every", "0", "--self-checks", "False")
+    done = torchrun(2, "-m", "leapalign", "train", f"{recipe}:tiny", *words, folder=tmp_path)
+    assert done.returncode == 1 and time.monotonic() - begun < 60
+    assert "a bug of rank 1" in done.stderr, done.stderr
+    assert "rank 0: the exchange with another rank broke off" in done.stderr or "SIGTERM" in done.stderr
+
+
+def test_a_batch_that_does_not_fit_names_the_nearest_that_do(tiny_run: Callable[..., Run]) -> None:
+    run = tiny_run(batch_size=12, micro_batch_size=2)
+    for ranks in (1, 2, 3, 6):
+        check_geometry(run, World(size=ranks))
+    with pytest.raises(UserError, match=r"batch_size 8 or 16, or micro_batch_size 1 or 3, or 3 or 6 ranks"):
+        check_geometry(run, World(size=4))
+    with pytest.raises(UserError, match=r"use batch_size 10 or 20, or 3 or 6 ranks"):
+        check_geometry(run, World(size=5))
+
+
+def test_sharded_ranks_need_one_draw_at_a_time(tiny_run: Callable[..., Run]) -> None:
+    run = tiny_run(batch_size=24, micro_batch_size=2, samples_per_draw=6, sharding="full")
+    with pytest.raises(UserError, match="use samples_per_draw 4 or 8, 0 for the whole batch, or sharding replicate"):
+        check_geometry(run, World(size=2))
+    check_geometry(replace(run, sharding="replicate"), World(size=2))
+    check_geometry(run, World(size=3))
+    assert one_draw_a_round(run, World(size=3)) and not one_draw_a_round(run, World(size=2))
+    with pytest.raises(UserError, match="shard_ranks 3 does not divide 4 ranks; use 2 or 4"):
+        check_geometry(replace(run, samples_per_draw=0, sharding="hybrid", shard_ranks=3), World(size=4))
+
+
+def test_nothing_is_loaded_before_the_geometry_is_checked(tiny_run, monkeypatch):
+    for name, value in zip(VARIABLES, ("0", "3", "0", "3", "localhost", "1")):
+        monkeypatch.setenv(name, value)
+    run = tiny_run(batch_size=4, micro_batch_size=2, model=None)
+    with pytest.raises(UserError, match="rounds of 3 ranks"):
+        loop.train(run)
+    assert not Path(run.out).exists()
+
+
+def test_ranks_share_out_the_batch_and_change_no_sample(tiny_run: Callable[..., Run]) -> None:
+    run = tiny_run(batch_size=12, micro_batch_size=2)
+    prompts = run.prompts.load()
+    one = list(batches.micro_batches(run, prompts, 5))
+    three = [list(batches.micro_batches(run, prompts, 5, rank, 3)) for rank in range(3)]
+    assert [micro for micros in zip(*three) for micro in micros] == one
+    assert [micro.samples.start for micro in three[1]] == [2, 8]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [({"LOCAL_RANK": ""}, "expected whole numbers"), ({"RANK": "2"}, "expected ranks below their sizes")],
+)
+def test_a_strange_environment_is_a_sentence(tiny_run, monkeypatch, change, words):
+    for name, value in (dict(zip(VARIABLES, ("0", "2", "0", "2", "localhost", "1"))) | change).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words), joined(tiny_run()):
+        pass
+    monkeypatch.delenv("MASTER_PORT")
+    with pytest.raises(UserError, match="MASTER_PORT is not set; start the ranks with `torchrun"), joined(tiny_run()):
+        pass
+
+
+def test_ranks_have_a_device_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert world_device("cuda:1", World()) == "cuda:1" and world_device("cpu", World(size=2)) == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    second = World(rank=5, size=8, local_rank=1, local_size=4)
+    assert world_device("auto", second) == world_device("cuda", second) == "cuda:1"
+    with pytest.raises(UserError, match="device 'cuda:0' would be that of all 8 ranks"):
+        world_device("cuda:0", second)
+    with pytest.raises(UserError, match="rank 6 is number 2 on its machine, which has 2 CUDA devices"):
+        world_device("cuda", replace(second, rank=6, local_rank=2))
+
+
+def test_what_cannot_be_sharded_is_refused(tiny_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    run, two_ranks = tiny_run(sharding="full"), World(size=2, local_size=2)
+    policy = torch.nn.Linear(2, 2)
+    assert shard(replace(run, sharding="auto"), policy, two_ranks) is None  # small, and on the CPU
+    with monkeypatch.context() as old, pytest.raises(UserError, match="newer torch"):
+        old.delattr(FSDPModule, "set_force_sum_reduction_for_comms")
+        shard(run, policy, two_ranks)
+    policy.hf_quantizer = object()  # pyright: ignore
+    with pytest.raises(UserError, match="a quantised base cannot be sharded"):
+        shard(run, policy, two_ranks)
+
+
+def test_a_large_policy_on_cuda_is_sharded_by_itself(tiny_run, monkeypatch):
+    """20 bytes a trained weight against 40 % of a device's memory; draws that differ between ranks forbid it."""
+    policy = torch.nn.Linear(999, 1000)  # 10 ** 6 weights
+    small, large = (SimpleNamespace(total_memory=memory) for memory in (49_000_000, 51_000_000))
+    monkeypatch.setattr(torch.nn.Linear, "parameters", lambda self: iter([OnCuda()]))
+    run = tiny_run(batch_size=8, micro_batch_size=2)
+    for properties, expected in ((small, True), (large, False)):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, p=properties: p)
+        assert is_sharded(run, policy, World(size=2)) is expected
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: small)
+    assert not is_sharded(replace(run, samples_per_draw=2), policy, World(size=2))
+    assert not is_sharded(run, policy, World()) and not is_sharded(
+        replace(run, sharding="replicate"), policy, World(size=2)
+    )
+
+
+class OnCuda:
+    """A trained weight on a device that the machine need not have."""
+
+    device = torch.device("cuda")
+    requires_grad = True
+
+    def numel(self) -> int:
+        return 10**6
+
+
+def test_a_single_changed_bit_changes_the_fingerprint() -> None:
+    tensors = {"a": torch.randn(7, 5), "b": torch.randn(3).bfloat16(), "c": torch.randn(2, dtype=torch.float64)}
+    before = fingerprint(tensors)
+    assert fingerprint({name: t.clone() for name, t in tensors.items()}) == before
+    tensors["a"].view(torch.int32)[3, 2] ^= 1
+    assert fingerprint(tensors) != before
