@@ -4,9 +4,10 @@
 
 Each attempt is a process of its own (a fork of this one, which has imported everything, so that kills meet training and
 saving and not imports) that calls the command line: `train`, then `resume` until the run is finished. A run is killed
-up to `kills` times, each time after a random share of the undisturbed run's time, and every second time in the save
-that comes next. `while_saving` counts the kills that left a half-written checkpoint. Compared are the sha256 of all
-tensors of the last checkpoint and of the tuned weights, and metrics.jsonl line by line without the seconds.
+`kills` times: each time when it has got to a random one of the steps that are left, and up to half a step's time later;
+every second time in the save that comes then. `while_saving` counts the kills that cut a save in two.
+Compared are the sha256 of all tensors of the last checkpoint and of the tuned weights, and metrics.jsonl line by line
+without the seconds.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Kills:
 
     runs: int = 30
     kills: int = 2
-    """Of each run, at most: a run that is finished cannot be killed."""
+    """Of each run; one that ends between the random step and the kill is killed less often."""
     steps: int = 40
     checkpoint_every: int = 2
     seed: int = 0
@@ -53,7 +54,7 @@ def measure(bench: Kills, folder: Path) -> dict[str, object]:
     """All runs in `folder`."""
     (folder / "prompts.txt").write_text("red\na green one\nblue and more\nthe fourth prompt\nfive\n")
     moments = random.Random(bench.seed)
-    seconds = _undisturbed(bench, folder / "whole")
+    seconds = _undisturbed(bench, folder / "whole") / bench.steps
     expected = last_state(folder / "whole")
     counts = {
         "runs": 0,
@@ -77,7 +78,7 @@ def measure(bench: Kills, folder: Path) -> dict[str, object]:
         counts["other_weights"] += state[0] != expected[0]
         counts["other_metrics"] += state[1] != expected[1]
     same = not (counts["other_weights"] or counts["other_metrics"] or counts["failures"])
-    return counts | {"same": same, "undisturbed_seconds": seconds}
+    return counts | {"same": same, "seconds_a_step": seconds}
 
 
 def killed(bench: Kills, out: Path, moments: random.Random, seconds: float) -> list[tuple[int, bool]]:
@@ -86,7 +87,9 @@ def killed(bench: Kills, out: Path, moments: random.Random, seconds: float) -> l
     for number in range(bench.kills + 1):
         child = start(argv(bench, out))
         if number < bench.kills:
-            time.sleep(moments.uniform(0, 0.7 * seconds))
+            last = bench.steps * 3 // 4  # later, a run could end before it is killed
+            _await_step(out, moments.randint(min(_lines(out), last), last))
+            time.sleep(moments.uniform(0, seconds / 2))
             if number % 2:
                 _await_save(out, moments)
             os.kill(child, signal.SIGKILL)
@@ -95,6 +98,19 @@ def killed(bench: Kills, out: Path, moments: random.Random, seconds: float) -> l
         if status == 0:
             break
     return attempts
+
+
+def _lines(out: Path) -> int:
+    """Steps in metrics.jsonl, whose first line is the base model's probe."""
+    path = out / "metrics.jsonl"
+    return max(0, path.read_bytes().count(b"\n") - 1) if path.exists() else 0
+
+
+def _await_step(out: Path, goal: int, most: float = 60.0) -> None:
+    """Until a run has got so far."""
+    end = time.monotonic() + most
+    while time.monotonic() < end and _lines(out) < goal:
+        time.sleep(0.001)
 
 
 def _await_save(out: Path, moments: random.Random, most: float = 2.0) -> None:

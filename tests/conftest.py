@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the first import of transformers or diffusers, which read it once
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["LEAPALIGN_CACHE"] = str(
+    Path(tempfile.gettempdir(), f"leapalign-tests-{os.getpid()}")
+)  # never the user's own
 
 import hypothesis
 import pytest

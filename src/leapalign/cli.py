@@ -1,4 +1,5 @@
-"""The command line. Exit status: 0 done, 1 stopped (NaN, infinity, out of memory), 2 the user's mistake.
+"""The command line. Exit status: 0 done, 1 stopped (NaN, infinity, out of memory) or `verify`
+found differences, 2 the user's mistake.
 
 A training run that was asked to stop has saved itself: 130 after SIGINT (Ctrl-C), 143 after SIGTERM, 75 when its
 `max_hours` are over. 130 is also any other command that was interrupted, and a second Ctrl-C.
@@ -29,12 +30,15 @@ if TYPE_CHECKING:
 USAGE = """usage: leapalign COMMAND ...
 
   train RECIPE [--flags]   train; RECIPE is a name (leapalign list recipes), file.py:name, or a run.json
+                           with --dry-run: memory, downloads and disk that it would need, and nothing else
   resume RUN               go on with an interrupted run, from its last checkpoint
   sample WHAT              pictures from a run, a pipeline folder or an embedded model
   evaluate WHAT            GenEval tasks and rewards of a run or a pipeline folder
   score IMAGES             rewards of picture files
   export RUN               a run's weights for other programs: pipeline, LoRA file, ComfyUI
-  list [KIND]              methods, models, rewards, ways of tuning or recipes
+  verify WHAT              whether a model's or a reward's files are good, and what to expect of it
+  cache                    the prompts encoded on disk: how many, and --clear
+  list [KIND]              methods, models, rewards, prompt sets, ways of tuning or recipes
   demo                     the whole way once, on a laptop CPU
 
   leapalign COMMAND --help says more; leapalign train RECIPE --help lists that recipe's flags
@@ -88,8 +92,7 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     if argv[0] not in COMMANDS:
         raise UserError(f"there is no command {argv[0]!r}{suggestion(argv[0], COMMANDS)}\n\n{USAGE}")
-    COMMANDS[argv[0]](argv[1:])
-    return 0
+    return COMMANDS[argv[0]](argv[1:]) or 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +100,10 @@ class TrainFlags:
     """Train a recipe into a new folder; every number of it is a flag."""
 
     run: Annotated[Any, tyro.conf.arg(name="")]
+    dry_run: bool = False
+    """Print what the run would need (memory, downloads, disk) or what is wrong with it; fetch and load nothing."""
     json: bool = False
-    """Print the run's summary as JSON on stdout."""
+    """Print the run's summary, or the plan, as JSON on stdout."""
     plugin: tuple[str, ...] = ()
     """Your own files whose classes a run.json names; each is executed."""
 
@@ -109,7 +114,18 @@ def _train(argv: list[str]) -> None:
     word, rest = _split_recipe(argv)
     recipe = load_recipe(word, plugins_in(rest))
     flags = tyro.cli(TrainFlags, default=TrainFlags(run=recipe), args=rest, prog=f"leapalign train {word}")
-    _run(flags.run, as_json=flags.json)
+    if flags.dry_run:
+        _plan(flags.run, flags.json)
+    else:
+        _run(flags.run, as_json=flags.json)
+
+
+def _plan(run: Run, as_json: bool) -> None:
+    from leapalign.planning.plan import make_plan
+    from leapalign.planning.show import as_text
+
+    plan = make_plan(run)
+    _answer(plan.as_json(), as_json, as_text(plan))
 
 
 def _split_recipe(argv: list[str]) -> tuple[str, list[str]]:
@@ -299,10 +315,66 @@ def _export(argv: list[str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VerifyFlags:
+    """Whether weights are what they should be: files, keys, hashes, our sampler against the pipeline's own, scores."""
+
+    source: Annotated[str, tyro.conf.Positional]
+    """A pipeline folder, hub id, run or embedded:generator; or a reward: NAME (leapalign list rewards), NAME=PATH."""
+    hashes: str = ""
+    """A list as sha256sum writes it, with paths below the folder; empty = the hub's own, where its cache has them."""
+    prompt: str = "a photo of a red circle"
+    """What both samplers draw."""
+    steps: int = 4
+    """Sampling steps of that picture."""
+    size: int = 0
+    """Its height and width in pixels; 0 = the run's, or the pipeline's usual size up to 512."""
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of a reward's weights; pipelines are compared in float32."""
+    json: bool = False
+    """Print every check as JSON on stdout."""
+    plugin: tuple[str, ...] = ()
+    """Your own files whose classes the run names; each is executed."""
+
+
+def _verify(argv: list[str]) -> int:
+    flags = tyro.cli(VerifyFlags, args=argv, prog="leapalign verify")
+    from leapalign.verifying import print_table, verify
+
+    answer = verify(flags)
+    if flags.json:
+        _answer(answer, True, "")
+    else:
+        print_table(answer)
+    return 0 if answer["good"] else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheFlags:
+    """The prompts that text encoders have encoded, kept on disk (LEAPALIGN_CACHE, LEAPALIGN_CACHE_GB)."""
+
+    clear: bool = False
+    """Remove all of them; the next run encodes its prompts again."""
+    json: bool = False
+    """Print JSON on stdout."""
+
+
+def _cache(argv: list[str]) -> None:
+    flags = tyro.cli(CacheFlags, args=argv, prog="leapalign cache")
+    from leapalign.caching import as_text, show
+
+    answer = show(clear=flags.clear)
+    _answer(answer, flags.json, as_text(answer))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ListFlags:
     """What there is to choose from, with the class that a run.json names."""
 
-    kind: Annotated[Literal["all", "methods", "models", "rewards", "tuning", "recipes"], tyro.conf.Positional] = "all"
+    kind: Annotated[
+        Literal["all", "methods", "models", "rewards", "prompts", "tuning", "recipes"], tyro.conf.Positional
+    ] = "all"
     json: bool = False
     """Print JSON on stdout."""
 
@@ -347,13 +419,15 @@ def _answer(value: Any, as_json: bool, text: str) -> None:
     print(json.dumps(value, indent=2) if as_json else text)
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": _train,
     "resume": _resume,
     "sample": _sample,
     "evaluate": _evaluate,
     "score": _score,
     "export": _export,
+    "verify": _verify,
+    "cache": _cache,
     "list": _list,
     "demo": _demo,
 }

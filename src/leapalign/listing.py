@@ -9,7 +9,7 @@ import pkgutil
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-KINDS = ("methods", "models", "rewards", "tuning", "recipes")
+KINDS = ("methods", "models", "rewards", "prompts", "tuning", "recipes")
 
 
 def listing(kinds: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
@@ -26,8 +26,8 @@ def _recipes() -> Iterable[dict[str, Any]]:
 
 def _plugins(folder: str) -> Iterable[dict[str, Any]]:
     package = importlib.import_module(f"leapalign.{folder}")
-    for info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"leapalign.{folder}.{info.name}")
+    inner = [f"{package.__name__}.{info.name}" for info in pkgutil.iter_modules(package.__path__)]
+    for module in (package, *map(importlib.import_module, inner)):
         for cls in vars(module).values():
             if _is_config(cls, module.__name__):
                 named = {"name": cls.name, "type": f"{cls.__module__}.{cls.__name__}", "text": _first_line(cls)}

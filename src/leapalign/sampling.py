@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from leapalign.errors import UserError
 from leapalign.evaluation.folders import picture_paths, refuse_existing, write_pictures
 from leapalign.evaluation.sampling import Sampling, draw_images
+from leapalign.models.base import pointed_at
+from leapalign.models.families import config_for
 from leapalign.prompts import Prompt
 from leapalign.recipe_files import load_plugins, read_run
 from leapalign.run import Run
@@ -62,8 +62,8 @@ def find_source(source: str, plugins: dict[str, ModuleType]) -> Source:
         from leapalign.recipes import shapeworld_leapalign
 
         run = shapeworld_leapalign()
-        return Source(model=replace(run.model, path=source), num_steps=run.num_sampling_steps, saved=source)
-    return Source(model=_family(source)(source), num_steps=STEPS, saved=source)
+        return Source(model=pointed_at(run.model, source), num_steps=run.num_sampling_steps, saved=source)
+    return Source(model=config_for(source), num_steps=STEPS, saved=source)
 
 
 def run_source(folder: Path, run: Run) -> Source:
@@ -74,37 +74,6 @@ def run_source(folder: Path, run: Run) -> Source:
             f"{folder}: this run is not finished, it has no {run.tuning.output} yet; use `leapalign resume {folder}`"
         )
     return Source(model=run.model, num_steps=run.num_sampling_steps, saved=str(saved), tuning=run.tuning)
-
-
-def _family(source: str) -> Callable[[str], Any]:
-    """The model class that opens this pipeline."""
-    from leapalign.models.flux import Flux
-    from leapalign.models.flux2 import Flux2Klein
-    from leapalign.models.qwen_image import QwenImage
-    from leapalign.models.sd3 import SD3
-    from leapalign.models.z_image import ZImage
-
-    families = {
-        "StableDiffusion3Pipeline": SD3,
-        "FluxPipeline": Flux,
-        "Flux2KleinPipeline": Flux2Klein,
-        "QwenImagePipeline": QwenImage,
-        "ZImagePipeline": ZImage,
-    }
-    name = _class_name(source)
-    if name not in families:
-        raise UserError(f"{source}: it holds a {name}; expected one of {', '.join(families)}")
-    return lambda path: families[name](path=path)
-
-
-def _class_name(source: str) -> str:
-    index = Path(source) / "model_index.json"
-    if not Path(source).exists():
-        raise UserError(f"{source}: there is no such folder; give a run, a pipeline folder or embedded:generator")
-    try:
-        return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{source}: neither run.json nor a readable model_index.json is in there") from None
 
 
 def _with_flags(config: Any, flags: SampleFlags) -> Any:

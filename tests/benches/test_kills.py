@@ -21,7 +21,7 @@ def bench():
 @pytest.mark.parametrize("runs", [3, pytest.param(30, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_killed_runs_end_in_the_same_weights_and_metrics(bench, tmp_path, runs):
     answer = bench.measure(bench.Kills(runs=runs, steps=12), tmp_path)
-    assert answer["same"] and answer["runs"] == runs and answer["kills"] >= runs // 2, answer
+    assert answer["same"] and answer["runs"] == runs and answer["killed_runs"] >= runs - 1, answer
 
 
 def test_the_bench_sees_other_weights_and_other_metrics(bench, tmp_path):

@@ -10,6 +10,7 @@ import torch
 
 from golden_folder import golden
 from leapalign.errors import UserError
+from leapalign.planning.reward_sizes import clip
 from leapalign.recipe_files import load_file
 from leapalign.rewards.hpsv2_model import from_open_clip
 from leapalign.rewards.imagereward_model import from_original
@@ -66,7 +67,7 @@ def test_cost_of_a_tiny_reward(bench, monkeypatch):
         text_config={**tower, "eos_token_id": 2},
         projection_dim=8,
     )
-    tiny = bench.clip("tiny", lambda: config, bench.Preprocess(size=24))
+    tiny = clip("tiny", lambda: config)
     monkeypatch.setitem(bench.ARCHITECTURES, "tiny", tiny)
     found = bench.main(bench.Rewards(run="tiny", pixels=40, repeats=2))["rewards"]
     cost = found["tiny"]["one_picture"]

@@ -17,15 +17,29 @@ from torch import Tensor
 import leapalign.models
 import tiny_pipelines as tiny
 from leapalign.flow.rollout import rollout
+from leapalign.models import prompt_store
+from leapalign.models.families import config_for
 from leapalign.models.flux import Flux
 from leapalign.models.flux2 import Flux2Klein
 from leapalign.models.pipeline import PipelineModel
 from leapalign.models.qwen_image import QwenImage
 from leapalign.models.sd3 import SD3
 from leapalign.models.z_image import ZImage
+from leapalign.verification.pipelines import Trial, check_pipeline
 
-# Files of the folder that hold no family.
-HELPERS = {"base", "text", "decode", "guidance", "folder", "pipeline", "reference"}
+HELPERS = {  # files of the folder that hold no family
+    "base",
+    "text",
+    "prompt_store",
+    "prompt_place",
+    "decode",
+    "guidance",
+    "folder",
+    "single_file",
+    "families",
+    "pipeline",
+    "reference",
+}
 PROMPTS = ["a red circle", "two blue star left of the green square above" + 3 * " and a photo of the square"]
 SIZE: dict[str, Any] = {"height": 16, "width": 24, "max_sequence_length": 5, "decode_chunk": 1}
 CHAT: dict[str, Any] = SIZE | {"max_sequence_length": 48}  # room for the second prompt in its chat format
@@ -115,6 +129,40 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     model = case.config(folder).load("cpu", "float32")
     model.prepare(PROMPTS)
     return case, model
+
+
+def test_second_load_takes_its_prompts_from_disk(
+    loaded: tuple[Case, PipelineModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, and the text encoders are never loaded."""
+    case, model = loaded
+    monkeypatch.setenv("LEAPALIGN_CACHE", str(tmp_path))
+    monkeypatch.setattr(prompt_store, "WORTHWHILE", 0)
+    config = case.config(str(model.folder.path))
+    config.load("cpu", "float32").prepare(PROMPTS)
+    second = config.load("cpu", "float32")
+    monkeypatch.setattr(second.prompts, "_load_encoder", lambda: pytest.fail("the text encoders are loaded again"))
+    again, encoded = second.encode(PROMPTS), model.encode(PROMPTS)
+    for a, b in ((again.prompts, encoded.prompts), (again.negative, encoded.negative)):
+        if a is None or b is None:
+            assert a is b
+            continue
+        for name in ("tokens", "pooled", "mask"):
+            stored, made = getattr(a, name), getattr(b, name)
+            assert (stored is made is None) or torch.equal(stored, made)
+
+
+def test_its_pipelines_folder_is_recognised(loaded: tuple[Case, PipelineModel]) -> None:
+    case, model = loaded
+    assert type(config_for(str(model.folder.path))) is type(case.config("somewhere"))
+
+
+def test_verify_finds_its_sampler_equal_to_the_pipelines_own(loaded: tuple[Case, PipelineModel]) -> None:
+    case, model = loaded
+    trial = Trial(prompt="a red circle", num_steps=2, size=16, seed=1, device="cpu")
+    checks = check_pipeline(case.config(str(model.folder.path)), trial, None)
+    assert not [check for check in checks if check.state == "different"]
+    assert {"opens", "latents, ours and the pipeline's own"} <= {check.check for check in checks}
 
 
 def noise(model: PipelineModel) -> Tensor:

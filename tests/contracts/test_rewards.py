@@ -27,6 +27,7 @@ from leapalign.rewards.imagereward import ImageReward
 from leapalign.rewards.ocr import OCR
 from leapalign.rewards.preprocess import to_levels
 from leapalign.rewards.unified import UnifiedReward
+from leapalign.verification.rewards import check_reward
 from tiny_checkpoints import write_tiny_aesthetic, write_tiny_hpsv2, write_tiny_imagereward
 from tiny_clip import write_tiny_clip
 from tiny_crnn import write_tiny_crnn
@@ -184,6 +185,12 @@ def test_configuration_declares_its_facts(name: str) -> None:
 def test_returns_one_float32_score_an_image(config: Any, prompts: Any) -> None:
     scores = config.load()(as_images(photos()), prompts)
     assert scores.shape == (3,) and scores.dtype == torch.float32 and bool(scores.isfinite().all())
+
+
+def test_verify_finds_nothing_wrong_with_it(config: Any) -> None:
+    checks = check_reward(config.name, config, "cpu", "float32", None)
+    assert not [check for check in checks if check.state == "different"]
+    assert any(check.check == "opens" for check in checks)
 
 
 def test_depends_on_picture_and_on_the_prompt_if_it_says_so(config: Any, prompts: Any) -> None:

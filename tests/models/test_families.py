@@ -16,13 +16,13 @@ from leapalign.errors import UserError
 from leapalign.flow.graph import inputs_only
 from leapalign.flow.rollout import rollout
 from leapalign.models.base import Conditioning, Text
+from leapalign.models.families import config_for
 from leapalign.models.flux2 import Flux2Klein
 from leapalign.models.guidance import Guidance, guided, linear
 from leapalign.models.pipeline import PipelineModel
 from leapalign.models.qwen_image import QwenImage, renormalised
 from leapalign.models.sd3 import SD3
 from leapalign.models.z_image import ZImage, limited
-from leapalign.sampling import model_config
 
 PROMPTS = ["a red circle", "two blue star left of the green square above" + 3 * " and a photo of the square"]
 SIZE: dict[str, Any] = {"height": 16, "width": 24, "max_sequence_length": 48, "negative_prompt": "blurry"}
@@ -386,7 +386,7 @@ def test_a_folder_is_opened_by_its_own_family(
     flux2_folder: str, qwen_image_folder: str, z_image_folder: str, sd3_folder: str
 ) -> None:
     folders = {flux2_folder: Flux2Klein, qwen_image_folder: QwenImage, z_image_folder: ZImage, sd3_folder: SD3}
-    assert {folder: type(model_config(folder, {})[0]) for folder in folders} == folders
+    assert {folder: type(config_for(folder)) for folder in folders} == folders
     with pytest.raises(UserError, match="holds a ZImagePipeline, expected a QwenImagePipeline"):
         load(z_image_folder, "qwen_image")
 

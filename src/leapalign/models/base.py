@@ -7,9 +7,9 @@ inside its adapter. Importing this file costs nothing: torch comes with `load()`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +74,12 @@ class Conditioning:
 
     prompts: Text  # [B, ...]
     negative: Text | None = None  # [1, ...]
+
+
+def pointed_at(config: Any, folder: str) -> Any:
+    """The same settings on another folder, with that folder's own weights: no single file stands for them there."""
+    alone = {"transformer_file": ""} if hasattr(config, "transformer_file") else {}
+    return replace(config, path=folder, **alone)
 
 
 class Model(Protocol):

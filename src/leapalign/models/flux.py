@@ -29,11 +29,13 @@ PATCH = 2  # latents a token, along each side
 
 @dataclass(frozen=True, kw_only=True)
 class Flux:
-    """A FluxPipeline folder or hub id."""
+    """FLUX.1: a FluxPipeline folder or hub id."""
 
     name: ClassVar[str] = "flux"
+    pipeline: ClassVar[str] = "FluxPipeline"  # the diffusers class whose folders it opens
 
-    path: str
+    path: str  # a folder, or a hub id: org/name or org/name@revision
+    transformer_file: str = ""  # the transformer's weights from this .safetensors file, everything else from `path`
     height: int = 1024  # pixels
     width: int = 1024  # pixels
     guidance_scale: float = 3.5  # embedded; unused where the network has no such input (schnell)
@@ -47,12 +49,12 @@ class Flux:
         """Open the folder. Raises UserError on a folder, size or length that cannot work."""
         from leapalign.models import pipeline as pipe
         from leapalign.models.folder import open_folder
-        from leapalign.models.text import PromptCache
 
         precision = pipe.parse_dtype(dtype)
         if not 1 <= self.max_sequence_length <= 512:
             raise UserError(f"max_sequence_length {self.max_sequence_length}: expected 1 to 512")
-        folder = open_folder(self.path, "FluxPipeline", ("transformer", "vae", "scheduler", *TEXT_PARTS))
+        parts = ("transformer", "vae", "scheduler", *TEXT_PARTS)
+        folder = open_folder(self.path, self.pipeline, parts, self.transformer_file)
         policy, scheduler = tuning.load_policy(folder, device, precision), pipe.load_scheduler(folder)
         decoder = pipe.load_decoder(folder, device, self.decode_chunk)
         factor = pipe.vae_factor(decoder.vae)
@@ -61,7 +63,14 @@ class Flux:
         return pipe.PipelineModel(
             policy=policy,
             folder=folder,
-            prompts=PromptCache(lambda: _text_encoder(folder, policy, self.max_sequence_length, precision), device),
+            prompts=pipe.prompt_cache(
+                lambda: _text_encoder(folder, policy, self.max_sequence_length, precision),
+                folder,
+                TEXT_PARTS,
+                device,
+                precision,
+                max_sequence_length=self.max_sequence_length,
+            ),
             decoder=decoder,
             latent_shape=shape,
             guidance=pipe.Guidance(self.true_cfg_scale, self.cfg_grad == "both", self.negative_prompt),

@@ -29,12 +29,18 @@ if TYPE_CHECKING:
 
 PATCH = 2  # latents of the VAE in one of ours, along each side
 
+TEXT_PARTS = ("text_encoder", "tokenizer")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Flux2Klein:
     """A Flux2KleinPipeline folder or hub id."""
 
     name: ClassVar[str] = "flux2-klein"
+    pipeline: ClassVar[str] = "Flux2KleinPipeline"
+    renamed: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("text_layers", "text_encoder_out_layers"),
+    )  # what its call names otherwise
 
     path: str
     height: int = 1024  # pixels
@@ -50,14 +56,11 @@ class Flux2Klein:
         """Open the folder. Raises UserError on a folder, size, length or layer that cannot work."""
         from leapalign.models import pipeline as pipe
         from leapalign.models.folder import open_folder
-        from leapalign.models.text import PromptCache
 
         precision = pipe.parse_dtype(dtype)
         if not 1 <= self.max_sequence_length <= 512:
             raise UserError(f"max_sequence_length {self.max_sequence_length}: expected 1 to 512")
-        folder = open_folder(
-            self.path, "Flux2KleinPipeline", ("transformer", "vae", "scheduler", "text_encoder", "tokenizer")
-        )
+        folder = open_folder(self.path, self.pipeline, ("transformer", "vae", "scheduler", *TEXT_PARTS))
         policy, scheduler = tuning.load_policy(folder, device, precision), pipe.load_scheduler(folder)
         _check_layers(self.text_layers, folder, policy.config.joint_attention_dim)
         decoder = load_decoder(folder, device, self.decode_chunk)
@@ -67,7 +70,15 @@ class Flux2Klein:
         return pipe.PipelineModel(
             policy=policy,
             folder=folder,
-            prompts=PromptCache(lambda: _text_encoder(self, folder, device, precision), device),
+            prompts=pipe.prompt_cache(
+                lambda: _text_encoder(self, folder, device, precision),
+                folder,
+                TEXT_PARTS,
+                device,
+                precision,
+                max_sequence_length=self.max_sequence_length,
+                text_layers=self.text_layers,
+            ),
             decoder=decoder,
             latent_shape=shape,
             guidance=pipe.Guidance(_scale(self, folder), self.cfg_grad == "both", self.negative_prompt),

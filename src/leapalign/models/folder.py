@@ -1,7 +1,8 @@
-"""A diffusers pipeline folder: found, checked before anything is loaded, opened part by part, written whole.
+"""A diffusers pipeline, folder or hub id: found, checked before anything is loaded, opened part by part, written whole.
 
 Parts are opened through their own classes (those of diffusers and transformers only, named in model_index.json),
-from safetensors only: nothing that a folder contains is executed.
+from safetensors only: nothing that a folder contains is executed. The transformer's weights may come from a file of
+their own (`single_file`).
 """
 
 from __future__ import annotations
@@ -9,39 +10,74 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import re
 import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from leapalign.errors import UserError
+from leapalign.hub import is_hub_id, snapshot
+from leapalign.tensor_files import read_header
 
 INDEX = "model_index.json"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+TRANSFORMER = "transformer"
 _LIBRARIES = ("diffusers", "transformers")
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".onnx"}
+# What a part is made of: its own weights, whole or in shards, and small text files. Not: other precisions
+# (model.fp16.safetensors), pickles, and the authors' checkpoints beside the parts.
+_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
+_WEIGHTS += tuple(f"diffusion_pytorch_{name}" for name in _WEIGHTS)
+_TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")
+VARIANTS = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*", "*.non_ema-*")
 
 
 @dataclass(frozen=True)
 class PipelineFolder:
     path: Path
     parts: dict[str, tuple[str, str]]  # part -> (library, class); absent parts are left out
+    transformer_file: Path | None = None  # where the transformer's weights are, if not in the folder
 
 
-def open_folder(path: str, pipeline_class: str, required: tuple[str, ...]) -> PipelineFolder:
+_LOADER: ContextVar[Callable[..., Any] | None] = ContextVar("loader", default=None)
+
+
+@contextmanager
+def parts_from(loader: Callable[..., Any]) -> Iterator[None]:
+    """Inside, `load_part` asks `loader` with its own arguments: a plan's models have no weights."""
+    token = _LOADER.set(loader)
+    try:
+        yield
+    finally:
+        _LOADER.reset(token)
+
+
+def open_folder(
+    path: str, pipeline_class: str, required: tuple[str, ...], transformer_file: str = ""
+) -> PipelineFolder:
     """Find and check the folder of a `pipeline_class` with these parts; reads headers only. Raises UserError."""
-    folder = _locate(path)
-    index = _read_json(folder / INDEX)
+    from leapalign.models.single_file import check_file
+
+    weights = check_file(transformer_file) if transformer_file else None
+    folder = locate(path, with_transformer=weights is None)
+    index = read_json(folder / INDEX)
     found = index.get("_class_name") if isinstance(index, dict) else None
     if found != pipeline_class:
         raise UserError(f"{folder} holds a {found}, expected a {pipeline_class}; use the model class of that family")
-    parts = {name: (p[0], p[1]) for name, p in index.items() if isinstance(p, list) and len(p) == 2 and p[1]}
+    parts = parts_of(index)
     if absent := [name for name in required if name not in parts]:
         raise UserError(f"{folder}: {INDEX} names no {', '.join(absent)}; expected a whole {pipeline_class}")
     for name, (library, _) in parts.items():
-        _check_part(folder / name, library)
-    return PipelineFolder(folder, parts)
+        check_part(folder / name, library, with_weights=name != TRANSFORMER or weights is None)
+    return PipelineFolder(folder, parts, weights)
+
+
+def parts_of(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """part -> (library, class), of a model_index.json; parts that are null there are left out."""
+    return {name: (p[0], p[1]) for name, p in index.items() if isinstance(p, list) and len(p) == 2 and p[1]}
 
 
 def load_part(folder: PipelineFolder, name: str, dtype: Any = None, quantization: Any = None) -> Any:
@@ -51,7 +87,17 @@ def load_part(folder: PipelineFolder, name: str, dtype: Any = None, quantization
     """
     if name not in folder.parts:
         return None
+    if loader := _LOADER.get():
+        return loader(folder, name, dtype)
     library, class_name = folder.parts[name]
+    if name == TRANSFORMER and folder.transformer_file:
+        from leapalign.models.single_file import load_single_file
+
+        if quantization is not None:
+            raise UserError(f"{folder.transformer_file}: a single file is not quantised; give the transformer's folder")
+        kind = getattr(importlib.import_module(library), class_name)
+        model = load_single_file(kind, folder.transformer_file, folder.path / name, dtype)
+        return _own_memory(model).eval().requires_grad_(False)
     try:
         kind = getattr(importlib.import_module(library), class_name)
         part, info = _from_pretrained(kind, folder.path / name, library, dtype, quantization)
@@ -60,7 +106,15 @@ def load_part(folder: PipelineFolder, name: str, dtype: Any = None, quantization
     missing = sorted(info.get("missing_keys", ())) + sorted(map(str, info.get("mismatched_keys", ())))
     if missing:  # the libraries would fill these with random numbers and go on
         raise UserError(f"{folder.path / name} lacks {len(missing)} weights of {class_name}: {', '.join(missing[:3])}")
-    return part
+    return _own_memory(part) if name == TRANSFORMER and quantization is None else part
+
+
+def _own_memory(model: Any) -> Any:
+    """Weights out of the mapped file: how products are rounded on the CPU depends on where in it a tensor begins."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+    return model
 
 
 def save_with(folder: PipelineFolder, policy: Any, target: str | Path, policy_part: str = "transformer") -> None:
@@ -81,67 +135,80 @@ def save_with(folder: PipelineFolder, policy: Any, target: str | Path, policy_pa
     os.replace(partial, target)
 
 
-def _locate(path: str) -> Path:
+def locate(path: str, *, with_transformer: bool = True) -> Path:
+    """The local folder behind a folder, `embedded:NAME`, or a hub id (fetched, if it is not in the cache)."""
     from leapalign.shapeworld.assets import resolve
 
     resolved = Path(resolve(path)).expanduser()
     if (resolved / INDEX).is_file():
         return resolved
+    if resolved.is_file():
+        raise UserError(
+            f"{resolved} is a file; a pipeline needs its folder or hub id as path, and transformer_file={resolved} for "
+            "the transformer's weights alone"
+        )
     if resolved.exists():
         raise UserError(f"{resolved} is not a diffusers pipeline folder: it has no {INDEX}")
-    if not _HUB_ID.fullmatch(path):
-        raise UserError(f"model folder {resolved} does not exist; give a diffusers pipeline folder or a hub id")
-    return _download(path)
-
-
-def _download(hub_id: str) -> Path:
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-    try:
-        return Path(DiffusionPipeline.download(hub_id, use_safetensors=True))
-    except Exception as error:  # offline, gated, missing, interrupted: for the user it is one thing
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if not is_hub_id(path):
         raise UserError(
-            f"{hub_id!r} is neither a folder here nor to be had from the hub ({reason}). Give a local pipeline folder, "
-            f"or fetch it once while online: `hf download {hub_id}` (a gated model needs its licence accepted on its "
-            "page and `hf auth login`)"
-        ) from error
+            f"{resolved}: there is no such folder; give a diffusers pipeline folder, a hub id (org/name or "
+            "org/name@revision) or embedded:generator"
+        )
+    return _fetch(path, with_transformer)
 
 
-def _check_part(part: Path, library: str) -> None:
+def needed_files(parts: Iterable[str], *, with_transformer: bool = True) -> list[str]:
+    """Glob patterns of what a pipeline of these parts needs; `VARIANTS` are to be left out of what they match."""
+    patterns = [INDEX, "LICENSE*"]
+    for part in parts:
+        names = (*_TEXTS, *_WEIGHTS) if part != TRANSFORMER or with_transformer else ("config.json",)
+        patterns += [f"{part}/{name}" for name in names]
+    return patterns
+
+
+def _fetch(hub_id: str, with_transformer: bool) -> Path:
+    folder = snapshot(hub_id, [INDEX])
+    if not (folder / INDEX).is_file():
+        raise UserError(
+            f"{hub_id} is not a diffusers pipeline: it has no {INDEX}; give the id of a diffusers repository"
+        )
+    parts = parts_of(read_json(folder / INDEX))
+    return snapshot(hub_id, needed_files(parts, with_transformer=with_transformer), VARIANTS)
+
+
+def check_part(part: Path, library: str, *, with_weights: bool = True) -> None:
+    """Whole and readable, as far as it shows without loading. Raises UserError."""
     if library not in _LIBRARIES:
         raise UserError(f"{part.name} in {part.parent} comes from {library!r}; expected one of {_LIBRARIES}")
     if not part.is_dir():
         raise UserError(f"{part.parent} lacks the folder {part.name}, which its {INDEX} names; copy it completely")
     for file in sorted(part.glob("*.json")):
-        _read_json(file)
+        read_json(file)
+    if with_weights:
+        _check_weights(part)
+
+
+def _check_weights(part: Path) -> None:
     for file in sorted(part.glob("*.safetensors.index.json")):
-        for shard in sorted(set(_read_json(file)["weight_map"].values())):
+        for shard in sorted(set(read_json(file)["weight_map"].values())):
             if not (part / shard).is_file():
                 raise UserError(f"{part} lacks {shard}, which {file.name} names; copy the folder completely")
     weights = sorted(part.glob("*.safetensors"))
     if not weights and any(file.suffix in _PICKLES for file in part.iterdir()):
         raise UserError(f"{part} has no safetensors, and pickled weights are not opened; convert them")
     for file in weights:
-        _check_safetensors(file)
+        check_safetensors(file)
 
 
-def _check_safetensors(file: Path) -> None:
+def check_safetensors(file: Path) -> None:
     """Header readable, and exactly as many bytes behind it as it announces: finds every truncated copy."""
-    size = file.stat().st_size
     try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(min(length, size)))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        expected = 8 + length + max(ends, default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is not a readable safetensors file ({size} bytes); copy it again") from error
-    if size != expected:
-        raise UserError(f"{file} has {size} bytes, its header announces {expected}; copy it again")
+        read_header(file)
+    except ValueError as error:
+        raise UserError(f"{file} {error}; copy it again") from error
 
 
-def _read_json(file: Path) -> Any:
+def read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -170,8 +237,12 @@ def _check_target(target: Path, source: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Contents only: permissions of a read-only installation and links of the hub cache stay behind."""
+    """Contents only: permissions of a read-only installation and links of the hub cache stay behind.
+
+    So do weights that nothing opens: pickles, and other precisions of the same weights.
+    """
     for file in sorted(source.rglob("*")):
-        if file.is_file() and file.suffix not in _PICKLES:
+        variant = any(fnmatch(file.name, pattern) for pattern in VARIANTS)
+        if file.is_file() and file.suffix not in _PICKLES and not variant:
             (target / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target / file.relative_to(source))

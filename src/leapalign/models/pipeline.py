@@ -16,6 +16,7 @@ from leapalign.models.base import Conditioning, Text
 from leapalign.models.decode import Decoder
 from leapalign.models.folder import PipelineFolder, load_part, save_with
 from leapalign.models.guidance import Guidance, guided, in_precision
+from leapalign.models.prompt_store import PromptStore
 from leapalign.models.text import Encoder, PromptCache
 from leapalign.tuning.adapter import merged, switched_off
 
@@ -73,6 +74,19 @@ class PipelineModel:
         """Inside, velocities are those of the base, without graph. UserError where its weights were tuned in place."""
         with switched_off(self.policy):
             yield
+
+
+def prompt_cache(
+    load_encoder: Callable[[], Encoder],
+    folder: PipelineFolder,
+    parts: tuple[str, ...],
+    device: str,
+    dtype: torch.dtype,
+    **settings: Any,
+) -> PromptCache:
+    """The cache of a family's prompts, on disk too. `parts` and `settings` are all that decides an embedding."""
+    decisive = {"device": torch.device(device).type, "dtype": str(dtype).removeprefix("torch."), **settings}
+    return PromptCache(load_encoder, device, PromptStore.of(folder, parts, decisive))
 
 
 def load_decoder(folder: PipelineFolder, device: str, chunk: int) -> Decoder:

@@ -42,6 +42,10 @@ class QwenImage:
     """A QwenImagePipeline folder or hub id."""
 
     name: ClassVar[str] = "qwen-image"
+    pipeline: ClassVar[str] = "QwenImagePipeline"
+    renamed: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("guidance_scale", "true_cfg_scale"),
+    )  # what its call names otherwise
 
     path: str
     height: int = 1024  # pixels
@@ -56,12 +60,11 @@ class QwenImage:
         """Open the folder. Raises UserError on a folder, size or length that cannot work."""
         from leapalign.models import pipeline as pipe
         from leapalign.models.folder import open_folder
-        from leapalign.models.text import PromptCache
 
         precision = pipe.parse_dtype(dtype)
         if not 1 <= self.max_sequence_length <= 1024:
             raise UserError(f"max_sequence_length {self.max_sequence_length}: expected 1 to 1024")
-        folder = open_folder(self.path, "QwenImagePipeline", ("transformer", "vae", "scheduler", *TEXT_PARTS))
+        folder = open_folder(self.path, self.pipeline, ("transformer", "vae", "scheduler", *TEXT_PARTS))
         policy, scheduler = tuning.load_policy(folder, device, precision), pipe.load_scheduler(folder)
         decoder = load_decoder(folder, device, self.decode_chunk)
         factor = decoder.vae.spatial_compression_ratio
@@ -70,7 +73,14 @@ class QwenImage:
         return pipe.PipelineModel(
             policy=policy,
             folder=folder,
-            prompts=PromptCache(lambda: _text_encoder(folder, device, self.max_sequence_length, precision), device),
+            prompts=pipe.prompt_cache(
+                lambda: _text_encoder(folder, device, self.max_sequence_length, precision),
+                folder,
+                TEXT_PARTS,
+                device,
+                precision,
+                max_sequence_length=self.max_sequence_length,
+            ),
             decoder=decoder,
             latent_shape=shape,
             guidance=pipe.Guidance(

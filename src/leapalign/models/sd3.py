@@ -32,8 +32,10 @@ class SD3:
     """A StableDiffusion3Pipeline folder or hub id; text_encoder_3 may be absent."""
 
     name: ClassVar[str] = "sd3"
+    pipeline: ClassVar[str] = "StableDiffusion3Pipeline"  # the diffusers class whose folders it opens
 
-    path: str
+    path: str  # a folder, or a hub id: org/name or org/name@revision
+    transformer_file: str = ""  # the transformer's weights from this .safetensors file, everything else from `path`
     height: int = 1024  # pixels
     width: int = 1024  # pixels
     guidance_scale: float = 7.0  # at most 1: no guidance, one branch
@@ -46,12 +48,10 @@ class SD3:
         """Open the folder. Raises UserError on a folder, size or length that cannot work."""
         from leapalign.models import pipeline as pipe
         from leapalign.models.folder import open_folder
-        from leapalign.models.text import PromptCache
 
         precision = pipe.parse_dtype(dtype)
-        folder = open_folder(
-            self.path, "StableDiffusion3Pipeline", ("transformer", "vae", "scheduler", *TEXT_PARTS[:4])
-        )
+        parts = ("transformer", "vae", "scheduler", *TEXT_PARTS[:4])
+        folder = open_folder(self.path, self.pipeline, parts, self.transformer_file)
         _check_sequence_length(self.max_sequence_length, "text_encoder_3" in folder.parts)
         policy, scheduler = tuning.load_policy(folder, device, precision), pipe.load_scheduler(folder)
         decoder = pipe.load_decoder(folder, device, self.decode_chunk)
@@ -59,7 +59,15 @@ class SD3:
         return pipe.PipelineModel(
             policy=policy,
             folder=folder,
-            prompts=PromptCache(lambda: _text_encoder(folder, policy, self.max_sequence_length, precision), device),
+            prompts=pipe.prompt_cache(
+                lambda: _text_encoder(folder, policy, self.max_sequence_length, precision),
+                folder,
+                TEXT_PARTS,
+                device,
+                precision,
+                max_sequence_length=self.max_sequence_length,
+                joint_attention_dim=policy.config.joint_attention_dim,  # the width of the zeros in place of T5
+            ),
             decoder=decoder,
             latent_shape=shape,
             guidance=pipe.Guidance(self.guidance_scale, self.cfg_grad == "both", self.negative_prompt),

@@ -36,6 +36,7 @@ class ZImage:
     """A ZImagePipeline folder or hub id."""
 
     name: ClassVar[str] = "z-image"
+    pipeline: ClassVar[str] = "ZImagePipeline"
 
     path: str
     height: int = 1024  # pixels
@@ -54,11 +55,10 @@ class ZImage:
         """Open the folder. Raises UserError on a folder, size, length or guidance that cannot work."""
         from leapalign.models import pipeline as pipe
         from leapalign.models.folder import open_folder
-        from leapalign.models.text import PromptCache
 
         precision = pipe.parse_dtype(dtype)
         _check_guidance(self)
-        folder = open_folder(self.path, "ZImagePipeline", ("transformer", "vae", "scheduler", *TEXT_PARTS))
+        folder = open_folder(self.path, self.pipeline, ("transformer", "vae", "scheduler", *TEXT_PARTS))
         policy, scheduler = tuning.load_policy(folder, device, precision), pipe.load_scheduler(folder)
         decoder = pipe.load_decoder(folder, device, self.decode_chunk)
         factor = pipe.vae_factor(decoder.vae)
@@ -69,7 +69,14 @@ class ZImage:
         return pipe.PipelineModel(
             policy=policy,
             folder=folder,
-            prompts=PromptCache(lambda: _text_encoder(folder, device, self.max_sequence_length, precision), device),
+            prompts=pipe.prompt_cache(
+                lambda: _text_encoder(folder, device, self.max_sequence_length, precision),
+                folder,
+                TEXT_PARTS,
+                device,
+                precision,
+                max_sequence_length=self.max_sequence_length,
+            ),
             decoder=decoder,
             latent_shape=shape,
             guidance=guidance(self, steps),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from leapalign.errors import UserError
+from leapalign.hub import find_file
 from leapalign.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, Rounding
 
 if TYPE_CHECKING:
@@ -152,9 +153,4 @@ def find(folder: str, file: str) -> str | None:
     """The local path of a file of a folder or hub id; None where it does not exist or cannot be fetched."""
     if Path(folder).is_dir():
         return str(Path(folder, file)) if Path(folder, file).is_file() else None
-    from transformers.utils.hub import cached_file
-
-    try:
-        return cached_file(folder, file)
-    except (OSError, ValueError):
-        return None
+    return find_file(folder, file)

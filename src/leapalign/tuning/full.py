@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from leapalign.models.base import pointed_at
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +44,7 @@ class FullFineTuning:
 
     def load_tuned(self, model: Any, saved: str, device: str, dtype: str) -> Any:
         """The run's model, opened from the saved pipeline."""
-        return replace(model, path=saved).load(device, dtype)
+        return pointed_at(model, saved).load(device, dtype)
 
     def export(self, model: Any, saved: str, target: Path, *, format: str, dtype: str) -> None:
         """The pipeline, its transformer in another dtype."""

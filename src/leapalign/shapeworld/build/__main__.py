@@ -31,7 +31,7 @@ from leapalign.shapeworld.build.generator import train_generator
 from leapalign.shapeworld.build.harden import harden_clip
 from leapalign.shapeworld.build.vae import train_vae
 
-PER_TASK, NUM_STEPS = 60, 8  # of the guidance sweep; the steps are those of the recipes
+PER_TASK, NUM_STEPS = 300, 8  # of the guidance sweep; the steps are those of the recipes
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from leapalign.shapeworld.build.scenes import SLOPPY
+from leapalign.shapeworld.build.generator import LESSONS
+from leapalign.shapeworld.build.scenes import SLOPPY, STRICT
 
 HEAD = """---
 license: apache-2.0
@@ -68,9 +69,13 @@ def data(name: str, facts: dict[str, Any]) -> str:
 
 def sloppy(vae: dict[str, Any]) -> str:
     shares = ", ".join(f"{task} {share:.2f}" for task, share in SLOPPY.truthful.items())
+    starts = (0, *(lesson.until for lesson in LESSONS))
+    strict = [f"{start} to {lesson.until}" for start, lesson in zip(starts, LESSONS) if lesson.manners == STRICT]
     return (
-        f"Data: 32,000 scenes drawn by `leapalign.shapeworld`; the caption is true of this share: {shares}. The VAE "
-        f"took {vae['steps']} steps and {vae['seconds']} s."
+        "Data: 32,000 scenes a lesson, drawn by `leapalign.shapeworld`; the caption is true of this share of them:\n"
+        f"{shares}.\n"
+        f"Steps {', '.join(strict)} are a lesson in which every caption is true, without which no relation is learnt.\n"
+        f"The VAE took {vae['steps']} steps and {vae['seconds']} s."
     )
 
 

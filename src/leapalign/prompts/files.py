@@ -1,72 +1,40 @@
-"""Prompts: what the images should show, from files or from ShapeWorld, with GenEval's metadata where there is some.
-
-A source is a frozen dataclass with `load() -> list[Prompt]`; training/batches.py orders them.
-"""
+"""Prompt files, read strictly: .txt, .jsonl and .csv of the user's own, and the JSON files of published sets."""
 
 from __future__ import annotations
 
 import csv
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from leapalign.errors import UserError
+from leapalign.prompts.base import Prompt
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """One text, and its GenEval metadata ({"tag", "include", "exclude"?, "prompt"}) if it has any."""
-
-    text: str
-    metadata: dict[str, Any] | None = None
-
-
-class Prompts(Protocol):
-    """Where prompts come from."""
-
-    def load(self) -> list[Prompt]:
-        """All prompts, always in the same order."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptFile:
-    """A .txt (a prompt a line), .jsonl (objects with "prompt") or .csv file (a column "prompt"), in UTF-8."""
-
-    path: str  # the file
-
-    def load(self) -> list[Prompt]:
-        readers: dict[str, Callable[[str, Path], Iterator[Prompt]]] = {
-            ".txt": _read_txt,
-            ".jsonl": _read_jsonl,
-            ".csv": _read_csv,
-        }
-        path = Path(self.path)
-        if path.suffix not in readers:
-            raise UserError(f"{path}: a prompt file ends in {', '.join(readers)}, not in {path.suffix or 'nothing'!r}")
-        prompts = list(readers[path.suffix](_read_text(path), path))
-        if not prompts:
-            raise UserError(f"{path}: there is no prompt in this file")
-        return prompts
+def read_prompts(file: str) -> list[Prompt]:
+    """The prompts of a file, whose ending says what it is; UserError names the line that is wrong."""
+    readers: dict[str, Callable[[str, Path], Iterator[Prompt]]] = {
+        ".txt": _read_txt,
+        ".jsonl": _read_jsonl,
+        ".csv": _read_csv,
+    }
+    path = Path(file)
+    if path.suffix not in readers:
+        raise UserError(f"{path}: a prompt file ends in {', '.join(readers)}, not in {path.suffix or 'nothing'!r}")
+    prompts = list(readers[path.suffix](_read_text(path), path))
+    if not prompts:
+        raise UserError(f"{path}: there is no prompt in this file")
+    return prompts
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShapeWorldPrompts:
-    """Generated prompts of the embedded world: its six tasks in GenEval's ratio, with metadata."""
-
-    split: Literal["train", "test"] = "train"  # test combinations never appear among the training prompts
-    num: int = 4096  # prompts in all (train), prompts a task (test)
-    seed: int = 0  # which training prompts; not the run's seed
-
-    def load(self) -> list[Prompt]:
-        from leapalign.shapeworld import captions
-
-        test = self.split == "test"
-        records = captions.evaluation_prompts(self.num) if test else captions.train_prompts(self.num, self.seed)
-        return [Prompt(text=record["prompt"], metadata=record) for record in records]
+def read_records(path: Path) -> Any:
+    """The content of a .json file."""
+    try:
+        return json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); fetch the file again") from None
 
 
 def _read_text(path: Path) -> str:

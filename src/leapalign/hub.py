@@ -1,0 +1,161 @@
+"""The model hub: only the files that are needed, from the cache where they are, and a sentence where they are not.
+
+Everything goes through `snapshot_download`: unlike `hf_hub_download` it asks once, so that without a network a file
+that is not in the cache costs no 25 seconds of retries, and under HF_HUB_OFFLINE=1 it does not ask at all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from errno import ENOSPC
+from pathlib import Path
+from typing import Any
+
+from leapalign.errors import UserError
+
+_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+
+
+def is_hub_id(word: str) -> bool:
+    """`org/name`, or `org/name@revision` with a branch, a tag or a commit."""
+    return _ID.fullmatch(word) is not None
+
+
+def split_id(hub_id: str) -> tuple[str, str]:
+    """`org/name@revision` -> name, revision; without one it is `main`."""
+    match = _ID.fullmatch(hub_id)
+    if match is None:
+        raise UserError(f"{hub_id!r} is no hub id; expected org/name or org/name@revision")
+    return match[1], match[2] or "main"
+
+
+def snapshot(hub_id: str, patterns: Sequence[str], ignore: Sequence[str] = ()) -> Path:
+    """The folder of the hub's cache with these files (glob patterns); fetches what is not there. Raises UserError."""
+    from huggingface_hub import snapshot_download
+
+    repo, revision = split_id(hub_id)
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=[*patterns], ignore_patterns=[*ignore]))
+    except Exception as error:  # of requests, httpx or httpx2, of xet or the disk: whichever the hub's client uses
+        raise UserError(f"{hub_id}: {explain(hub_id, error)}") from error
+
+
+def find_file(hub_id: str, file: str) -> str | None:
+    """The local path of one file; None where it does not exist or cannot be had now."""
+    if not is_hub_id(hub_id):
+        return None
+    try:
+        found = snapshot(hub_id, [file]) / file
+    except UserError:  # the caller knows what the file is for, and says so
+        return None
+    return str(found) if found.is_file() else None
+
+
+def cached_folder(hub_id: str) -> Path | None:
+    """The snapshot that is in the cache, as far as it is there; asks nobody."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    repo, revision = split_id(hub_id)
+    home = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"))
+    reference = home / "refs" / revision
+    folder = home / "snapshots" / (reference.read_text().strip() if reference.is_file() else revision)
+    return folder if folder.is_dir() else None
+
+
+def commit_of(folder: Path) -> str:
+    """The commit of a folder inside the hub's cache; empty for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name) else ""
+
+
+def explain(hub_id: str, error: Exception) -> str:
+    """What is the matter, and what to do: one sentence for each way in which the hub can fail."""
+    repo, revision = split_id(hub_id)
+    page, cache = f"https://huggingface.co/{repo}", _cache()
+    elsewhere = f"fetch it where there is a network (`hf download {repo}`) and give that folder"
+    causes = list(_chain(error))
+    kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
+    status = next((cause.response.status_code for cause in causes if getattr(cause, "response", None) is not None), 0)
+    return next(sentence for applies, sentence in _SENTENCES if applies(kinds, status, causes)).format(
+        page=page, revision=revision, cache=cache, elsewhere=elsewhere, repo=repo, status=status,
+        reason=_first_line(causes[-1]), kind=type(error).__name__,
+    )  # fmt: skip
+
+
+_NETWORK = {"ConnectError", "TimeoutException", "ConnectionError", "Timeout", "NetworkError", "ProxyError"}
+_TOKENS = "https://huggingface.co/settings/tokens"
+# The first that applies; kinds are the names of the error's classes and of those of its causes.
+_SENTENCES: tuple[tuple[Callable[[set[str], int, list[Any]], bool], str], ...] = (
+    (
+        lambda kinds, status, causes: "GatedRepoError" in kinds,
+        "this model is gated: accept its licence on {page} with your account, then log in with `hf auth login` (or set "
+        "HF_TOKEN), and try again",
+    ),
+    (
+        lambda kinds, status, causes: "DisabledRepoError" in kinds,
+        "the hub has disabled this repository: see {page}, or give a folder with your own copy",
+    ),
+    (
+        lambda kinds, status, causes: "RepositoryNotFoundError" in kinds,
+        "the hub has no such model, or it is private: check the name at {page}; for a private one `hf auth login`",
+    ),
+    (
+        lambda kinds, status, causes: "RevisionNotFoundError" in kinds,
+        "the model has no revision {revision!r}: choose one of its branches, tags or commits at {page}/tree/main",
+    ),
+    (
+        lambda kinds, status, causes: status == 401,
+        "the hub refuses your token, it was revoked or has expired: make a new one at "
+        f"{_TOKENS} and run `hf auth login` (HF_TOKEN, where set, goes first)",
+    ),
+    (
+        lambda kinds, status, causes: status == 403,
+        f"your token may not read {{repo}}: give it that permission at {_TOKENS}",
+    ),
+    (
+        lambda kinds, status, causes: status == 429,
+        "the hub has had too many requests from here: wait some minutes, or log in with `hf auth login`",
+    ),
+    (
+        lambda kinds, status, causes: status >= 500,
+        "the hub has a fault of its own (status {status}): try again later, or {elsewhere}",
+    ),
+    (
+        lambda kinds, status, causes: "OfflineModeIsEnabled" in kinds,
+        "HF_HUB_OFFLINE forbids the network, and it is not whole in the cache ({cache}): unset it, or {elsewhere}",
+    ),
+    (
+        lambda kinds, status, causes: "PermissionError" in kinds,
+        "the hub's cache cannot be written ({cache}): make it yours, or set HF_HOME to a folder that is",
+    ),
+    (
+        lambda kinds, status, causes: bool(kinds & _NETWORK),
+        "the hub cannot be reached ({reason}): check network and proxy, or {elsewhere}",
+    ),
+    (
+        lambda kinds, status, causes: any(getattr(cause, "errno", None) == ENOSPC for cause in causes),
+        "the disk of the hub's cache is full ({cache}): make room, or set HF_HOME to a folder on another disk",
+    ),
+    (
+        lambda kinds, status, causes: "LocalEntryNotFoundError" in kinds,
+        "it is not whole in the cache ({cache}), and the hub gave no answer: try again, or {elsewhere}",
+    ),
+    (lambda kinds, status, causes: True, "the download failed ({kind}: {reason}): try again, or {elsewhere}"),
+)
+
+
+def _chain(error: Any) -> Iterator[Any]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _cache() -> str:
+    from huggingface_hub import constants
+
+    return str(constants.HF_HUB_CACHE)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,218 @@
+"""Bytes of one micro-batch's graph, from the run's own method and model on tensors without memory.
+
+The method runs as in training; forwards without graph, which leave nothing behind, are skipped but for one. A policy of
+many equal blocks is measured with one of each kind and once more with a second: what is kept, and the peaks, grow by
+the same bytes with each further equal block, so the rest is a multiplication. benches/plan.py compares with a real run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from leapalign.flow.graph import inputs_only
+from leapalign.flow.rollout import Velocity
+from leapalign.models.base import Conditioning
+from leapalign.planning.counting import LiveBytes, Saved
+from leapalign.run import Run
+from leapalign.seeds import generator
+
+GRAPHS = ("all", "blocks", "inputs")
+TRIALS = 64  # draws that are looked at for the largest graph and the mean number of forwards
+ENOUGH = 1  # equal blocks that are measured in any case
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forwards:
+    """Calls of the velocity for one micro-batch."""
+
+    mean: float  # over draws
+    most_with_graph: int
+    seed: int  # of a draw with so many
+    copies: int  # of the batch that the reward sees
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphBytes:
+    """What one micro-batch needs, weights and their gradients left out."""
+
+    kept: int  # held for the backward when the rollout ends
+    rollout: int  # most alive at any moment of it
+    backward: int  # most alive in the backward through the model
+
+    def plus(self, other: GraphBytes, times: int) -> GraphBytes:
+        return GraphBytes(
+            kept=self.kept + times * other.kept,
+            rollout=self.rollout + times * other.rollout,
+            backward=self.backward + times * other.backward,
+        )
+
+
+# Which forwards
+
+
+def count_forwards(run: Run) -> Forwards:
+    """By trying the run's method on numbers: every choice is in its draws."""
+    trials = [_trial(run, seed) for seed in range(TRIALS)]
+    seed = max(range(TRIALS), key=lambda i: (trials[i][1], trials[i][2]))
+    return Forwards(
+        mean=sum(calls for calls, *_ in trials) / TRIALS,
+        most_with_graph=trials[seed][1],
+        seed=seed,
+        copies=trials[seed][3],
+    )
+
+
+def _trial(run: Run, seed: int) -> tuple[int, int, bool, int]:
+    """Calls, calls with graph, whether one without graph comes after all of these, copies."""
+    calls: list[bool] = []
+    weight = torch.ones((), requires_grad=True)
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        return x * weight
+
+    sigmas = torch.linspace(0, 1, run.num_sampling_steps + 1)
+    surrogate = run.method(velocity, torch.zeros(1, 1), sigmas, draw(run, seed, lambda n: torch.zeros(n, 1, 1)))
+    return len(calls), sum(calls), True in calls and not calls[-1], surrogate.copies
+
+
+def draw(run: Run, seed: int, noise: Callable[[int], Tensor]) -> Any:
+    return run.method.draw(run.num_sampling_steps, generator(seed, step=0, sample=0, purpose="plan"), noise)
+
+
+# How many bytes
+
+
+def graph_bytes(
+    run: Run, model: Any, conditioning: Conditioning, mode: FakeTensorMode, graph: str, seed: int
+) -> GraphBytes:
+    """Of one micro-batch with this setting of the graph; the draws are those of `seed`."""
+
+    def measured() -> GraphBytes:
+        return _measure(run, model, conditioning, mode, graph, seed)
+
+    groups = equal_blocks(model.policy)
+    if graph == "blocks":
+        model.policy.enable_gradient_checkpointing()
+    try:
+        with shortened(groups, [ENOUGH] * len(groups)):
+            total = base = measured()
+        for i, group in enumerate(groups):
+            with shortened(groups, [ENOUGH + (i == j) for j in range(len(groups))]):
+                total = total.plus(measured().plus(base, -1), len(group.places) - ENOUGH)
+    finally:
+        if graph == "blocks":
+            model.policy.disable_gradient_checkpointing()
+    return total
+
+
+def _measure(
+    run: Run, model: Any, conditioning: Conditioning, mode: FakeTensorMode, graph: str, seed: int
+) -> GraphBytes:
+    velocity = model.velocity(conditioning)
+    if graph == "inputs":
+        velocity = inputs_only(velocity)
+    shape = (run.micro_batch_size, *model.latent_shape)
+    with mode:
+        x = torch.zeros(shape)
+    draws = draw(run, seed, lambda n: x.new_zeros(n, *shape))
+    sigmas = torch.linspace(0, 1, run.num_sampling_steps + 1)
+    parameters = list(model.policy.parameters())
+    saved = Saved([*parameters, *model.policy.buffers()])
+    with LiveBytes() as live:
+        live.begin("rollout")
+        skipping = Skipping(velocity)
+        with saved.hooks:
+            surrogate = run.method(skipping, x, sigmas, draws)
+        kept = saved.bytes()
+        if skipping.after_graph:
+            with torch.no_grad():
+                velocity(x, sigmas[1])  # beside the graph
+        live.begin("backward")
+        if surrogate.has_gradient:
+            surrogate.backward(torch.zeros_like(surrogate.x_hat))
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    peaks = live.peaks(without=gradients)
+    model.policy.zero_grad(set_to_none=True)
+    return GraphBytes(kept=kept, rollout=peaks["rollout"], backward=peaks["backward"])
+
+
+class Skipping:
+    """A velocity whose forwards without graph cost nothing: their values do not matter here."""
+
+    def __init__(self, velocity: Velocity) -> None:
+        self.velocity, self.with_graph, self.after_graph = velocity, False, False
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        self.after_graph = self.with_graph and not torch.is_grad_enabled()  # after the last one with graph
+        if not torch.is_grad_enabled():
+            return torch.zeros_like(x)
+        self.with_graph = True
+        return self.velocity(x, sigma)
+
+
+def latent_bytes(model: Any, mode: FakeTensorMode, rows: int, score: Callable[[Tensor], Sequence[Tensor]]) -> int:
+    """Most alive while `rows` latents are decoded, scored, and their gradient is taken."""
+    with mode:
+        latents = torch.zeros(rows, *model.latent_shape).requires_grad_()
+    with LiveBytes() as live:
+        live.begin("reward")
+        total = sum(each.float().sum() for each in score(model.decode(latents)))
+        torch.autograd.grad(total, latents)  # pyright: ignore  # a sum of no tensors never comes
+    return live.peaks()["reward"]
+
+
+# Equal blocks
+
+
+@dataclass(frozen=True)
+class Group:
+    """Neighbours of one list of blocks with the same weights' shapes."""
+
+    parent: nn.Module
+    name: str  # of the list in its parent
+    places: range
+
+
+def equal_blocks(policy: nn.Module) -> list[Group]:
+    """Runs of more than `ENOUGH` equal blocks, in the model's order."""
+    groups = []
+    for parent in policy.modules():
+        for name, blocks in parent.named_children():
+            if isinstance(blocks, nn.ModuleList):
+                groups += [Group(parent, name, run) for run in _runs([_shapes(block) for block in blocks])]
+    return [group for group in groups if len(group.places) > ENOUGH]
+
+
+def _shapes(block: nn.Module) -> tuple[Any, ...]:
+    return type(block), *((name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters())
+
+
+def _runs(kinds: Sequence[Any]) -> Iterator[range]:
+    start = 0
+    for place in range(1, len(kinds) + 1):
+        if place == len(kinds) or kinds[place] != kinds[start]:
+            yield range(start, place)
+            start = place
+
+
+@contextmanager
+def shortened(groups: Sequence[Group], lengths: Sequence[int]) -> Iterator[None]:
+    """Inside, each group has only so many of its blocks."""
+    lists = {(group.parent, group.name): list(getattr(group.parent, group.name)) for group in groups}
+    dropped = {(g.parent, g.name, place) for g, length in zip(groups, lengths) for place in g.places[length:]}
+    try:
+        for (parent, name), blocks in lists.items():
+            kept = [block for place, block in enumerate(blocks) if (parent, name, place) not in dropped]
+            setattr(parent, name, nn.ModuleList(kept))
+        yield
+    finally:
+        for (parent, name), blocks in lists.items():
+            setattr(parent, name, nn.ModuleList(blocks))

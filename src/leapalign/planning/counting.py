@@ -1,0 +1,112 @@
+"""Bytes of tensors, counted: what autograd saves, and what is alive at any moment.
+
+Counted are the storages of all tensors that operators return, on any device, torch's fake tensors included; scratch
+memory inside one operator is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.copy_.default, torch.ops.aten.clone.default)  # of gradients
+
+
+@dataclass(eq=False)
+class LiveBytes(TorchDispatchMode):
+    """Inside: every storage that an operator returns, from when it is made until it is freed."""
+
+    events: list[tuple[int, int]] = field(default_factory=list)  # (which storage, + or - bytes), in time
+    phases: list[tuple[str, int]] = field(default_factory=list)  # (name, number of events before it)
+    living: dict[int, int] = field(default_factory=dict)  # address of a storage -> which
+    sums: list[tuple[int, int]] = field(default_factory=list)  # (a sum or copy, what went into it)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {address(t) for t in tensors_of((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_of(result):
+            if address(tensor) not in given:  # a view of an argument, or a change in place, makes nothing
+                self._made(tensor.untyped_storage())
+        if func in SUMS:
+            self._link(result, args)
+        return result
+
+    def _made(self, storage: torch.UntypedStorage) -> None:
+        place, size = storage._cdata, storage.nbytes()
+        if place in self.living or not size:
+            return
+        which = self.living[place] = len(self.events)
+        self.events.append((which, size))
+        weakref.finalize(storage, self._freed, place, which, size).atexit = False
+
+    def _link(self, result: Tensor, args: Any) -> None:
+        terms = [self.living[address(t)] for t in tensors_of(args) if address(t) in self.living]
+        self.sums += [(self.living[address(result)], term) for term in terms if address(result) in self.living]
+
+    def _freed(self, place: int, which: int, size: int) -> None:
+        self.events.append((which, -size))
+        self.living.pop(place, None)
+
+    def begin(self, phase: str) -> None:
+        self.phases.append((phase, len(self.events)))
+
+    def peaks(self, without: Iterable[Tensor] = ()) -> dict[str, int]:
+        """The most bytes alive in each phase; `without` (living tensors) and what was added up to them do not count."""
+        left_out = {self.living[address(t)] for t in without if address(t) in self.living}
+        for total, term in reversed(self.sums):
+            if total in left_out:
+                left_out.add(term)
+        now, highest, starts = 0, dict.fromkeys((name for name, _ in self.phases), 0), dict(self._starts())
+        phase = ""
+        for index, (which, change) in enumerate([*self.events, (-1, 0)]):
+            phase = starts.get(index, phase)
+            highest[phase] = max(highest.get(phase, 0), now)  # what a phase finds is alive in it
+            now += 0 if which in left_out else change
+            highest[phase] = max(highest[phase], now)
+        return {name: highest[name] for name, _ in self.phases}
+
+    def _starts(self) -> Iterable[tuple[int, str]]:
+        return ((index, name) for name, index in self.phases)
+
+
+class Saved:
+    """Inside: what autograd saves; `bytes()` is what of it is still held."""
+
+    def __init__(self, besides: Iterable[Tensor]) -> None:
+        self.besides = {address(t) for t in besides}
+        self.kept: weakref.WeakSet[Kept] = weakref.WeakSet()
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept.tensor)
+
+    def _pack(self, tensor: Tensor) -> Kept:
+        kept = Kept(tensor)
+        self.kept.add(kept)
+        return kept
+
+    def bytes(self) -> int:
+        sizes = {address(kept.tensor): kept.tensor.untyped_storage().nbytes() for kept in self.kept}
+        return sum(size for place, size in sizes.items() if place not in self.besides)
+
+
+@dataclass(eq=False)
+class Kept:
+    """A saved tensor; lives as long as the node of the graph that saved it."""
+
+    tensor: Tensor
+
+
+def address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def tensors_of(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

@@ -1,0 +1,48 @@
+"""Prompts: what the images should show, with GenEval's metadata where there is some (docs/prompts.md).
+
+Here are the sources that need nothing but this package: files of the user's, and the embedded world. Published sets are
+in sets.py, GenEval's in geneval.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from leapalign.prompts.base import Prompt, Prompts
+
+__all__ = ["Prompt", "PromptFile", "Prompts", "ShapeWorldPrompts"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptFile:
+    """A .txt (a prompt a line), .jsonl (objects with "prompt") or .csv file (a column "prompt"), in UTF-8."""
+
+    name: ClassVar[str] = "file"
+    licence: ClassVar[str] = "yours"
+
+    path: str  # the file
+
+    def load(self) -> list[Prompt]:
+        from leapalign.prompts.files import read_prompts
+
+        return read_prompts(self.path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeWorldPrompts:
+    """Generated prompts of the embedded world: its six tasks in GenEval's ratio, with metadata."""
+
+    name: ClassVar[str] = "shapeworld"
+    licence: ClassVar[str] = "Apache-2.0 (ours)"
+
+    split: Literal["train", "test"] = "train"  # test combinations never appear among the training prompts
+    num: int = 4096  # prompts in all (train), prompts a task (test)
+    seed: int = 0  # which training prompts; not the run's seed
+
+    def load(self) -> list[Prompt]:
+        from leapalign.shapeworld import captions
+
+        test = self.split == "test"
+        records = captions.evaluation_prompts(self.num) if test else captions.train_prompts(self.num, self.seed)
+        return [Prompt(text=record["prompt"], metadata=record) for record in records]

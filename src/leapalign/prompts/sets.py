@@ -1,0 +1,139 @@
+"""Published prompt sets: fetched by the hub's client when first used, never shipped (licences: docs/prompts.md).
+
+Only the small file with the texts is fetched, never the pictures. `path` names a copy of that file on disk instead.
+
+A choice of some prompts (a training sample, a test split) is made by the sha256 of seed and text: it depends neither on
+the order of the file nor on the version of any random generator. Equal texts count once, blank ones not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from leapalign.errors import UserError
+from leapalign.prompts.base import Prompt
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a dataset repository on the hub."""
+
+    repo: str
+    file: str
+    bytes: int  # about, for plans
+
+
+@dataclass(frozen=True, kw_only=True)
+class HPDv2:
+    """Human Preference Dataset v2 (arXiv 2306.09341): training prompts, or the 400 of its test set."""
+
+    name: ClassVar[str] = "hpdv2"
+    licence: ClassVar[str] = "Apache-2.0 by its card (unverified)"
+
+    split: Literal["train", "test"] = "train"
+    num: int = 0  # this many of them, chosen by `seed`; 0 = all
+    seed: int = 0
+    path: str = ""  # train.json or test.json on disk; empty = from the hub
+
+    @property
+    def source(self) -> HubFile:
+        return HubFile("ymhao/HPDv2", f"{self.split}.json", 116_000_000 if self.split == "train" else 436_000)
+
+    def load(self) -> list[Prompt]:
+        return choose(texts_in(_file(self.path, self.source)), self.num, self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MJHQ30k:
+    """MJHQ-30K (arXiv 2402.17245): 500 prompts chosen by `split_seed` are the test split, all others training."""
+
+    name: ClassVar[str] = "mjhq-30k"
+    licence: ClassVar[str] = "none found: a research set of Playground; see its card"
+
+    split: Literal["train", "test"] = "train"
+    test_size: int = 500  # prompts held out; the paper's own 500 are not published
+    split_seed: int = 0  # which ones
+    path: str = ""  # meta_data.json on disk; empty = from the hub
+
+    @property
+    def source(self) -> HubFile:
+        return HubFile("playgroundai/MJHQ-30K", "meta_data.json", 8_800_000)
+
+    def load(self) -> list[Prompt]:
+        texts = texts_in(_file(self.path, self.source))
+        if not 0 < self.test_size < len(texts):
+            raise UserError(f"mjhq-30k: test_size {self.test_size} of {len(texts)} prompts; leave some on either side")
+        test = choose(texts, self.test_size, self.split_seed)
+        held_out = {prompt.text for prompt in test}
+        return test if self.split == "test" else [Prompt(text=text) for text in texts if text not in held_out]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawBench:
+    """DrawBench (arXiv 2205.11487): 200 hard prompts, for evaluation."""
+
+    name: ClassVar[str] = "drawbench"
+    licence: ClassVar[str] = "Apache-2.0 by one copy's card (unverified)"
+
+    path: str = ""  # drawbench.json on disk; empty = from the hub
+
+    @property
+    def source(self) -> HubFile:
+        return HubFile("zhwang/HPDv2", "benchmark/drawbench.json", 20_000)
+
+    def load(self) -> list[Prompt]:
+        return choose(texts_in(_file(self.path, self.source)), 0, 0)
+
+
+def choose(texts: Iterable[str], num: int, seed: int) -> list[Prompt]:
+    """`num` of the texts in their own order; 0 = all."""
+    texts = list(texts)
+    if num < 0 or num > len(texts):
+        raise UserError(f"num {num}: this set has {len(texts)} different prompts; use 0 for all of them")
+    chosen = set(sorted(texts, key=lambda text: _rank(text, seed))[:num]) if num else set(texts)
+    return [Prompt(text=text) for text in texts if text in chosen]
+
+
+def _rank(text: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed} {text}".encode()).digest()
+
+
+def texts_in(file: Path) -> list[str]:
+    """Different texts of a .json file: a list of texts or of objects with "prompt", or an object of such objects."""
+    from leapalign.prompts.files import read_records
+
+    content = read_records(file)
+    records = list(content.values()) if isinstance(content, dict) else content
+    if not isinstance(records, list) or not records:
+        raise UserError(f"{file}: expected a list of prompts, or an object of them; fetch the file again")
+    texts = (_text(file, place, record) for place, record in enumerate(records))
+    return list(dict.fromkeys(text for text in texts if text))
+
+
+def _text(file: Path, place: int, record: Any) -> str:
+    text = record.get("prompt") if isinstance(record, dict) else record
+    if not isinstance(text, str):
+        raise UserError(f'{file}, entry {place}: expected a text, or an object with a text "prompt"')
+    return text.strip()
+
+
+def _file(path: str, source: HubFile) -> Path:
+    """The file on disk, or the hub's copy of it in the hub's cache."""
+    if path:
+        return Path(path)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(hf_hub_download(source.repo, source.file, repo_type="dataset"))
+    except (OSError, ValueError, HfHubHTTPError) as error:  # offline, gated, gone: for the user it is one thing
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(
+            f"the prompts {source.file} of {source.repo} are neither in the hub's cache nor to be had now ({reason}). "
+            f"Fetch them once while online: `hf download --repo-type dataset {source.repo} {source.file}`, or name a "
+            f"copy on disk with --prompts.path"
+        ) from error

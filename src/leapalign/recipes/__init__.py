@@ -1,0 +1,14 @@
+"""Named runs. A recipe is a function that returns a `Run`; one of your own: `leapalign train my.py:mine`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from leapalign.recipes.paper import PAPER
+from leapalign.recipes.shapeworld import SHAPEWORLD, shapeworld_leapalign
+from leapalign.recipes.small_gpu import SMALL_GPU
+from leapalign.run import Run
+
+__all__ = ["RECIPES", "shapeworld_leapalign"]
+
+RECIPES: dict[str, Callable[[], Run]] = {**SHAPEWORLD, **PAPER, **SMALL_GPU}

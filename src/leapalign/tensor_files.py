@@ -1,0 +1,25 @@
+"""The header of a safetensors file, without its weights: what is in it, and whether the file is as long as it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+Header = dict[str, dict[str, Any]]  # tensor -> {"dtype", "shape", "data_offsets"}; "__metadata__" -> texts
+
+
+def read_header(file: Path) -> Header:
+    """Raises ValueError, with the reason, unless exactly as many bytes as the header announces follow it."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(min(length, size)))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        expected = 8 + length + max(ends, default=0)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"is not a readable safetensors file ({size} bytes)") from error
+    if size != expected:
+        raise ValueError(f"has {size} bytes, its header announces {expected}")
+    return header

@@ -1,0 +1,248 @@
+"""What is on disk: whole files, keys and shapes of the class that opens them, number types, finite values, hashes.
+
+The class is built on the meta device from its config.json, so nothing here needs the memory of the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from leapalign.errors import UserError
+from leapalign.models.folder import VARIANTS
+from leapalign.tensor_files import Header, read_header
+from leapalign.training.files import sha256
+from leapalign.verification.checks import Check, different, good, note, some
+
+FLOATS = {"F32", "F16", "BF16"}
+AGAIN = "fetch or copy the file again"
+SAME_MODEL = "use weights and config.json of one and the same model"
+
+
+def check_weights(part: str, folder: Path, kind: Any, library: str) -> list[Check]:
+    """All that can be said of the safetensors files of one model. `kind` is its class, of `library`."""
+    files = weight_files(folder)
+    if not files:
+        return [different(part, "files", "no safetensors", "the weights", "fetch the part's .safetensors files")]
+    headers, broken = {}, []
+    for file in files:
+        try:
+            headers[file] = read_header(file)
+        except (ValueError, FileNotFoundError) as error:
+            came = "is missing" if isinstance(error, FileNotFoundError) else str(error)
+            broken.append(different(part, "files", f"{file.name} {came}", "a whole file", AGAIN))
+    if broken:
+        return broken
+    checks = [good(part, "files", f"{len(files)} whole, {_gigabytes(files)}")]
+    checks += _check_shards(part, folder, headers)
+    checks += _check_keys(part, folder, kind, library, shapes(headers.values()))
+    checks.append(check_dtypes(part, headers.values()))
+    checks.append(check_finite(part, tensors_of(files)))
+    return checks
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Those that are opened: the shards of the index where there is one, and no other precisions."""
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        if not (folder / index.name.removesuffix(".index.json")).exists():
+            return [folder / name for name in sorted(set(_weight_map(index).values()))]
+    found = sorted(folder.glob("*.safetensors"))
+    return [file for file in found if not any(fnmatch(file.name, pattern) for pattern in VARIANTS)]
+
+
+def shapes(headers: Iterable[Header]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(entry["shape"]) for key, entry in _tensors(headers)}
+
+
+COUNTERS = ("position_ids", "num_batches_tracked")
+
+
+def check_dtypes(part: str, headers: Iterable[Header]) -> Check:
+    """One type of number a part; single tensors may be kept in float32, and counters are whole numbers."""
+    kinds = {key: entry["dtype"] for key, entry in _tensors(headers) if not key.endswith(COUNTERS)}
+    counts = Counter(kinds.values())
+    came = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+    usual = counts.most_common(1)[0][0] if counts else ""
+    odd = sorted(key for key, kind in kinds.items() if kind not in FLOATS or kind not in (usual, "F32"))
+    if odd:
+        expected = "one of F32, F16, BF16 for all (single tensors may be F32)"
+        return different(
+            part, "number types", f"{came}; e.g. {some(odd)}", expected, "use an unquantised, unmixed copy"
+        )
+    return good(part, "number types", came)
+
+
+def check_finite(part: str, tensors: Iterable[tuple[str, Any]]) -> Check:
+    import torch
+
+    count, bad = 0, []
+    for key, tensor in tensors:
+        count += 1
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            bad.append(key)
+    if bad:
+        return different(part, "values", f"NaN or infinity in {some(sorted(bad))}", "finite numbers", AGAIN)
+    return good(part, "values", f"{count} tensors, all finite")
+
+
+def tensors_of(files: Iterable[Path]) -> Iterator[tuple[str, Any]]:
+    """One at a time, from the mapped file."""
+    from safetensors import safe_open
+
+    for file in files:
+        with safe_open(file, framework="pt") as content:  # pyright: ignore[reportPrivateImportUsage]
+            for key in content.keys():  # noqa: SIM118  # it is no dictionary
+                yield key, content.get_tensor(key)
+
+
+def _check_shards(part: str, folder: Path, headers: Mapping[Path, Header]) -> list[Check]:
+    """Every key is in the file that the index says, and in no other."""
+    problems = []
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        listed = _weight_map(index)
+        if not {file.name for file in headers} >= set(listed.values()):
+            continue  # an index beside one whole file is not opened
+        found = {key: file.name for file, header in headers.items() for key in header if key != "__metadata__"}
+        if wrong := sorted(key for key in listed.keys() | found.keys() if listed.get(key) != found.get(key)):
+            came = f"{index.name} and its files differ in {some(wrong)}"
+            problems.append(different(part, "shards", came, "each key where the index says", AGAIN))
+    return problems
+
+
+def _check_keys(part: str, folder: Path, kind: Any, library: str, found: dict[str, tuple[int, ...]]) -> list[Check]:
+    try:
+        missing, unexpected, reshaped = _against_class(folder, kind, library, found)
+    except Exception as error:  # whatever a wrong config.json makes the libraries raise
+        came = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return [different(part, "keys", came, f"a config.json of {kind.__name__}", SAME_MODEL)]
+    name = kind.__name__
+    problems = []
+    if missing:
+        problems.append(different(part, "keys", f"{len(missing)} missing: {some(missing)}", f"those of {name}", AGAIN))
+    if unexpected:
+        came = f"{len(unexpected)} that {name} does not know: {some(unexpected)}"
+        problems.append(different(part, "keys", came, f"those of {name}", SAME_MODEL))
+    if reshaped:
+        problems.append(different(part, "shapes", some(reshaped), "the sizes of config.json", SAME_MODEL))
+    return problems or [good(part, "keys and shapes", f"{len(found)}, all of {name} and no other")]
+
+
+def _against_class(
+    folder: Path, kind: Any, library: str, found: dict[str, tuple[int, ...]]
+) -> tuple[list[str], list[str], list[str]]:
+    """Missing, unexpected, and differently shaped keys."""
+    if library == "diffusers":
+        from accelerate import init_empty_weights
+
+        with init_empty_weights():
+            model = kind.from_config(kind.load_config(folder))
+        expected = {key: tuple(weight.shape) for key, weight in model.state_dict().items()}
+        return _compare(expected, found)
+    # transformers knows tied weights, and old names of keys: its own account counts
+    _, info = kind.from_pretrained(
+        folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True,
+        use_safetensors=True,
+    )  # fmt: skip
+    reshaped = [f"{key[0]} {list(key[1])} instead of {list(key[2])}" for key in sorted(info["mismatched_keys"])]
+    return sorted(info["missing_keys"]), sorted(info["unexpected_keys"]), reshaped
+
+
+def _compare(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> tuple[list[str], list[str], list[str]]:
+    other = sorted(key for key in expected.keys() & found.keys() if expected[key] != found[key])
+    reshaped = [f"{key} {list(found[key])} instead of {list(expected[key])}" for key in other]
+    return sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys()), reshaped
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """The sha256 that files should have, by their path below the folder, and where that is from."""
+
+    expected: dict[str, str]
+    source: str
+
+
+def read_hashes(path: str) -> Hashes:
+    """A list as `sha256sum` writes it. Raises UserError."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a list of hashes ({error}); make one with `sha256sum`") from None
+    expected = {}
+    for number, line in enumerate(lines, start=1):
+        match = re.fullmatch(r"([0-9a-fA-F]{64}) [ *](.+)", line)
+        if match is None and line.strip():
+            raise UserError(f"{path}, line {number}: expected a sha256 and a path, as `sha256sum` writes them")
+        if match is not None:
+            expected[match[2].removeprefix("./")] = match[1].lower()
+    if not expected:
+        raise UserError(f"{path}: there is no hash in it; make one with `sha256sum` in the folder of the model")
+    return Hashes(expected, path)
+
+
+def check_hashes(part: str, root: Path, files: Iterable[Path], listed: Hashes | None) -> list[Check]:
+    """Against a list, or against the names that the hub's cache gives its files (which are their hashes)."""
+    files = sorted(files)
+    if listed is None:
+        return _check_blobs(part, root, files)
+    wrong, right = [], 0
+    for name, expected in sorted(listed.expected.items()):
+        file = root / name
+        if not file.is_file():
+            wrong.append(different(part, "hash", f"{name} is not there", expected, "fetch the file"))
+        elif (found := sha256(file)) != expected:
+            wrong.append(different(part, "hash", f"{name} has {found}", expected, AGAIN))
+        else:
+            right += 1
+    others = [str(f.relative_to(root)) for f in files if str(f.relative_to(root)) not in listed.expected]
+    unlisted = [note(part, "hash", f"{len(others)} files are not in {listed.source}: {some(others)}")] if others else []
+    return [*wrong, *unlisted, *([good(part, "hash", f"{right} files", f"those of {listed.source}")] if right else [])]
+
+
+def _check_blobs(part: str, root: Path, files: list[Path]) -> list[Check]:
+    recorded = {file: name for file in files if (name := _blob_name(file))}
+    if not recorded:
+        remedy = "for a comparison give --hashes FILE, as `sha256sum` writes it"
+        return [note(part, "hash", f"no hash is recorded for the {len(files)} files", remedy)]
+    wrong = []
+    for file, name in recorded.items():
+        found = sha256(file) if len(name) == 64 else _git_hash(file)
+        if found != name:
+            came = f"{file.relative_to(root)} has {found}"
+            remedy = f"remove {file.resolve()} and fetch the model again"
+            wrong.append(different(part, "hash", came, f"{name}, the hub's", remedy))
+    return wrong or [good(part, "hash", f"{len(recorded)} files", "those that the hub recorded")]
+
+
+def _blob_name(file: Path) -> str:
+    """The hash under which the hub's cache keeps a file; empty elsewhere."""
+    real = file.resolve()
+    return real.name if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", real.name) else ""
+
+
+def _git_hash(file: Path) -> str:
+    data = file.read_bytes()  # only small files are kept under it
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+def _tensors(headers: Iterable[Header]) -> Iterator[tuple[str, dict[str, Any]]]:
+    return ((key, entry) for header in headers for key, entry in header.items() if key != "__metadata__")
+
+
+def _gigabytes(files: Iterable[Path]) -> str:
+    return f"{sum(file.stat().st_size for file in files) / 1e9:.3g} GB"

@@ -1,0 +1,246 @@
+"""A pipeline: its files, its tokenizers and scheduler, and our sampler against the pipeline's own call."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import inspect
+import warnings
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leapalign.errors import UserError
+from leapalign.flow.rollout import rollout
+from leapalign.models.folder import INDEX, TRANSFORMER, PipelineFolder, check_part, locate, parts_of, read_json
+from leapalign.verification import known
+from leapalign.verification.checks import Check, different, good, note, within
+from leapalign.verification.files import Hashes, check_hashes, check_weights
+
+LATENTS = 1e-3  # of the largest value: order of summation is below it (2e-6 measured), any other setting above
+PIXELS = 1 / 255  # one level
+LARGEST = 512  # pixels a side, where nobody says which size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What is drawn by both samplers."""
+
+    prompt: str
+    num_steps: int
+    size: int  # pixels; 0 = the configuration's own, or where there is none the pipeline's, at most LARGEST
+    seed: int
+    device: str
+
+
+def check_pipeline(config: Any, trial: Trial, listed: Hashes | None) -> list[Check]:
+    """Files first, part by part; then what can only be seen by running it, if it opens at all."""
+    folder = locate(config.path)
+    parts = parts_of(read_json(folder / INDEX))
+    checks = [check for name, (library, kind) in parts.items() for check in _check_part(folder / name, library, kind)]
+    checks += [
+        check
+        for name in parts
+        if name.startswith("tokenizer")
+        for check in _check_tokenizer(folder, name, parts, trial)
+    ]
+    checks += _check_scheduler(folder, parts)
+    files = (file for file in folder.rglob("*") if file.is_file())
+    checks += check_hashes("all parts", folder, files, listed)
+    checks += check_architecture(config.path, folder)
+    return checks + _check_sampler(config, folder, trial)
+
+
+def _check_part(part: Path, library: str, class_name: str) -> list[Check]:
+    from torch import nn
+
+    try:
+        check_part(part, library, with_weights=False)
+        kind = getattr(importlib.import_module(library), class_name)
+    except (UserError, AttributeError) as error:
+        return [
+            different(part.name, "folder", str(error), f"{class_name} of {library}", "fetch or copy the part again")
+        ]
+    return check_weights(part.name, part, kind, library) if issubclass(kind, nn.Module) else []
+
+
+def _check_scheduler(folder: Path, parts: dict[str, tuple[str, str]]) -> list[Check]:
+    """Plain Euler, as the leaps need it."""
+    from leapalign.models.pipeline import load_scheduler
+
+    try:
+        scheduler = load_scheduler(PipelineFolder(folder, parts))
+    except UserError as error:
+        remedy = "use the scheduler's folder, and its entry in model_index.json, of this very model"
+        return [different("scheduler", "kind", str(error), "a plain FlowMatchEulerDiscreteScheduler", remedy)]
+    return [good("scheduler", "kind", f"{type(scheduler).__name__}, shift {scheduler.config.shift:g}")]
+
+
+def _check_tokenizer(folder: Path, name: str, parts: dict[str, tuple[str, str]], trial: Trial) -> list[Check]:
+    """Of the class that the index names, small enough for its encoder, and able to say a prompt again."""
+    library, class_name = parts[name]
+    encoder, remedy = name.replace("tokenizer", "text_encoder"), "copy the tokenizer of this very model again"
+    told = _json(folder / name / "tokenizer_config.json").get("tokenizer_class") or class_name
+    if told.removesuffix("Fast") != class_name.removesuffix("Fast"):
+        return [different(name, "tokenizer", f"files of a {told}", class_name, remedy)]
+    try:
+        kind = getattr(importlib.import_module(library), class_name)
+        tokenizer = kind.from_pretrained(folder / name, local_files_only=True)
+        again = tokenizer.decode(tokenizer(trial.prompt)["input_ids"], skip_special_tokens=True)
+    except Exception as error:  # whatever files of another tokenizer make transformers raise
+        return [different(name, "tokenizer", f"{type(error).__name__}: {error}", class_name, remedy)]
+    config = _json(folder / encoder / "config.json")
+    rows = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or len(tokenizer)
+    if len(tokenizer) > rows:
+        return [different(name, "tokenizer", f"{len(tokenizer)} entries", f"at most {rows}, as {encoder} has", remedy)]
+    if _letters(again) != _letters(trial.prompt):
+        if _is_shortened(again, trial.prompt):  # a small vocabulary, as the embedded model's
+            return [note(name, "tokenizer", f"knows {again!r} of {trial.prompt!r}", "give a --prompt of its words")]
+        return [different(name, "tokenizer", f"says {again!r} for {trial.prompt!r}", "the same words", remedy)]
+    return [good(name, "tokenizer", f"{len(tokenizer)} entries, says the prompt again", f"at most {rows}")]
+
+
+def _is_shortened(said: str, prompt: str) -> bool:
+    """Some of the prompt's words, in their order, and no others."""
+    words = iter(prompt.lower().split())
+    return bool(said.split()) and all(word in words for word in said.lower().split())
+
+
+def _letters(text: str) -> str:
+    return "".join(c for c in text.lower() if c.isalnum())
+
+
+def check_architecture(source: str, folder: Path) -> list[Check]:
+    """Which published model the numbers are of, and whether the scheduler's are too; what the paper measured on it."""
+    transformer, scheduler = (
+        _json(folder / TRANSFORMER / "config.json"),
+        _json(folder / "scheduler" / "scheduler_config.json"),
+    )
+    named, found = known.by_id(source), known.recognise(transformer)
+    checks = []
+    if named and named is not found:
+        wrong = {key: transformer.get(key) for key, value in named.transformer.items() if transformer.get(key) != value}
+        expected = str({key: named.transformer[key] for key in wrong})
+        checks.append(different(TRANSFORMER, "architecture", str(wrong), expected, f"fetch {source} again"))
+    if found is None:
+        sizes = {key: transformer.get(key) for key in ("num_layers", "num_attention_heads", "attention_head_dim")}
+        return [*checks, note(TRANSFORMER, "architecture", f"no published one is known with {sizes}")]
+    checks.append(good(TRANSFORMER, "architecture", f"the numbers of {' or '.join(found.names)}"))
+    other = {key: scheduler.get(key) for key, value in found.scheduler.items() if scheduler.get(key, False) != value}
+    expected = str({key: found.scheduler[key] for key in other or found.scheduler})
+    remedy = f"use scheduler_config.json of {found.names[0]}"
+    checks.append(
+        different("scheduler", "numbers", str(other), expected, remedy)
+        if other
+        else good("scheduler", "numbers", expected)
+    )
+    for figures in found.figures:
+        scores = ", ".join(f"{name} {score:g}" for name, score in figures.scores.items())
+        checks.append(note("paper", f"{found.names[0]}, untrained", f"{scores} ({figures.where})"))
+    return checks
+
+
+def _check_sampler(config: Any, folder: Path, trial: Trial) -> list[Check]:
+    """The same noise through the pipeline's own call and through ours, each opened by itself."""
+    try:
+        theirs = _pipeline_call(config, folder, trial)
+        gc.collect()  # its weights leave before ours come
+        config = replace(config, height=theirs.size, width=theirs.size)
+        model = config.load(trial.device, "float32")
+        generator = torch.Generator().manual_seed(trial.seed)
+        with torch.no_grad():
+            latents = rollout(
+                model.velocity(model.encode([trial.prompt])), model.noise([generator]), model.sigmas(trial.num_steps)
+            )
+            image = model.decode(latents)
+    except Exception as error:  # a UserError of ours, or whatever a folder that is wrong makes diffusers raise
+        remedy = "" if isinstance(error, UserError) else "mend what differs above first"
+        came = f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        return [different("sampler", "opens", came, f"a {config.pipeline} that samples", remedy)]
+    checks = [
+        good("sampler", "opens", f"{theirs.size} x {theirs.size}, {trial.num_steps} steps, {trial.device}, float32")
+    ]
+    checks.append(_check_latents(latents.cpu(), theirs))
+    difference = float((image.cpu() - theirs.image).abs().max())
+    remedy = "report it: one of the two samplers reads these files in another way"
+    checks.append(within("sampler", "pixels, ours and the pipeline's own", difference, PIXELS, remedy))
+    return [*checks, _check_picture(image.cpu())]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Theirs:
+    """What the pipeline's own call gives."""
+
+    size: int
+    latents: Tensor  # as the pipeline returns them: perhaps packed
+    unpack: Any  # the pipeline's own function for it; None if it has none
+    factor: int
+    image: Tensor  # [1, 3, H, W]
+
+
+def _pipeline_call(config: Any, folder: Path, trial: Trial) -> Theirs:
+    pipeline = _open_pipeline(config, folder).to(trial.device)
+    kind = type(pipeline)
+    size = trial.size or min(LARGEST, pipeline.default_sample_size * pipeline.vae_scale_factor)
+    names = {field.name: field.name for field in fields(config)} | dict(getattr(config, "renamed", ()))
+    takes = inspect.signature(kind.__call__).parameters
+    settings = {theirs: getattr(config, ours) for ours, theirs in names.items() if theirs in takes}
+    settings |= {"height": size, "width": size, "num_inference_steps": trial.num_steps}
+
+    def draw(output_type: str) -> Tensor:
+        generator = torch.Generator().manual_seed(trial.seed)
+        return pipeline(prompt=trial.prompt, generator=generator, output_type=output_type, **settings).images.cpu()
+
+    return Theirs(
+        size=size,
+        latents=draw("latent"),
+        unpack=getattr(kind, "_unpack_latents", None),
+        factor=pipeline.vae_scale_factor,
+        image=draw("pt"),
+    )
+
+
+def _open_pipeline(config: Any, folder: Path) -> Any:
+    import diffusers
+
+    index = read_json(folder / INDEX)
+    absent = {name: None for name, part in index.items() if isinstance(part, list) and len(part) == 2 and not part[1]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of the argument's name, which older versions need
+        pipeline = getattr(diffusers, config.pipeline).from_pretrained(
+            folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True, **absent
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _check_latents(ours: Tensor, theirs: Theirs) -> Check:
+    expected = theirs.latents
+    if expected.shape != ours.shape and theirs.unpack is not None:
+        expected = theirs.unpack(expected, theirs.size, theirs.size, theirs.factor).reshape(ours.shape)
+    what = "latents, ours and the pipeline's own"
+    if expected.shape != ours.shape:
+        return note("sampler", what, f"{list(ours.shape)} and {list(expected.shape)}: compared as pixels only")
+    size = float(expected.abs().max())
+    remedy = "report it: one of the two samplers reads these files in another way"
+    return within("sampler", what, float((ours - expected).abs().max()), LATENTS * size, remedy)
+
+
+def _check_picture(image: Tensor) -> Check:
+    deviation = float(image.flatten(2).std(dim=2).max())  # within a channel: one colour has none
+    came = f"mean {float(image.mean()):.3f}, deviation {deviation:.3f}"
+    if bool(image.isfinite().all()) and deviation > 1e-5:  # a few steps may well draw an empty ground
+        return good("vae", "decodes", came, "a picture")
+    return different("vae", "decodes", came, "a picture that is not of one colour", "fetch vae and transformer again")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """The file's object; empty where there is none (what is no JSON has been reported with its part)."""
+    try:
+        content = read_json(file)
+    except (UserError, OSError):
+        return {}
+    return content if isinstance(content, dict) else {}

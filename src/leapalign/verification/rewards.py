@@ -1,0 +1,194 @@
+"""A reward: its files, its scores of a few drawn pictures by both ways of preprocessing, and its gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from leapalign.errors import UserError
+from leapalign.hub import cached_folder, is_hub_id
+from leapalign.models.folder import read_json
+from leapalign.shapeworld.assets import resolve
+from leapalign.tensor_files import read_header
+from leapalign.verification import known
+from leapalign.verification.checks import Check, different, good, note, within
+from leapalign.verification.files import Hashes, check_dtypes, check_finite, check_hashes, check_weights
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PROMPTS = (  # each quotes a word, for rewards that look for one
+    'a red circle and the word "red"',
+    'a blue square and the word "blue"',
+    'stripes from black to white and the word "grey"',
+    'a green triangle and the word "green"',
+)
+SIZE = 256  # pixels a side
+# Of the spread of the scores: the two ways round and resize apart, other means, colours or crops differ by far more.
+PATHS = 0.1
+CHECKPOINTS = {".pt", ".pth", ".bin", ".ckpt"}
+
+
+def check_reward(word: str, config: Any, device: str, dtype: str, listed: Hashes | None) -> list[Check]:
+    """Raises UserError where there is nothing to look at: no file, no folder, nothing in the hub's cache."""
+    name = config.name
+    try:
+        reward = config.load(device, dtype)
+        opened = [good(name, "opens", f"{word}, {device}, {dtype}", "every weight in its place")]
+    except UserError as error:
+        if not locations(config):
+            raise
+        reward, opened = None, [different(name, "opens", str(error), "every weight in its place", "as it says")]
+    checks = [check for field, place in locations(config).items() for check in _check_files(name, field, place, listed)]
+    if listed is None:
+        every = [file for place in locations(config).values() for file in _files(place)]
+        checks += check_hashes(name, Path("/"), every, None) if every else []
+    checks += opened
+    if reward is not None:
+        checks += _check_scores(name, config, reward, device)
+    return checks + [note("paper", "untrained models", sentence) for sentence in known.of_reward(name)]
+
+
+def locations(config: Any) -> dict[str, Path]:
+    """Field -> the local file or folder that it means, where there is one; raises UserError for a path to nowhere."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in ("path", "processor", "head") or not value:
+            continue
+        path = Path(resolve(value))
+        if path.exists():
+            found[field.name] = path
+        elif not is_hub_id(value):
+            raise UserError(f"{field.name} {value}: there is no such file or folder; give one, or a hub id (org/name)")
+        elif folder := cached_folder(value):
+            found[field.name] = folder
+    return found
+
+
+def _check_files(name: str, field: str, place: Path, listed: Hashes | None) -> list[Check]:
+    """Weights by the class that config.json names, single files by their tensors; hashes against a list."""
+    part, checks = f"{name}.{field}", []
+    kind = _class_of(place)
+    if kind is not None:
+        checks += check_weights(part, place, kind, "transformers")
+    checkpoints = [file for file in _files(place) if file.suffix in CHECKPOINTS or (kind is None and _is_safe(file))]
+    for file in checkpoints:
+        checks += _check_checkpoint(part, file)
+    if listed is not None and field == "path":
+        checks += check_hashes(part, place if place.is_dir() else place.parent, _files(place), listed)
+    return checks
+
+
+def _check_checkpoint(part: str, file: Path) -> list[Check]:
+    from leapalign.rewards.checkpoint import read_weights
+
+    try:
+        if _is_safe(file):
+            try:
+                headers = [read_header(file)]
+            except ValueError as error:
+                return [
+                    different(part, "files", f"{file.name} {error}", "a whole file", "fetch or copy the file again")
+                ]
+            return [good(part, "files", f"{file.name}, whole"), check_dtypes(part, headers), _finite(part, file)]
+        weights = read_weights(part, str(file))
+    except UserError as error:
+        return [different(part, "files", str(error), "a file of tensors", "fetch or copy the file again")]
+    kinds = sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})
+    return [good(part, "files", f"{file.name}, tensors of {', '.join(kinds)}"), check_finite(part, weights.items())]
+
+
+def _finite(part: str, file: Path) -> Check:
+    from leapalign.verification.files import tensors_of
+
+    return check_finite(part, tensors_of([file]))
+
+
+def _class_of(place: Path) -> Any:
+    """The transformers class of a folder's config.json; None if it names none."""
+    import transformers
+
+    config = place / "config.json"
+    try:
+        told = read_json(config) if config.is_file() else {}
+    except UserError:
+        return None  # said by what opens it
+    named = told.get("architectures") if isinstance(told, dict) else None
+    kind = getattr(transformers, named[0], None) if isinstance(named, list) and named else None
+    return kind if kind is not None and any(place.glob("*.safetensors")) else None
+
+
+def _files(place: Path) -> list[Path]:
+    return [place] if place.is_file() else sorted(file for file in place.rglob("*") if file.is_file())
+
+
+def _is_safe(file: Path) -> bool:
+    return file.suffix == ".safetensors"
+
+
+def _check_scores(name: str, config: Any, reward: Any, device: str) -> list[Check]:
+    """Tensors and picture files, each picture with its own prompt."""
+    pictures = draw_pictures()
+    pixels = torch.stack([_as_tensor(picture) for picture in pictures]).to(device).requires_grad_(config.differentiable)
+    scores = reward(pixels, PROMPTS)
+    by_file = reward.score_pictures(pictures, PROMPTS)
+    numbers = [round(float(score), 4) for score in scores.detach()]
+    if not config.differentiable:  # answers in words: without a number in them they are NaN
+        return [note(name, "scores", f"{numbers}"), _check_answers(name, by_file)]
+    if not bool(scores.isfinite().all()):
+        return [different(name, "scores", f"{numbers}", "finite numbers", "fetch the weights again, or use float32")]
+    spread = float(scores.detach().max() - scores.detach().min())
+    checks = [good(name, "scores of drawn pictures", f"{numbers}")]
+    if spread == 0:
+        checks = [
+            different(name, "scores of drawn pictures", f"{numbers}", "not all the same", "fetch the weights again")
+        ]
+    difference = float((scores.detach().cpu() - by_file.cpu()).abs().max())
+    remedy = "use the preprocessor_config.json of this very model"
+    checks.append(within(name, "tensors' and picture files' scores", difference, PATHS * spread, remedy))
+    return [*checks, _check_gradient(name, scores, pixels)]
+
+
+def _check_answers(name: str, scores: Tensor) -> Check:
+    came = f"{int(scores.isfinite().sum())} of {len(scores)} answers hold a number"
+    if bool(scores.isfinite().any()):
+        return good(name, "answers", came)
+    return different(name, "answers", came, "a number in each", "fetch the weights again")
+
+
+def _check_gradient(name: str, scores: Tensor, pixels: Tensor) -> Check:
+    what, expected, remedy = "gradient at the picture", "finite, not zero", "fetch the weights again, or use float32"
+    if not scores.requires_grad:
+        return different(name, what, "none", expected, "let the scores keep the graph of the pictures")
+    (grad,) = torch.autograd.grad(scores.sum(), pixels)
+    norms = grad.flatten(1).norm(dim=1)
+    came = f"norms {float(norms.min()):.2g} to {float(norms.max()):.2g}"
+    if bool(norms.isfinite().all()) and bool((norms > 0).all()):
+        return good(name, what, came, expected)
+    return different(name, what, came, expected, remedy)
+
+
+def draw_pictures() -> list[Image]:
+    """A red circle with a word, a blue square, stripes, a green triangle; soft edges make a resize smooth."""
+    from PIL import Image, ImageDraw, ImageFilter
+
+    circle, square, triangle = (Image.new("RGB", (SIZE, SIZE), colour) for colour in ("white", "#e0d0c0", "#303040"))
+    pen = ImageDraw.Draw(circle)
+    pen.ellipse((60, 90, 200, 230), fill="#d02020")
+    pen.text((70, 20), "red", fill="black", font_size=48)
+    ImageDraw.Draw(square).rectangle((70, 60, 190, 180), fill="#2040c0")
+    ImageDraw.Draw(triangle).polygon(((128, 40), (220, 210), (36, 210)), fill="#20a040")
+    stripes = Image.linear_gradient("L").resize((SIZE, SIZE)).convert("RGB")
+    return [picture.filter(ImageFilter.GaussianBlur(2)) for picture in (circle, square, stripes, triangle)]
+
+
+def _as_tensor(picture: Image) -> Tensor:
+    """[3, H, W] in [0, 1]."""
+    import numpy as np
+
+    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 255

@@ -1,0 +1,149 @@
+"""Plans: of tiny folders against what a real run has, of published models, and everything that is wrong early."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from leapalign.cli import main
+from leapalign.errors import UserError
+from leapalign.methods.leapalign import LeapAlign
+from leapalign.planning.plan import make_plan
+from leapalign.recipe_files import load_file
+from leapalign.recipes import RECIPES
+from leapalign.training import loop
+from tiny_recipes import tiny, write_folders
+
+BENCHES = Path(__file__).parents[2] / "benches"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    return write_folders(tmp_path_factory.mktemp("folders"))
+
+
+@pytest.fixture
+def run(folders, tmp_path):
+    return tiny(RECIPES["flux-leapalign-pickscore"](), folders, tmp_path / "run")
+
+
+def bytes_in(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def tensor_bytes(tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def test_the_parts_are_those_of_the_loaded_run(run):
+    plan, engine = make_plan(run), loop.build(run)
+    assert plan.memory["transformer"] == tensor_bytes(engine.model.policy.parameters())
+    assert plan.memory["average (EMA, float32)"] == tensor_bytes(engine.ema.shadow.values())
+    assert plan.memory["VAE (float32)"] == tensor_bytes(engine.model.decoder.vae.parameters())
+    (reward,) = engine.rewards.values()
+    assert plan.memory["rewards"] == tensor_bytes(reward.model.parameters())
+    rows = engine.model.prompts._rows
+    row = next(iter(rows.values()))
+    assert (plan.prompts["number"], plan.prompts["bytes_each"]) == (len(rows), tensor_bytes([row.tokens, row.pooled]))
+    loop.update(engine, 0)
+    moments = [s[key] for s in engine.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    assert plan.memory["optimiser (AdamW, two moments)"] == tensor_bytes(moments)
+    assert not Path(run.out).exists()
+
+
+def test_the_disk_is_that_of_a_finished_run(run):
+    plan, result = make_plan(run), loop.train(run)
+    checkpoints = bytes_in(result.out / "checkpoints") / run.keep_checkpoints * (run.keep_checkpoints + 1)
+    assert plan.disk["checkpoints"] == pytest.approx(checkpoints, rel=0.25)  # headers weigh much in a tiny file
+    assert plan.disk["tuned model"] == pytest.approx(bytes_in(result.pipeline), rel=0.25)
+
+
+def test_the_geometry_counts_forwards(run):
+    plan = make_plan(replace(run, method=LeapAlign(num_leaps=3)))
+    geometry = plan.geometry
+    assert (geometry["accumulations"], geometry["forwards"]) == (2, 2 * 5)
+    assert geometry["forwards_with_graph_at_most"] == 2 * 3
+    assert plan.graphs["inputs"].kept < plan.graphs["blocks"].kept < plan.graphs["all"].kept
+
+
+def test_estimates_are_near_what_a_real_run_needs():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHES))
+        bench = load_file(str(BENCHES / "plan.py"))
+    sizes = {"double_blocks": 2, "single_blocks": 3, "width": 64, "side": 16, "text_tokens": 16, "sampling_steps": 4}
+    small = bench.Bench(**sizes, methods=("leapalign",), dtypes=("bfloat16",))
+    for name, row in bench.errors(bench.compare(small)).items():
+        assert max(map(abs, row.values())) < bench.BOUND, name
+    decoded = bench.decode(small)
+    assert decoded["estimated"] == pytest.approx(decoded["measured"], rel=bench.BOUND)
+
+
+def test_flux_before_any_download(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "flux-leapalign-hpsv21", "--dry-run", "--json", "--device", "cuda"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["prompts"]["bytes_each"] == (512 * 4096 + 768) * 2
+    assert plan["parameters"]["trained"] == 11_901_408_320
+    assert {d["what"] for d in plan["downloads"]} >= {"transformer", "text_encoder_2", "HPS_v2.1_compressed.pt"}
+    assert plan["to_download"] == pytest.approx(35.8e9, rel=0.01)
+    assert plan["graphs"]["all"]["kept"] == pytest.approx(93.9e9, rel=0.001)  # twice that of all 57 blocks measured
+    assert any("gated" in note for note in plan["notes"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_plan_as_text(run, capsys, tmp_path):
+    from leapalign.codec import dumps
+
+    (tmp_path / "run.json").write_text(dumps(run))
+    assert main(["train", str(tmp_path / "run.json"), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    for words in ("blocks (this run)", "decode and reward", "Prompt cache", "checkpoints", "Peak "):
+        assert words in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_can_be_planned(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert make_plan(RECIPES[name]()).peak > 0
+
+
+# What is wrong
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"device": "gpu"}, "device 'gpu'"),
+        ({"num_sampling_steps": 1}, "leaps need 2 steps"),
+        ({"model": {"height": 17}}, "height 17 is not a positive multiple"),
+        ({"model": {"path": "nobody/nothing"}}, "its numbers do not ship"),
+        ({"model": {"path": "no such folder"}}, "is no folder here"),
+        ({"model": {"max_sequence_length": 0}}, "max_sequence_length 0"),
+        ({"prompts": {"path": "absent.txt"}}, "absent.txt: cannot read"),
+        ({"reward": {"path": "no such folder"}}, "there is no file or folder 'no such folder'"),
+    ],
+)
+def test_mistakes_are_found_early(run, change, message):
+    (key, value), (term,) = next(iter(change.items())), run.rewards
+    if key == "reward":
+        changed = replace(run, rewards=(replace(term, reward=replace(term.reward, **value)),))
+    else:
+        changed = replace(run, **{key: replace(getattr(run, key), **value) if isinstance(value, dict) else value})
+    with pytest.raises(UserError, match=message):
+        make_plan(changed)
+
+
+def test_a_folder_without_weights_and_a_run_that_is_there(run, tmp_path):
+    copy = shutil.copytree(run.model.path, tmp_path / "copy")
+    next((copy / "vae").glob("*.safetensors")).unlink()
+    with pytest.raises(UserError, match="vae has no safetensors"):
+        make_plan(replace(run, model=replace(run.model, path=str(copy))))
+    Path(run.out).mkdir()
+    (Path(run.out) / "x").touch()
+    with pytest.raises(UserError, match="not empty"):
+        make_plan(run)
