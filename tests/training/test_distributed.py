@@ -146,7 +146,7 @@ def test_a_rank_that_fails_ends_the_job_with_its_own_message(tmp_path: Path, tin
     text = text.replace('    spoil: str = ""', '    calls: ClassVar[list] = []\n    spoil: str = ""', 1)
     recipe.write_text(text)
     begun = time.monotonic()
-    words = ("--device", "cpu", "--steps", "500", "--probe-every", "0", "--self-checks", "False")
+    words = ("--device", "cpu", "--steps", "500", "--probe-every", "0", "--no-self-checks")
     done = torchrun(2, "-m", "leapalign", "train", f"{recipe}:tiny", *words, folder=tmp_path)
     assert done.returncode == 1 and time.monotonic() - begun < 60
     assert "a bug of rank 1" in done.stderr, done.stderr
