@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from io import StringIO
 
 from rich.console import Console
 from rich.table import Table
@@ -22,7 +23,7 @@ def size(count: int) -> str:
 
 def as_text(plan: Plan, width: int = 100) -> str:
     """The whole plan; what is largest stands in the summary line."""
-    console = Console(width=width, record=True, file=_Nowhere(), highlight=False)
+    console = Console(width=width, record=True, file=StringIO(), highlight=False)
     console.print(f"Plan of {plan.name} on {plan.device}: nothing was downloaded or loaded.\n", markup=False)
     for table in _tables(plan):
         console.print(table)
@@ -30,15 +31,6 @@ def as_text(plan: Plan, width: int = 100) -> str:
         console.print(f"Note: {note}", markup=False)
     console.print(f"\nPeak {size(plan.peak)}; to download {size(plan.to_download)}.", markup=False)
     return console.export_text().rstrip()
-
-
-class _Nowhere:
-    """Where the console itself writes: the text is exported."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None: ...
 
 
 def _tables(plan: Plan) -> Iterable[Table]:
