@@ -31,10 +31,11 @@ from shared import facts
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from leapalign.recipes import shapeworld_leapalign, shapeworld_leapalign_lora
+from leapalign.recipes import shapeworld_leapalign
 from leapalign.run import Run
 from leapalign.training import loop
 from leapalign.training.distributed import joined
+from leapalign.tuning.lora import LoRA
 
 WAYS: dict[str, dict[str, Any]] = {
     "replicate": {"sharding": "replicate"},
@@ -104,7 +105,9 @@ def worker(bench: Scaling) -> None:
     for name, changes in WAYS.items():
         if ranks == 1 and changes["sharding"] == "full":
             continue
-        recipe = shapeworld_leapalign_lora() if name.startswith("lora") else shapeworld_leapalign()
+        recipe = shapeworld_leapalign()
+        if name.startswith("lora"):
+            recipe = replace(recipe, tuning=LoRA(rank=8))
         batch = {"batch_size": bench.per_rank * ranks, "micro_batch_size": bench.per_rank, "samples_per_draw": 0}
         run = replace(recipe, **batch, num_sampling_steps=bench.num_sampling_steps, device="cpu", **changes)
         answers[name] = measured(run, bench)

@@ -137,18 +137,18 @@ def test_a_rank_that_fails_ends_the_job_with_its_own_message(tmp_path: Path, tin
     """The command line under torchrun; rank 1's reward meets a bug in the second step."""
     (tmp_path / "prompts.txt").write_text("\n".join(tiny_module.PROMPTS))
     recipe = tmp_path / "failing.py"
-    text = Path(tiny_module.__file__).read_text()
-    bug = "import os\n\n                self.calls.append(1)\n"
-    bug += "                if os.environ['RANK'] == '1' and len(self.calls) > 6:\n"
-    bug += "                    raise ValueError('a bug of rank 1')\n                r ="
-    text = text.replace("r =", bug, 1).replace(
-        '    spoil: str = ""', '    calls: ClassVar[list] = []\n    spoil: str = ""'
-    )
+    bug = """import os
+                self.calls.append(1)
+                if os.environ["RANK"] == "1" and len(self.calls) > 6:
+                    raise ValueError("a bug of rank 1")
+                r = image.mean()"""
+    text = Path(tiny_module.__file__).read_text().replace("r = image.mean()", bug, 1)
+    text = text.replace('    spoil: str = ""', '    calls: ClassVar[list] = []\n    spoil: str = ""', 1)
     recipe.write_text(text)
     begun = time.monotonic()
-    words = ("--device", "cpu", "--steps", "500", "--probe-every", "0", "--self-checks", "False")
+    words = ("--device", "cpu", "--steps", "500", "--probe-every", "0", "--no-self-checks")
     done = torchrun(2, "-m", "leapalign", "train", f"{recipe}:tiny", *words, folder=tmp_path)
-    assert done.returncode == 1 and time.monotonic() - begun < 60
+    assert done.returncode == 1 and time.monotonic() - begun < 180  # starting on busy cores takes most of it
     assert "a bug of rank 1" in done.stderr, done.stderr
     assert "rank 0: the exchange with another rank broke off" in done.stderr or "SIGTERM" in done.stderr
 

@@ -30,7 +30,7 @@ RELOADED_BYTES = 2**31  # a policy above this is not opened a second time
 # Largest difference over the largest value. Wrong guidance, grid, sign or scale differ by more; two branches of
 # guidance in one forward, as in diffusers, round otherwise than in two.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
-OFF = "--self-checks False leaves these checks out"
+OFF = "--no-self-checks leaves these checks out"
 
 
 def at_start(engine: Engine) -> None:
