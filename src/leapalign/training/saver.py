@@ -87,7 +87,7 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if kind is None:
             self.wait()
-        elif issubclass(kind, Exception):  # the run's own error goes on; the save that runs is still finished
+        elif not issubclass(kind, KeyboardInterrupt):  # the run's own error goes on, after the save
             self._join()
             if self._error:
                 print(f"and the checkpoint of step {self.step} could not be saved: {self._error}", file=sys.stderr)
