@@ -384,7 +384,8 @@ def _list(argv: list[str]) -> None:
     from leapalign.listing import KINDS, listing, rewards_table
 
     table = listing(KINDS if flags.kind == "all" else (flags.kind,))
-    lines = [f"{kind}\n" + "\n".join(f"  {e['name']:22}{e['text']}" for e in table[kind]) for kind in table]
+    width = 2 + max(len(entry["name"]) for entries in table.values() for entry in entries)
+    lines = [f"{kind}\n" + "\n".join(f"  {e['name']:{width}}{e['text']}" for e in table[kind]) for kind in table]
     _answer(table, flags.json, "\n\n".join(lines) if flags.kind != "rewards" else rewards_table(table["rewards"]))
 
 
