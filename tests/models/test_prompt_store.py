@@ -20,7 +20,7 @@ from leapalign.models import prompt_place, prompt_store
 from leapalign.models.base import Text
 from leapalign.models.flux import Flux
 from leapalign.models.folder import PipelineFolder
-from leapalign.models.prompt_place import cache_plan, prompt_bytes, prune
+from leapalign.models.prompt_place import cache_plan, prune
 from leapalign.models.prompt_store import PromptStore, file_hash, fingerprint
 from leapalign.models.sd3 import SD3
 from leapalign.models.text import BATCH, PromptCache
@@ -301,9 +301,7 @@ def test_place_and_limit_come_from_the_environment(tmp_path: Path, monkeypatch: 
 
 
 def test_plan_says_what_fits(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flux = prompt_bytes(tokens=512, width=4096, pooled=768)
-    assert flux == 4_195_840  # T5 and CLIP in bfloat16
-    assert prompt_bytes(tokens=5, width=3, dtype="float32", masked=True) == 65
+    flux = 4_195_840  # bytes a prompt, T5 and CLIP in bfloat16; tests/planning derives it
     monkeypatch.setattr(prompt_place, "free_bytes", lambda _: 10**12)
     assert cache_plan(19_200, flux).problem == ""
     assert "take 210 GB" in cache_plan(50_000, flux).problem

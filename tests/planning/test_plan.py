@@ -84,6 +84,7 @@ def test_estimates_are_near_what_a_real_run_needs():
 
 def test_flux_before_any_download(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LEAPALIGN_CACHE_GB", "50")
     assert main(["train", "flux-leapalign-hpsv21", "--dry-run", "--json", "--device", "cuda"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["prompts"]["bytes_each"] == (512 * 4096 + 768) * 2
@@ -92,6 +93,8 @@ def test_flux_before_any_download(capsys, monkeypatch, tmp_path):
     assert plan["to_download"] == pytest.approx(35.8e9, rel=0.01)
     assert plan["graphs"]["all"]["kept"] == pytest.approx(93.9e9, rel=0.001)  # twice that of all 57 blocks measured
     assert any("gated" in note for note in plan["notes"])
+    assert plan["prompts"]["limit"] == 50e9  # of the cache on disk, and what does not fit is said
+    assert any("the prompts of this run take 80.7 GB" in note and "50 GB" in note for note in plan["notes"])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -101,7 +104,7 @@ def test_the_plan_as_text(run, capsys, tmp_path):
     (tmp_path / "run.json").write_text(dumps(run))
     assert main(["train", str(tmp_path / "run.json"), "--dry-run"]) == 0
     text = capsys.readouterr().out
-    for words in ("blocks (this run)", "decode and reward", "Prompt cache", "checkpoints", "Peak "):
+    for words in ("blocks (this run)", "decode and reward", "Prompt cache", "in memory", "checkpoints", "Peak "):
         assert words in text
 
 

@@ -39,12 +39,6 @@ def limit() -> int:
     return int(gigabytes * 1e9)
 
 
-def prompt_bytes(*, tokens: int, width: int, pooled: int = 0, dtype: str = "bfloat16", masked: bool = False) -> int:
-    """Bytes of one encoded prompt [tokens, width] with `pooled` features and perhaps a mask, without its header."""
-    size = {"bfloat16": 2, "float32": 4}[dtype]
-    return size * (tokens * width + pooled) + (tokens if masked else 0)
-
-
 @dataclass(frozen=True, kw_only=True)
 class CachePlan:
     """What a run's prompts will take, before any of them is encoded."""

@@ -21,6 +21,8 @@ from leapalign.errors import UserError
 from leapalign.models.base import Conditioning
 from leapalign.models.folder import INDEX, PipelineFolder, open_folder
 from leapalign.models.pipeline import PipelineModel, parse_dtype
+from leapalign.models.prompt_place import cache_plan, limit
+from leapalign.models.prompt_store import WORTHWHILE
 from leapalign.planning import texts
 from leapalign.planning.activations import GRAPHS, Forwards, GraphBytes, count_forwards, graph_bytes, latent_bytes
 from leapalign.planning.architectures import Pipeline
@@ -45,7 +47,7 @@ class Plan:
     graphs: dict[str, GraphBytes]  # setting of the graph -> what one micro-batch needs
     graph: str  # the run's setting
     phases: dict[str, int]  # phase -> most bytes on the device
-    prompts: dict[str, int]  # number, bytes of each in the cache, bytes of all
+    prompts: dict[str, int]  # number, bytes of each in the cache, bytes of all, limit of the disk's (0: memory only)
     downloads: tuple[Download, ...]
     disk: dict[str, int]
     notes: tuple[str, ...]
@@ -207,7 +209,8 @@ def _assemble(
     trained = _bytes(p for p in model.policy.parameters() if p.requires_grad)
     memory = _memory(parts, trained)
     phases = _phases(parts, device, forwards, branches, graphs, memory, trained)
-    cache = {"number": prompts, "bytes_each": shape.bytes(dtype), "bytes": prompts * shape.bytes(dtype)}
+    each = shape.bytes(dtype)
+    cache = {"number": prompts, "bytes_each": each, "bytes": prompts * each, "limit": _cache_limit(parts)}
     plan = Plan(
         name=run.name,
         device=device,
@@ -328,12 +331,21 @@ def _notes(parts: Parts, plan: Plan) -> list[str]:
         found.append(f"{path} is gated ({known.licence}): accept it on its page, then `hf auth login`")
     if (there := _capacity(plan.device)) and plan.peak > there:
         found.append(f"the peak does not fit: {plan.device} has {_gb(there)} GB; see graph, tuning, micro_batch_size")
-    if plan.prompts["bytes"] > (memory := _capacity("cpu")) > 0:
-        found.append(f"the prompt cache is larger than this machine's {_gb(memory)} GB of memory")
+    if plan.prompts["limit"]:
+        found += filter(None, [cache_plan(plan.prompts["number"], plan.prompts["bytes_each"]).problem])
+    elif plan.prompts["bytes"] > (memory := _capacity("cpu")) > 0:
+        found.append(f"the encoded prompts are more than this machine's {_gb(memory)} GB of memory")
     free = shutil.disk_usage(_existing(Path(parts.run.out))).free
     if sum(plan.disk.values()) > free:
         found.append(f"{parts.run.out}: {_gb(free)} GB are free there, less than the run may write")
     return found
+
+
+def _cache_limit(parts: Parts) -> int:
+    """Bytes that encoded prompts may take on disk (LEAPALIGN_CACHE_GB); 0 where they are kept in memory alone."""
+    text = sum(count for name, count in parts.weights.items() if name.startswith("text_encoder"))
+    per_weight = parts.known.bytes_per_weight if parts.known else FLOAT32
+    return limit() if text * per_weight >= WORTHWHILE else 0
 
 
 def _capacity(device: str) -> int:

@@ -46,8 +46,9 @@ def _tables(plan: Plan) -> Iterable[Table]:
     yield _table("One micro-batch by graph", ("graph", "kept", "peak of rollout", "peak of backward"), rows)
     yield _table("Memory by phase, all included", ("phase", "peak"), _sizes(plan.phases.items()))
     prompts = plan.prompts
-    cache = [(f"{prompts['number']:,}", size(prompts["bytes_each"]), size(prompts["bytes"]))]
-    yield _table("Prompt cache", ("prompts", "each", "all"), cache)
+    most = size(prompts["limit"]) if prompts["limit"] else "in memory"
+    cache = [(f"{prompts['number']:,}", size(prompts["bytes_each"]), size(prompts["bytes"]), most)]
+    yield _table("Prompt cache", ("prompts", "each", "all", "limit on disk"), cache)
     if plan.downloads:
         state = {True: "in the cache", False: "to fetch"}
         fetched = [(d.repo, d.what, size(d.bytes) if d.bytes else "?", state[d.cached]) for d in plan.downloads]

@@ -1,6 +1,7 @@
 """The published models by the numbers of their transformers, and what the paper measured on them (arXiv 2604.15311).
 
-Sizes: config.json of the transformers in the repositories named. Schedulers: their scheduler_config.json.
+Sizes and schedulers are those that ship for plans (leapalign.planning.architectures), public facts that could not be
+compared with the hub's own files when this was written.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from leapalign.planning.architectures import PIPELINES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,17 +29,6 @@ class Known:
     figures: tuple[Figures, ...] = field(default=())
 
 
-_FLUX = {
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "num_attention_heads": 24,
-    "attention_head_dim": 128,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "in_channels": 64,
-}
-_SD3 = {"attention_head_dim": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "in_channels": 16}
-_DYNAMIC = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
 _HPDV2 = "HPDv2 test, 400 prompts, 4 pictures each"
 _FLUX_TABLE_2 = Figures(
     where=f"Table 2: {_HPDV2}, 720 x 720, 50 steps, guidance 3.5",
@@ -62,36 +54,36 @@ _SD35_TABLE_4 = Figures(
         "imagereward": 1.0614,
     },
 )
+SCHEDULER = ("shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+SIZES = (
+    *("num_layers", "num_single_layers", "num_attention_heads", "attention_head_dim", "joint_attention_dim"),
+    *("pooled_projection_dim", "in_channels", "guidance_embeds", "qk_norm", "pos_embed_max_size"),
+)
+
+
+def _known(*names: str, figures: tuple[Figures, ...] = ()) -> Known:
+    """The numbers of the first of these, which the others share."""
+    parts = PIPELINES[names[0]].parts
+    (kind, transformer), (_, scheduler) = parts["transformer"], parts["scheduler"]
+    unsaid = {"qk_norm": None} if kind.endswith("SD3Transformer2DModel") else {}
+    return Known(
+        names=names,
+        transformer=unsaid | {key: transformer[key] for key in SIZES if key in transformer},
+        scheduler={"use_dynamic_shifting": False} | {key: scheduler[key] for key in SCHEDULER if key in scheduler},
+        figures=figures,
+    )
+
+
 MODELS = (
-    Known(
-        names=("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-Krea-dev"),
-        transformer=_FLUX | {"guidance_embeds": True},
-        scheduler={"shift": 3.0, "use_dynamic_shifting": True, **_DYNAMIC},
+    _known(
+        "black-forest-labs/FLUX.1-dev",
+        "black-forest-labs/FLUX.1-Krea-dev",
         figures=(_FLUX_TABLE_2, _FLUX_TABLE_3, _FLUX_GENEVAL),
     ),
-    Known(
-        names=("black-forest-labs/FLUX.1-schnell",),
-        transformer=_FLUX | {"guidance_embeds": False},
-        scheduler={"shift": 1.0, "use_dynamic_shifting": False},
-    ),
-    Known(
-        names=("stabilityai/stable-diffusion-3.5-medium",),
-        transformer=_SD3
-        | {"num_layers": 24, "num_attention_heads": 24, "qk_norm": "rms_norm", "pos_embed_max_size": 384},
-        scheduler={"shift": 3.0, "use_dynamic_shifting": False},
-        figures=(_SD35_TABLE_4,),
-    ),
-    Known(
-        names=("stabilityai/stable-diffusion-3.5-large",),
-        transformer=_SD3
-        | {"num_layers": 38, "num_attention_heads": 38, "qk_norm": "rms_norm", "pos_embed_max_size": 192},
-        scheduler={"shift": 3.0, "use_dynamic_shifting": False},
-    ),
-    Known(
-        names=("stabilityai/stable-diffusion-3-medium-diffusers",),
-        transformer=_SD3 | {"num_layers": 24, "num_attention_heads": 24, "qk_norm": None, "pos_embed_max_size": 192},
-        scheduler={"shift": 3.0, "use_dynamic_shifting": False},
-    ),
+    _known("black-forest-labs/FLUX.1-schnell"),
+    _known("stabilityai/stable-diffusion-3.5-medium", figures=(_SD35_TABLE_4,)),
+    _known("stabilityai/stable-diffusion-3.5-large"),
+    _known("stabilityai/stable-diffusion-3-medium-diffusers"),
 )
 
 
