@@ -29,7 +29,7 @@ import tiny_pipelines
 from leapalign.errors import NotFinite, RunInterrupted
 from leapalign.methods import AlignProp, DRaFT, DRaFTLV, DRTune, LeapAlign, ReFL
 from leapalign.models.base import Conditioning, Text
-from leapalign.models.guidance import Guidance, guided
+from leapalign.models.guidance import Guidance, GuidedVelocity
 from leapalign.models.sd3 import SD3, predict
 from leapalign.recipe_files import load_file
 from leapalign.run import RewardTerm, Run
@@ -79,7 +79,9 @@ class Guided(Tiny):
         return torch.stack([torch.randn(4, 4, 4, generator=g, dtype=torch.float64) for g in generators])
 
     def velocity(self, conditioning: Conditioning) -> Any:
-        return guided(lambda x, t, text: predict(self.policy, x, 1000 * t, text), conditioning, Guidance(3.0, True, ""))
+        return GuidedVelocity(
+            lambda x, t, text: predict(self.policy, x, 1000 * t, text), conditioning, Guidance(3.0, True, "")
+        )
 
 
 def _text(prompt: str) -> Text:

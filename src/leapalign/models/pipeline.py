@@ -15,7 +15,7 @@ from leapalign.errors import UserError
 from leapalign.models.base import Conditioning, Text
 from leapalign.models.decode import Decoder
 from leapalign.models.folder import PipelineFolder, load_part, save_with
-from leapalign.models.guidance import Guidance, guided, in_precision
+from leapalign.models.guidance import Guidance, GuidedVelocity, in_precision
 from leapalign.models.prompt_store import PromptStore
 from leapalign.models.text import Encoder, PromptCache
 from leapalign.tuning.adapter import merged, switched_off
@@ -61,7 +61,7 @@ class PipelineModel:
 
     def velocity(self, conditioning: Conditioning) -> Velocity:
         predict = in_precision(lambda x, sigma, text: self.predict(self.policy, x, sigma, text), self.dtype)
-        return guided(predict, conditioning, self.guidance)
+        return GuidedVelocity(predict, conditioning, self.guidance)
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.decoder(latents)

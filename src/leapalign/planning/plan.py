@@ -283,8 +283,10 @@ def _phases(
     run, graph, always = parts.run, graphs[parts.run.graph], sum(memory.values())
     accumulated = run.batch_size > run.micro_batch_size
     held = trained if accumulated else 0  # gradients of earlier micro-batches
-    # a weight that is used several times in one graph has its gradients added up beside .grad (LOG.md)
-    partial = trained if accumulated and forwards.most_with_graph * branches > 1 else 0
+    # a weight that is used several times in one backward has its gradients added up beside .grad; with only inputs kept
+    # each forward has a backward of its own
+    several = run.graph != "inputs" and forwards.most_with_graph * branches > 1
+    partial = trained if accumulated and several else 0
     rows = run.micro_batch_size * forwards.copies
     scores = [r.score for r, term in zip(parts.rewards, run.rewards) if r.score and not term.device]
     reward = latent_bytes(

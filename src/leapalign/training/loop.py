@@ -320,9 +320,9 @@ def _surrogate_and_gradient(engine: Engine, micro: MicroBatch) -> tuple[Surrogat
 
 def _velocity(engine: Engine, prompts: tuple[str, ...]) -> Velocity:
     velocity = engine.model.velocity(engine.model.encode(list(prompts)))
-    if engine.shards:
-        velocity = engine.shards.velocity(velocity)
-    return inputs_only(velocity) if engine.run.graph == "inputs" else velocity
+    if engine.run.graph == "inputs":
+        velocity = inputs_only(velocity)
+    return engine.shards.velocity(velocity) if engine.shards else velocity
 
 
 def _score(engine: Engine, prompts: tuple[str, ...], latents: Tensor, rows: list[int]) -> dict[str, Tensor]:
