@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file as load_tensors
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -32,13 +33,18 @@ from leapalign.models.base import Conditioning, Text
 from leapalign.models.guidance import Guidance, guided
 from leapalign.models.sd3 import SD3, predict
 from leapalign.recipe_files import load_file
+from leapalign.rewards.clip import PickScore
+from leapalign.rewards.hpsv3 import HPSv3
+from leapalign.rewards.imagereward import ImageReward
 from leapalign.run import RewardTerm, Run
-from leapalign.training import loop
+from leapalign.training import frozen, loop
 from leapalign.training.distributed import World, joined
 from leapalign.training.weights import whole
 from leapalign.tuning.adapter import attach
 from leapalign.tuning.lora import LoRA
 from leapalign.tuning.targets import find_targets
+from tiny_checkpoints import write_tiny_imagereward
+from tiny_qwen import write_tiny_hpsv3
 
 TINY = load_file(str(Path(__file__).with_name("tiny_recipe.py")))
 PROMPTS, Tiny, TinyModel, TinyReward, tiny = (
@@ -82,6 +88,38 @@ class Guided(Tiny):
         return guided(lambda x, t, text: predict(self.policy, x, 1000 * t, text), conditioning, Guidance(3.0, True, ""))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Double:
+    """A reward in float64, which a run's dtype does not offer."""
+
+    differentiable: ClassVar[bool] = True
+
+    reward: Any
+
+    @property
+    def name(self) -> str:
+        return self.reward.name
+
+    def load(self, device: str, dtype: str) -> Any:
+        return self.reward.load(device, "float64")
+
+
+def networks(folder: Path, world: World) -> tuple[RewardTerm, ...]:
+    """Rewards with all that is peculiar: kept text features, cross-attention, a forward a sample of its own length."""
+    if world.main:
+        write_tiny_imagereward(folder / "imagereward")
+        (folder / "hpsv3").mkdir()
+        write_tiny_hpsv3(folder / "hpsv3")
+    dist.barrier()
+    large = str(folder / "hpsv3")
+    rewards = (
+        PickScore(path="embedded:reward"),
+        ImageReward(path=str(folder / "imagereward"), processor=str(folder / "imagereward")),
+        HPSv3(path=large, processor=large),
+    )
+    return tuple(RewardTerm(reward=Double(reward=reward), threshold=9.0, weight=9.0) for reward in rewards)
+
+
 def _text(prompt: str) -> Text:
     phase = torch.arange(5 * 32 + 24, dtype=torch.float64) * (1 + len(prompt))
     return Text(phase[: 5 * 32].sin().view(1, 5, 32), phase[5 * 32 :].cos().view(1, 24))
@@ -112,12 +150,15 @@ def deviation(found: dict[str, Any], expected: dict[str, Any]) -> float:
     return worst
 
 
-def compared(run: Run, world: World, steps: int = 2) -> dict[str, Any]:
+def compared(
+    run: Run, world: World, steps: int = 2, note: Callable[[loop.Engine], dict[str, Any]] = lambda _: {}
+) -> dict[str, Any]:
     """The run on all ranks against the same on one; every rank compares for itself."""
     expected = numbers(loop.build(run, World()), steps)
-    found = numbers(loop.build(run, world), steps)
+    engine = loop.build(run, world)
+    found = numbers(engine, steps)
     moved = max(float(t.abs().max()) for n, t in expected["tensors"].items() if n.startswith("gradient"))
-    return {"deviation": max(world.gather(deviation(found, expected))), "gradient": moved}
+    return {"deviation": max(world.gather(deviation(found, expected))), "gradient": moved} | note(engine)
 
 
 def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -155,6 +196,15 @@ def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]
         run = replace(small, sharding=sharding, out=str(folder / f"run-{sharding}"), steps=2)
         named[f"{sharding}, trained"] = lambda r=run: trained(r, world)
         named[f"{sharding}, NaN on one rank"] = lambda r=run: spoilt(r, world)
+    terms = networks(folder, world)
+    large = tuple(term.reward.name for term in terms)
+    judged = replace(small, rewards=terms, shard_rewards=large, micro_batch_size=2, reward_chunk=1, probe_size=3)
+    judged = replace(judged, batch_size=2 * world.size)
+    named["sharded rewards"] = lambda: compared(judged, world, 1, shares)
+    units = tuple(replace(term, unit_gradient=True) for term in terms[:2])
+    both = replace(judged, rewards=units, sharding="full", shard_rewards=large[1:2])
+    named["full, sharded rewards"] = lambda: compared(both, world)
+    named["sharded text encoders"] = lambda: encoded(folder, world)
     stopping = replace(small, out=str(folder / "run-stopped"))
     named["a signal to the last rank"] = lambda: stopped(stopping, world)
     named["saved"] = lambda: saved(folder, full, world)
@@ -217,11 +267,47 @@ def saved(folder: Path, run: Run, world: World) -> dict[str, Any]:
     return {"equal": equal, "share": parts / sum(t.numel() for t in shadow.values())}
 
 
+def share(network: torch.nn.Module) -> float:
+    """Of a network's weights, what this rank holds."""
+    ps = list(network.parameters())
+    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in ps) / sum(p.numel() for p in ps)
+
+
+def shares(engine: loop.Engine) -> dict[str, Any]:
+    """Of each reward's blocks, and of all of it."""
+    networks = {name: reward.reward.model for name, reward in engine.rewards.items()}  # type: ignore[attr-defined]
+    blocks = {name: [share(block) for block in frozen.blocks_of(network, name)] for name, network in networks.items()}
+    return {"blocks": blocks, "whole": {name: share(network) for name, network in networks.items()}}
+
+
+def encoded(folder: Path, world: World) -> dict[str, Any]:
+    """CLIP and T5 with sharded blocks, where rank 0 has two of the prompts already; and encoders loaded afterwards."""
+    if world.main:
+        tiny_pipelines.save(tiny_pipelines.sd3_pipeline(with_t5=True), folder / "sd3-t5")
+    dist.barrier()
+    config = SD3(path=str(folder / "sd3-t5"), height=8, width=8, guidance_scale=3.0, max_sequence_length=12)
+    model, alone = config.load("cpu", "float32"), config.load("cpu", "float32")
+    if world.main:
+        model.prepare(PROMPTS[:2])
+    held, spread = [], frozen.shard_blocks
+    frozen.shard_blocks = lambda blocks, mesh: (spread(blocks, mesh), held.append(blocks))
+    frozen.prepare(replace(tiny(), shard_text_encoders=True), model, PROMPTS, world, "cpu")
+    frozen.shard_blocks = spread
+    alone.prepare(PROMPTS)
+    ours, theirs = model.encode(PROMPTS).prompts, alone.encode(PROMPTS).prompts
+    assert ours.pooled is not None and theirs.pooled is not None
+    equal = torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.pooled, theirs.pooled)
+    if world.main:
+        model.encode(["a prompt that was not foreseen"])  # by rank 0 alone: its encoders are whole
+    blocks = {str(i): [share(block) for block in encoder] for i, encoder in enumerate(held)}
+    return {"equal": all(world.gather(equal)), "blocks": blocks}
+
+
 def _between(run: Run) -> float:
     """A threshold above some of the first batch's rewards and below others."""
     engine = loop.build(run, World())
     micros = loop.batches.micro_batches(run, engine.prompts, 0)
-    rewards = sorted(float(loop._surrogate_and_gradient(engine, m)[1].reward[0]) for m in micros)
+    rewards = sorted(float(loop._gradient_at_latent(engine, m, loop._surrogate(engine, m)).reward[0]) for m in micros)
     return (rewards[0] + rewards[1]) / 2  # one sample of one rank trains
 
 

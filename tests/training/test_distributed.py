@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from leapalign.errors import UserError
 from leapalign.run import Run
-from leapalign.training import batches, loop
+from leapalign.training import batches, frozen, loop
 from leapalign.training.distributed import (
     VARIABLES,
     World,
@@ -67,7 +67,7 @@ def check(answers: dict[str, Any], ranks: int) -> None:
     """What every launch must have found."""
     compared = {name: answer for name, answer in answers.items() if "deviation" in answer}
     assert {f"{way} {method}" for way in ("replicate", "full") for method in METHODS} <= compared.keys()
-    assert len(compared) == 2 * len(METHODS) + 10
+    assert len(compared) == 2 * len(METHODS) + 12
     for name, answer in compared.items():
         assert answer["deviation"] < 1e-10 and answer["gradient"] > 1e-4, (name, answer)
     for way in ("replicate", "full"):
@@ -75,6 +75,12 @@ def check(answers: dict[str, Any], ranks: int) -> None:
         bad = answers[f"{way}, NaN on one rank"]
         assert bad["texts"] == ["step 1: the reward tiny-reward is nan for the prompt 'red'"] and bad["said by"] >= 1
     assert answers["replicate, NaN on one rank"]["said by"] < ranks
+    encoded = answers["sharded text encoders"]
+    assert encoded["equal"] and len(encoded["blocks"]) == 3  # two CLIPs and T5
+    for blocks in (*encoded["blocks"].values(), *answers["sharded rewards"]["blocks"].values()):
+        assert len(blocks) >= 1 and all(0.9 / ranks < share < 1.2 / ranks for share in blocks)
+    assert answers["sharded rewards"]["whole"].keys() == {"pickscore", "imagereward", "hpsv3"}
+    assert max(answers["sharded rewards"]["whole"].values()) < 0.99
     signalled = answers["a signal to the last rank"]
     assert signalled["status"] == [143] * ranks and signalled["saved"] and signalled["said by"] == 1
     assert answers["saved"]["equal"] and answers["saved"]["share"] < 1.2 / ranks
@@ -238,6 +244,28 @@ def test_what_cannot_be_sharded_is_refused(tiny_run: Callable[..., Run], monkeyp
     policy.hf_quantizer = object()  # pyright: ignore
     with pytest.raises(UserError, match="a quantised base cannot be sharded"):
         shard(run, policy, two_ranks)
+
+
+def test_frozen_networks_that_cannot_be_sharded_are_refused(tiny_run: Callable[..., Run], tiny_module: Any) -> None:
+    """Unknown names and devices before anything is loaded; the rest before anything is sharded."""
+    two_ranks, name = World(size=2, local_size=2), "tiny-reward"
+    with pytest.raises(UserError, match="there is no reward 'hpsv3'; the run has tiny-reward"):
+        loop.build(tiny_run(model=None, shard_rewards=("hpsv3",)))
+    run = tiny_run(shard_rewards=(name,), shard_text_encoders=True)
+    elsewhere = (replace(run.rewards[0], device="cpu"),)
+    with pytest.raises(UserError, match=r"tiny-reward has a device of its own \(cpu\)"):
+        loop.build(replace(run, model=None, rewards=elsewhere))
+    with pytest.raises(UserError, match="tiny-reward has no network"):
+        frozen.shard_rewards(run, {name: lambda images, prompts: images.mean()}, two_ranks, "cpu")
+    plain = SimpleNamespace(model=torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    with pytest.raises(UserError, match="tiny-reward has no repeated blocks"):
+        frozen.shard_rewards(run, {name: plain}, two_ranks, "cpu")  # type: ignore[dict-item]
+    layer = torch.nn.Linear(2, 2)
+    tied = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([layer, torch.nn.Sequential(layer)])})
+    with pytest.raises(UserError, match="blocks that share weights"):
+        frozen.shard_rewards(run, {name: SimpleNamespace(model=tied)}, two_ranks, "cpu")  # type: ignore[dict-item]
+    with pytest.raises(UserError, match="TinyModel encodes its prompts in a way of its own"):
+        frozen.prepare(run, run.model.load("cpu", "float32"), ["red"], two_ranks, "cpu")
 
 
 def test_a_large_policy_on_cuda_is_sharded_by_itself(tiny_run, monkeypatch):

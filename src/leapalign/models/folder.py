@@ -46,8 +46,8 @@ _LOADER: ContextVar[Callable[..., Any] | None] = ContextVar("loader", default=No
 
 
 @contextmanager
-def parts_from(loader: Callable[..., Any]) -> Iterator[None]:
-    """Inside, `load_part` asks `loader` with its own arguments: a plan's models have no weights."""
+def parts_from(loader: Callable[..., Any] | None) -> Iterator[None]:
+    """Inside, `load_part` asks `loader` (None: nobody) with its own arguments: a plan's models have no weights."""
     token = _LOADER.set(loader)
     try:
         yield

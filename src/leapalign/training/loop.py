@@ -39,6 +39,7 @@ from leapalign.training.batches import MicroBatch, noise_generators
 from leapalign.training.checkpoints import Checkpoint, Progress
 from leapalign.training.distributed import World, joined, sum_gradients, world_device
 from leapalign.training.files import complete_folder, disk_errors, refuse_links_out, write_text
+from leapalign.training.frozen import check_names, prepare, shard_rewards
 from leapalign.training.guard import check_gradients, check_rows
 from leapalign.training.lock import LOCK, run_lock
 from leapalign.training.metrics import batch_metrics, of_all_ranks
@@ -68,6 +69,11 @@ class Engine:
     sigmas: Tensor
     world: World
     shards: Shards | None  # None: every rank has the whole policy
+
+    @property
+    def rewards_in_step(self) -> bool:
+        """Whether all ranks must score equally many pictures."""
+        return self.world.size > 1 and bool(self.run.shard_rewards)
 
     def rollout(self) -> AbstractContextManager[None]:
         """Around the forwards of a rollout."""
@@ -171,18 +177,21 @@ def build(run: Run, world: World = ALONE) -> Engine:
     """Load model, rewards and prompts, and encode every prompt that the run will meet; then shard, if that is asked."""
     _refuse_without_gradient(run)
     names = reward_names(run)
+    check_names(run, names)
     with world.agreed():
         device = resolve_device(world_device(run.device, world))
         prompts = run.prompts.load()
         model = run.model.load(device, run.dtype, run.tuning)
         run.tuning.initialise(model.policy, run.seed)
-        model.prepare(batches.prompts_used(run, prompts))
         if run.graph == "blocks":
             _checkpoint_blocks(model.policy)
         trained_parameters(model.policy)
+    prepare(run, model, batches.prompts_used(run, prompts), world, device)
+    with world.agreed():
         rewards = {name: load_reward(term, device, run.dtype) for name, term in zip(names, run.rewards)}
     world.check_equal(run, model.policy)
     shards = shard(run, model.policy, world)
+    rewards = shard_rewards(run, rewards, world, device)
     parameters = trained_parameters(model.policy)
     return Engine(
         run=run,
@@ -257,8 +266,10 @@ def update(engine: Engine, step: int) -> Metrics:
     trained, parts = False, []
     with run.tuning.in_update(engine.model.policy, run.seed, step):
         for micro in batches.micro_batches(run, engine.prompts, step, world.rank, world.size):
+            with world.agreed(NotFinite):
+                surrogate = _surrogate(engine, micro)
             with world.agreed(NotFinite) as some:
-                surrogate, result = _surrogate_and_gradient(engine, micro)
+                result = _gradient_at_latent(engine, micro, surrogate)
                 own = some.any = surrogate.has_gradient and result.has_gradient
             with world.agreed(NotFinite):
                 if own or (sharded and some.any):  # backwards of sharded weights are made by all ranks or none
@@ -296,8 +307,8 @@ def learning_rate(run: Run, step: int) -> float:
     return run.learning_rate * (0.1 + 0.9 * (1 + math.cos(math.pi * passed)) / 2)
 
 
-def _surrogate_and_gradient(engine: Engine, micro: MicroBatch) -> tuple[Surrogate, LatentGradient]:
-    """Rollout with the differentiated forwards in it, then the loss and its gradient at the latent; all finite."""
+def _surrogate(engine: Engine, micro: MicroBatch) -> Surrogate:
+    """Rollout with the differentiated forwards in it; finite."""
     run, model, step = engine.run, engine.model, micro.step + 1
     x = model.noise(noise_generators(run.seed, micro.step, micro.samples)).to(engine.sigmas.device)
     renoise = noise_generators(run.seed, micro.step, micro.samples, "method noise")
@@ -309,13 +320,19 @@ def _surrogate_and_gradient(engine: Engine, micro: MicroBatch) -> tuple[Surrogat
     with engine.rollout():
         surrogate = run.method(_velocity(engine, micro.prompts), x, engine.sigmas, draws)
     check_rows(surrogate.x_hat.detach(), "the latent x_hat", micro.prompts, step)
+    return surrogate
+
+
+def _gradient_at_latent(engine: Engine, micro: MicroBatch, surrogate: Surrogate) -> LatentGradient:
+    """The loss and its gradient at the latent; all finite."""
+    run, step = engine.run, micro.step + 1
     score = partial(_score, engine, micro.prompts)
     result = latent_gradient(surrogate, score, engine.terms, chunk=run.reward_chunk, batch_size=run.batch_size)
     for name, reward in result.rewards.items():
         check_rows(reward, f"the reward {name}", micro.prompts, step)
     check_rows(result.loss[None], "the loss", [", ".join(micro.prompts)], step)
     check_rows(result.grad, "the reward's gradient at the latent", micro.prompts, step)
-    return surrogate, result
+    return result
 
 
 def _velocity(engine: Engine, prompts: tuple[str, ...]) -> Velocity:
@@ -341,12 +358,14 @@ def probe(engine: Engine) -> Metrics:
         for start in range(world.rank * part, len(texts) + world.rank * part, one_round):
             rows = range(start, min(start + part, len(texts)))
             made = rows or range(1)  # past the end: a forward like the other ranks', which counts for nothing
+            if engine.rewards_in_step:
+                made = [min(row, len(texts) - 1) for row in range(start, start + part)]
             prompts = tuple(texts[row] for row in made)
             x = engine.model.noise(noise_generators(run.probe_seed, 0, made, "probe")).to(engine.sigmas.device)
             with engine.rollout():
                 x_0 = rollout(_velocity(engine, prompts), x, engine.sigmas)
             scores = _score(engine, prompts, x_0, list(range(len(prompts)))).values()
-            totals += torch.tensor([float(reward.sum()) if rows else 0.0 for reward in scores], dtype=torch.float64)
+            totals += torch.tensor([float(reward[: len(rows)].sum()) for reward in scores], dtype=torch.float64)
     world.sum_([totals])
     means = {name: float(total) / len(texts) for name, total in zip(engine.rewards, totals)}
     parts = {f"probe_reward/{name}": mean for name, mean in means.items()} if len(means) > 1 else {}

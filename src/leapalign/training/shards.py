@@ -89,7 +89,7 @@ def shard(run: Run, policy: nn.Module, world: World) -> Shards | None:
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise UserError(f"sharded weights need a newer torch than {torch.__version__}; use --sharding replicate")
     shell = _shell(policy)
-    mesh = _mesh(run, world, next(policy.parameters()).device.type)
+    mesh = mesh_of(run, world, next(policy.parameters()).device.type)
     trained = {p for p in policy.parameters() if p.requires_grad}
     whole_on_each = trained if len(trained) < len(list(policy.parameters())) else set()
     for module in (*_blocks(policy), policy):
@@ -142,7 +142,9 @@ def _groups(policy: Any) -> list[FSDPModule]:
     return [module for module in policy.modules() if isinstance(module, FSDPModule)]
 
 
-def _mesh(run: Run, world: World, device: str) -> DeviceMesh:
+def mesh_of(run: Run, world: World, device: str) -> DeviceMesh:
+    """The ranks as the run's sharding arranges them; `device` is that of a rank, or its type."""
+    device = device.partition(":")[0]
     if run.sharding != "hybrid":
         return init_device_mesh(device, (world.size,), mesh_dim_names=("shard",))
     inner = run.shard_ranks or world.local_size
