@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -27,7 +28,7 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tiny_pipelines
-from leapalign.errors import NotFinite, RunInterrupted
+from leapalign.errors import NotFinite, RunInterrupted, RunStopped
 from leapalign.methods import AlignProp, DRaFT, DRaFTLV, DRTune, LeapAlign, ReFL
 from leapalign.models.base import Conditioning, Text
 from leapalign.models.guidance import Guidance, guided
@@ -37,8 +38,10 @@ from leapalign.rewards.clip import PickScore
 from leapalign.rewards.hpsv3 import HPSv3
 from leapalign.rewards.imagereward import ImageReward
 from leapalign.run import RewardTerm, Run
-from leapalign.training import frozen, loop
+from leapalign.training import checkpoints, frozen, loop, parts
+from leapalign.training.checkpoints import Progress
 from leapalign.training.distributed import World, joined
+from leapalign.training.saver import Copies
 from leapalign.training.weights import whole
 from leapalign.tuning.adapter import attach
 from leapalign.tuning.lora import LoRA
@@ -192,10 +195,14 @@ def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]
     named["full, inputs"] = lambda: compared(replace(full, graph="inputs"), world, 1)
     named["full, blocks"] = lambda: compared(replace(full, graph="blocks"), world, 1)
     named["hybrid"] = lambda: compared(replace(real, sharding="hybrid", shard_ranks=max(1, world.size // 2)), world)
-    for sharding in ("replicate", "full"):
-        run = replace(small, sharding=sharding, out=str(folder / f"run-{sharding}"), steps=2)
+    halves = {"shard_ranks": max(1, world.size // 2), "async_checkpoints": False}
+    for sharding, changes in {"replicate": {}, "full": {}, "hybrid": halves}.items():
+        run = replace(small, sharding=sharding, out=str(folder / f"run-{sharding}"), **changes)
+        run = replace(run, steps=2, checkpoint_every=1)
         named[f"{sharding}, trained"] = lambda r=run: trained(r, world)
         named[f"{sharding}, NaN on one rank"] = lambda r=run: spoilt(r, world)
+    killed = replace(small, sharding="full", out=str(folder / "run-killed"))
+    named["full, killed in a save"] = lambda: killed_in_a_save(killed, world)
     terms = networks(folder, world)
     large = tuple(term.reward.name for term in terms)
     judged = replace(small, rewards=terms, shard_rewards=large, micro_batch_size=2, reward_chunk=1, probe_size=3)
@@ -216,6 +223,64 @@ def trained(run: Run, world: World) -> dict[str, Any]:
     found = (Path(run.out) / "run.json").exists()
     result = loop.train(replace(run, steps=4) if found else run, resume=found, allow_changes=found)
     return {"step": result.summary["steps"] if world.main else 0, "silent": world.main or not result.summary}
+
+
+def killed_in_a_save(run: Run, world: World) -> dict[str, Any]:
+    """All ranks save in children, one of which is killed at its n-th fsync or rename; then the newest is restored."""
+    engine = loop.build(run, world)
+    state = (engine.parameters, engine.ema, engine.optimizer)
+    writers = parts.writers_of(engine.parameters, world)
+    Path(run.out, "checkpoints").mkdir(parents=True, exist_ok=True)
+    taken = {}
+    for step in (1, 2):
+        loop.update(engine, step)
+        snapshot = checkpoints.take(run, Progress(step=step), *state, writers)
+        taken[step] = replace(snapshot, tensors=Copies().of(snapshot.tensors))
+    checkpoints.save(taken[1])
+    dist.barrier()
+    steps, equal = [], True
+    for victim, moment in [(1, n) for n in range(0, 8, 2)] + [(0, n) for n in range(0, 28, 4)]:
+        copied = replace(run, out=str(Path(run.out).with_name(f"killed-{victim}-{moment}")))
+        if world.main:
+            shutil.copytree(run.out, copied.out)
+        dist.barrier()
+        status = save_and_die(replace(taken[2], run=copied), moment if world.rank == victim else -1)
+        killed = any(world.gather(status))
+        origin = world.from_main(checkpoints.find(copied) if world.main else None)
+        assert origin, (victim, moment)
+        progress = checkpoints.restore(origin, *state)
+        expected = taken[progress.step].tensors
+        for group, named in checkpoints.take(copied, progress, *state, writers).tensors.items():
+            equal = equal and all(torch.equal(t, expected[group][name]) for name, t in named.items())
+        steps.append((victim, killed, progress.step))
+        dist.barrier()
+    return {"steps": steps, "equal": all(world.gather(equal))}
+
+
+def save_and_die(snapshot: checkpoints.Snapshot, moment: int) -> int:
+    """The child's status: not 0 where it was killed, or gave up because another one was."""
+    pid = os.fork()
+    if pid == 0:
+        left = [moment]
+
+        def counted(call: Any) -> Any:
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left[0] -= 1
+                return call(*args, **kwargs)
+
+            return wrapper
+
+        for name in ("fsync", "replace"):
+            setattr(os, name, counted(getattr(os, name)))
+        parts.PATIENCE = 0.3
+        try:
+            checkpoints.save(snapshot)
+        except RunStopped:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(pid, 0)[1]
 
 
 def spoilt(run: Run, world: World) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from leapalign.training.frozen import check_names, prepare, shard_rewards
 from leapalign.training.guard import check_gradients, check_rows
 from leapalign.training.lock import LOCK, run_lock
 from leapalign.training.metrics import batch_metrics, of_all_ranks
+from leapalign.training.parts import writers_of
 from leapalign.training.saver import Saver
 from leapalign.training.session import Session, tell
 from leapalign.training.shards import Shards, shard
@@ -226,7 +227,8 @@ def _train_steps(
     run, begun = engine.run, time.monotonic() - progress.seconds
     plan = memory_errors.parts_in_memory(engine.parameters, engine.ema.shadow, engine.model.policy)
     with on_signals(stop), Saver(asynchronous=run.async_checkpoints, parameters=engine.parameters) as saver:
-        session = Session(engine=engine, progress=progress, tracker=tracker, saver=saver, stop=stop)
+        parts = {"progress": progress, "tracker": tracker, "saver": saver, "stop": stop}
+        session = Session(engine=engine, writers=writers_of(engine.parameters, engine.world), **parts)
         if progress.step == 0 and run.probe_every:
             tracker.log({"step": 0} | probe(engine))
         while progress.step < run.steps:

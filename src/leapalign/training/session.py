@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,8 +10,8 @@ from leapalign.errors import NotFinite, RunInterrupted
 from leapalign.run import differences
 from leapalign.training import checkpoints, self_checks
 from leapalign.training.checkpoints import Checkpoint, Progress
+from leapalign.training.parts import Writers
 from leapalign.training.saver import Saver
-from leapalign.training.shards import whole_on_cpu
 from leapalign.training.stopping import Stop
 from leapalign.training.tracking import Metrics, Silent, Tracker
 
@@ -28,18 +28,21 @@ class Session:
     tracker: Tracker | Silent
     saver: Saver
     stop: Stop
+    writers: Writers | None = None  # of sharded weights
 
     def save(self) -> None:
-        """Save, or begin to; the first time in a process, what is saved is checked. Rank 0 writes."""
-        engine, main = self.engine, self.engine.world.main
+        """Save, or begin to; the first time in a process, what is saved is checked.
+
+        Rank 0 writes; of sharded weights each rank that holds the first copy of a part.
+        """
+        engine, writers = self.engine, self.writers
         if self.saver.step < 0 and engine.run.self_checks:
             self_checks.at_first_save(engine)
         self.progress.metrics_bytes = self.tracker.position()
-        snapshot = checkpoints.take(engine.run, self.progress, engine.parameters, engine.ema, engine.optimizer)
-        snapshot = replace(snapshot, tensors=whole_on_cpu(snapshot.tensors, main))
-        if main:
-            self.saver.save(snapshot, self.tracker.sync)
-        self.saver.step = snapshot.step
+        if engine.world.rank in (writers.ranks if writers else (0,)):
+            state = (engine.parameters, engine.ema, engine.optimizer)
+            self.saver.save(checkpoints.take(engine.run, self.progress, *state, writers), self.tracker.sync)
+        self.saver.step = self.progress.step
 
     def leave_if_asked(self) -> None:
         """Between two steps: where a signal or the time says so, save (unless that was just done) and leave.

@@ -20,13 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 
 from leapalign.errors import UserError
 from leapalign.flow.rollout import Velocity
 from leapalign.run import Run
 from leapalign.training.distributed import World, one_draw_a_round
-from leapalign.training.weights import Named, whole
+from leapalign.training.weights import whole
 
 ROOM = 0.4  # of a device's memory for what a rank keeps for the whole run; beyond it, `auto` shards
 KEPT = 20  # bytes a trained weight: float32 weight, gradient, two moments, average
@@ -112,25 +111,6 @@ def is_sharded(run: Run, policy: nn.Module, world: World) -> bool:
         return False
     kept = sum(p.numel() * (KEPT if p.requires_grad else p.element_size()) for p in policy.parameters())
     return kept > ROOM * torch.cuda.get_device_properties(device).total_memory
-
-
-def whole_on_cpu(groups: dict[str, Named], keep: bool) -> dict[str, Named]:
-    """Tensors by group with all their parts, one after the other, on the CPU where `keep` is true (else none).
-
-    Groups without a sharded tensor are given back as they are. Every rank must call it.
-    """
-    answer: dict[str, Named] = {}
-    for group, named in groups.items():
-        if not any(isinstance(t, DTensor) for t in named.values()):
-            answer[group] = named
-            continue
-        gathered = {}
-        for name, t in named.items():
-            tensor = whole(t.detach())
-            if keep:
-                gathered[name] = tensor.cpu()
-        answer[group] = gathered
-    return answer
 
 
 def _blocks(policy: nn.Module) -> list[nn.Module]:
