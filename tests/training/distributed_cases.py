@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tiny_pipelines
-from leapalign.errors import NotFinite, RunInterrupted, RunStopped
+from leapalign.errors import NotFinite, RunInterrupted, RunStopped, UserError
 from leapalign.methods import AlignProp, DRaFT, DRaFTLV, DRTune, LeapAlign, ReFL
 from leapalign.models.base import Conditioning, Text
 from leapalign.models.guidance import Guidance, guided
@@ -38,12 +38,13 @@ from leapalign.rewards.clip import PickScore
 from leapalign.rewards.hpsv3 import HPSv3
 from leapalign.rewards.imagereward import ImageReward
 from leapalign.run import RewardTerm, Run
-from leapalign.training import checkpoints, frozen, loop, parts
+from leapalign.training import broadcast, checkpoints, frozen, loop, parts
 from leapalign.training.checkpoints import Progress
 from leapalign.training.distributed import World, joined
 from leapalign.training.saver import Copies
 from leapalign.training.weights import whole
 from leapalign.tuning.adapter import attach
+from leapalign.tuning.full import FULL
 from leapalign.tuning.lora import LoRA
 from leapalign.tuning.targets import find_targets
 from tiny_checkpoints import write_tiny_imagereward
@@ -212,6 +213,10 @@ def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]
     both = replace(judged, rewards=units, sharding="full", shard_rewards=large[1:2])
     named["full, sharded rewards"] = lambda: compared(both, world)
     named["sharded text encoders"] = lambda: encoded(folder, world)
+    for way in ("full", "hybrid", "auto"):
+        named[f"read by rank 0, {way}"] = lambda w=way: read_by_rank_0(folder, world, FULL, "float32", w)
+    named["read by rank 0, lora"] = lambda: read_by_rank_0(folder, world, LoRA(rank=2), "bfloat16", "full")
+    named["another model on rank 0"] = lambda: another_model(world)
     stopping = replace(small, out=str(folder / "run-stopped"))
     named["a signal to the last rank"] = lambda: stopped(stopping, world)
     named["saved"] = lambda: saved(folder, full, world)
@@ -345,12 +350,56 @@ def shares(engine: loop.Engine) -> dict[str, Any]:
     return {"blocks": blocks, "whole": {name: share(network) for name, network in networks.items()}}
 
 
-def encoded(folder: Path, world: World) -> dict[str, Any]:
-    """CLIP and T5 with sharded blocks, where rank 0 has two of the prompts already; and encoders loaded afterwards."""
-    if world.main:
+def sd3_with_t5(folder: Path, world: World) -> SD3:
+    if world.main and not (folder / "sd3-t5").exists():
         tiny_pipelines.save(tiny_pipelines.sd3_pipeline(with_t5=True), folder / "sd3-t5")
     dist.barrier()
-    config = SD3(path=str(folder / "sd3-t5"), height=8, width=8, guidance_scale=3.0, max_sequence_length=12)
+    return SD3(path=str(folder / "sd3-t5"), height=8, width=8, guidance_scale=3.0, max_sequence_length=12)
+
+
+def read_by_rank_0(folder: Path, world: World, tuning: Any, dtype: str, sharding: str) -> dict[str, Any]:
+    """Against the same model, read by this rank itself. `auto`: sharding is possible, but the policy is small."""
+    config = sd3_with_t5(folder, world)
+    run = replace(tiny(), model=config, sharding=sharding, tuning=tuning, shard_ranks=max(1, world.size // 2))
+    alone = config.load("cpu", dtype, tuning)
+    tuning.initialise(alone.policy, run.seed)
+    device = "cuda" if sharding == "auto" else "cpu"
+    with broadcast.loading(run, world, device):
+        model = config.load("cpu", dtype, tuning)
+    tuning.initialise(model.policy, run.seed)
+    empty = all(p.is_meta for n, p in model.policy.named_parameters() if "lora" not in n)
+    shards = broadcast.spread(run, model.policy, world, "cpu")
+    equal = model.policy.state_dict().keys() == alone.policy.state_dict().keys()
+    ours, theirs = (dict(m.policy.named_parameters()) | dict(m.policy.named_buffers()) for m in (model, alone))
+    for name, t in theirs.items():
+        mine = ours[name]
+        equal = equal and mine.dtype == t.dtype and mine.requires_grad == t.requires_grad
+        equal = equal and torch.equal(whole(mine.detach()), t.detach())
+    noise = model.noise([torch.Generator().manual_seed(0)])
+    text = alone.encode(["red"])
+    v, expected = (m.velocity(text)(noise, torch.tensor(0.5)).detach() for m in (model, alone))
+    return {
+        "equal": all(world.gather(equal)),
+        "velocity": float((v - expected).abs().max()),
+        "empty": world.gather(empty),
+        "sharded": shards is not None,
+    }
+
+
+def another_model(world: World) -> dict[str, Any]:
+    """Rank 0 has read other shapes than the others expect."""
+    with torch.device("cpu" if world.main else "meta"):
+        policy = torch.nn.Linear(2, 2 if world.main else 3)
+    try:
+        broadcast.spread(replace(tiny(), sharding="full"), policy, world, "cpu")
+    except UserError as error:
+        return {"says": world.gather(str(error))}
+    return {"says": []}
+
+
+def encoded(folder: Path, world: World) -> dict[str, Any]:
+    """CLIP and T5 with sharded blocks, where rank 0 has two of the prompts already; and encoders loaded afterwards."""
+    config = sd3_with_t5(folder, world)
     model, alone = config.load("cpu", "float32"), config.load("cpu", "float32")
     if world.main:
         model.prepare(PROMPTS[:2])

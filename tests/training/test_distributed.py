@@ -20,7 +20,10 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 
+import lora_families
+import tiny_pipelines
 from leapalign.errors import RunStopped, UserError
+from leapalign.models.folder import read_once
 from leapalign.run import Run
 from leapalign.training import batches, checkpoints, frozen, layouts, loop, parts
 from leapalign.training.distributed import (
@@ -89,6 +92,12 @@ def check(answers: dict[str, Any], ranks: int) -> None:
         assert len(blocks) >= 1 and all(0.9 / ranks < share < 1.2 / ranks for share in blocks)
     assert answers["sharded rewards"]["whole"].keys() == {"pickscore", "imagereward", "hpsv3"}
     assert max(answers["sharded rewards"]["whole"].values()) < 0.99
+    for way in ("full", "hybrid", "auto", "lora"):
+        answer = answers[f"read by rank 0, {way}"]
+        assert answer["equal"] and answer["empty"] == [False] + [True] * (ranks - 1), (way, answer)
+        assert answer["velocity"] < 1e-5 and answer["sharded"] == (way != "auto"), (way, answer)
+    said = answers["another model on rank 0"]["says"]
+    assert len(said) == ranks and all("has another model than rank 0" in words for words in said)
     signalled = answers["a signal to the last rank"]
     assert signalled["status"] == [143] * ranks and signalled["saved"] and signalled["said by"] == 1
     assert answers["saved"]["equal"] and answers["saved"]["share"] < 1.2 / ranks
@@ -369,13 +378,13 @@ def test_ranks_have_a_device_each(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_sharded_is_refused(tiny_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     run, two_ranks = tiny_run(sharding="full"), World(size=2, local_size=2)
     policy = torch.nn.Linear(2, 2)
-    assert shard(replace(run, sharding="auto"), policy, two_ranks) is None  # small, and on the CPU
+    assert shard(replace(run, sharding="auto"), policy, two_ranks, "cpu") is None  # small, and on the CPU
     with monkeypatch.context() as old, pytest.raises(UserError, match="newer torch"):
         old.delattr(FSDPModule, "set_force_sum_reduction_for_comms")
-        shard(run, policy, two_ranks)
+        shard(run, policy, two_ranks, "cpu")
     policy.hf_quantizer = object()  # pyright: ignore
     with pytest.raises(UserError, match="a quantised base cannot be sharded"):
-        shard(run, policy, two_ranks)
+        shard(run, policy, two_ranks, "cpu")
 
 
 def test_frozen_networks_that_cannot_be_sharded_are_refused(tiny_run: Callable[..., Run], tiny_module: Any) -> None:
@@ -404,26 +413,35 @@ def test_a_large_policy_on_cuda_is_sharded_by_itself(tiny_run, monkeypatch):
     """20 bytes a trained weight against 40 % of a device's memory; draws that differ between ranks forbid it."""
     policy = torch.nn.Linear(999, 1000)  # 10 ** 6 weights
     small, large = (SimpleNamespace(total_memory=memory) for memory in (49_000_000, 51_000_000))
-    monkeypatch.setattr(torch.nn.Linear, "parameters", lambda self: iter([OnCuda()]))
     run = tiny_run(batch_size=8, micro_batch_size=2)
     for properties, expected in ((small, True), (large, False)):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, p=properties: p)
-        assert is_sharded(run, policy, World(size=2)) is expected
+        assert is_sharded(run, policy, World(size=2), "cuda:0") is expected
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: small)
-    assert not is_sharded(replace(run, samples_per_draw=2), policy, World(size=2))
-    assert not is_sharded(run, policy, World()) and not is_sharded(
-        replace(run, sharding="replicate"), policy, World(size=2)
+    assert not is_sharded(replace(run, samples_per_draw=2), policy, World(size=2), "cuda:0")
+    assert not is_sharded(run, policy, World(), "cuda:0") and not is_sharded(
+        replace(run, sharding="replicate"), policy, World(size=2), "cuda:0"
     )
 
 
-class OnCuda:
-    """A trained weight on a device that the machine need not have."""
-
-    device = torch.device("cuda")
-    requires_grad = True
-
-    def numel(self) -> int:
-        return 10**6
+@pytest.mark.parametrize("family", lora_families.FAMILIES)
+def test_a_policy_without_values_lacks_its_weights_and_nothing_else(tmp_path: Path, family: str) -> None:
+    """Whatever else a family's class computes when it is made (rotations, tables) is there: filled, it is the model."""
+    built = lora_families.FAMILIES[family]
+    tiny_pipelines.save(built.build(), tmp_path)
+    config = built.config(str(tmp_path))
+    alone = config.load("cpu", "float32")
+    with read_once(False):
+        model = config.load("cpu", "float32")
+    assert all(p.is_meta for p in model.policy.parameters())
+    buffers = dict(alone.policy.named_buffers())
+    for name, buffer in model.policy.named_buffers():
+        buffer.copy_(buffers[name])
+    model.policy.load_state_dict(alone.policy.state_dict(), assign=True)
+    text, noise = alone.encode(["a red circle"]), alone.noise([torch.Generator().manual_seed(1)])
+    with torch.no_grad():
+        ours, theirs = (m.velocity(text)(noise, torch.tensor(0.5)) for m in (model, alone))
+    assert torch.equal(ours, theirs)
 
 
 def test_a_single_changed_bit_changes_the_fingerprint() -> None:

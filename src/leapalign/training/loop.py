@@ -34,7 +34,7 @@ from leapalign.methods.base import Surrogate
 from leapalign.methods.objective import Hinge, LatentGradient, latent_gradient
 from leapalign.prompts import Prompt
 from leapalign.run import RewardTerm, Run
-from leapalign.training import batches, checkpoints, memory_errors, self_checks
+from leapalign.training import batches, broadcast, checkpoints, memory_errors, self_checks
 from leapalign.training.batches import MicroBatch, noise_generators
 from leapalign.training.checkpoints import Checkpoint, Progress
 from leapalign.training.distributed import World, joined, sum_gradients, world_device
@@ -46,7 +46,7 @@ from leapalign.training.metrics import batch_metrics, of_all_ranks
 from leapalign.training.parts import writers_of
 from leapalign.training.saver import Saver
 from leapalign.training.session import Session, tell
-from leapalign.training.shards import Shards, shard
+from leapalign.training.shards import Shards
 from leapalign.training.stopping import Stop, on_signals
 from leapalign.training.summary import summarize
 from leapalign.training.tracking import Metrics, Silent, Tracker
@@ -181,17 +181,19 @@ def build(run: Run, world: World = ALONE) -> Engine:
     check_names(run, names)
     with world.agreed():
         device = resolve_device(world_device(run.device, world))
+    world.check_settings(run)
+    with world.agreed():
         prompts = run.prompts.load()
-        model = run.model.load(device, run.dtype, run.tuning)
+        with broadcast.loading(run, world, device):
+            model = run.model.load(device, run.dtype, run.tuning)
         run.tuning.initialise(model.policy, run.seed)
         if run.graph == "blocks":
             _checkpoint_blocks(model.policy)
         trained_parameters(model.policy)
+    shards = broadcast.spread(run, model.policy, world, device)
     prepare(run, model, batches.prompts_used(run, prompts), world, device)
     with world.agreed():
         rewards = {name: load_reward(term, device, run.dtype) for name, term in zip(names, run.rewards)}
-    world.check_equal(run, model.policy)
-    shards = shard(run, model.policy, world)
     rewards = shard_rewards(run, rewards, world, device)
     parameters = trained_parameters(model.policy)
     return Engine(

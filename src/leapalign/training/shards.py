@@ -79,16 +79,16 @@ class Shards:
         return policy
 
 
-def shard(run: Run, policy: nn.Module, world: World) -> Shards | None:
-    """Spread the policy's weights over the ranks, where the run asks for it. UserError where they cannot be."""
-    if not is_sharded(run, policy, world):
+def shard(run: Run, policy: nn.Module, world: World, device: str) -> Shards | None:
+    """Spread the policy over the ranks' devices, where the run asks for it. UserError where it cannot be."""
+    if not is_sharded(run, policy, world, device):
         return None
     if getattr(policy, "hf_quantizer", None) is not None:
         raise UserError("a quantised base cannot be sharded; use --sharding replicate, or --tuning.quantization none")
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise UserError(f"sharded weights need a newer torch than {torch.__version__}; use --sharding replicate")
     shell = _shell(policy)
-    mesh = mesh_of(run, world, next(policy.parameters()).device.type)
+    mesh = mesh_of(run, world, device)
     trained = {p for p in policy.parameters() if p.requires_grad}
     whole_on_each = trained if len(trained) < len(list(policy.parameters())) else set()
     for module in (*_blocks(policy), policy):
@@ -100,14 +100,18 @@ def shard(run: Run, policy: nn.Module, world: World) -> Shards | None:
     return Shards(policy=policy, shell=shell, gather_in_rollout=run.gather_in_rollout)  # type: ignore[arg-type]
 
 
-def is_sharded(run: Run, policy: nn.Module, world: World) -> bool:
-    """`auto` shards on CUDA what would fill more than ROOM of a device, if the draws allow it."""
+def may_shard(run: Run, world: World, device: str) -> bool:
+    """Before the policy is there: whether it is sharded, or its size decides."""
     if world.size == 1 or run.sharding == "replicate":
         return False
-    if run.sharding != "auto":
-        return True
-    device = next(policy.parameters()).device
-    if device.type != "cuda" or not one_draw_a_round(run, world) or getattr(policy, "hf_quantizer", None) is not None:
+    return run.sharding != "auto" or (device.startswith("cuda") and one_draw_a_round(run, world))
+
+
+def is_sharded(run: Run, policy: nn.Module, world: World, device: str) -> bool:
+    """`auto` shards on CUDA what would fill more than ROOM of a device, if the draws allow it."""
+    if not may_shard(run, world, device) or run.sharding != "auto":
+        return may_shard(run, world, device)
+    if getattr(policy, "hf_quantizer", None) is not None:
         return False
     kept = sum(p.numel() * (KEPT if p.requires_grad else p.element_size()) for p in policy.parameters())
     return kept > ROOM * torch.cuda.get_device_properties(device).total_memory
