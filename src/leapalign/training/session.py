@@ -6,17 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from leapalign.errors import NotFinite, RunInterrupted
-from leapalign.run import differences
+from leapalign.errors import NotFinite, RunInterrupted, UserError
+from leapalign.run import Run, differences
 from leapalign.training import checkpoints, self_checks
 from leapalign.training.checkpoints import Checkpoint, Progress
+from leapalign.training.files import refuse_links_out
+from leapalign.training.lock import LOCK
 from leapalign.training.parts import Writers
 from leapalign.training.saver import Saver
 from leapalign.training.stopping import Stop
 from leapalign.training.tracking import Metrics, Silent, Tracker
 
 if TYPE_CHECKING:
-    from leapalign.training.loop import Engine
+    from leapalign.training.engine import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,20 @@ class Session:
         self.progress.bad_batches += 1
         self.tracker.note(f"{error}. This batch was left out: {before + 1} of at most {limit}")
         return {"bad_batch": 1, "skipped": 1}
+
+
+def open_folder(run: Run, resume: bool) -> Path:
+    """The run's folder: its own one, or a new or empty one. UserError."""
+    out = Path(run.out)
+    if resume:
+        refuse_links_out(out)
+    elif out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
+        raise UserError(f"{out}: this folder is not empty; use `leapalign resume {out}`, or another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot make the run's folder ({error.strerror})") from None
+    return out
 
 
 def tell(
