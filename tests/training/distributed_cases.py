@@ -244,21 +244,24 @@ def killed_in_a_save(run: Run, world: World) -> dict[str, Any]:
     checkpoints.save(taken[1])
     dist.barrier()
     steps, equal = [], True
-    for victim, moment in [(1, n) for n in range(0, 8, 2)] + [(0, n) for n in range(0, 28, 4)]:
-        copied = replace(run, out=str(Path(run.out).with_name(f"killed-{victim}-{moment}")))
-        if world.main:
-            shutil.copytree(run.out, copied.out)
-        dist.barrier()
-        status = save_and_die(replace(taken[2], run=copied), moment if world.rank == victim else -1)
-        killed = any(world.gather(status))
-        origin = world.from_main(checkpoints.find(copied) if world.main else None)
-        assert origin, (victim, moment)
-        progress = checkpoints.restore(origin, *state)
-        expected = taken[progress.step].tensors
-        for group, named in checkpoints.take(copied, progress, *state, writers).tensors.items():
-            equal = equal and all(torch.equal(t, expected[group][name]) for name, t in named.items())
-        steps.append((victim, killed, progress.step))
-        dist.barrier()
+    for victim, stride in {1: 2, 0: 5}.items():
+        for moment in range(0, 100, stride):
+            copied = replace(run, out=str(Path(run.out).with_name(f"killed-{victim}-{moment}")))
+            if world.main:
+                shutil.copytree(run.out, copied.out)
+            dist.barrier()
+            status = save_and_die(replace(taken[2], run=copied), moment if world.rank == victim else -1)
+            killed = any(world.gather(status))
+            origin = world.from_main(checkpoints.find(copied) if world.main else None)
+            assert origin, (victim, moment)
+            progress = checkpoints.restore(origin, *state)
+            expected = taken[progress.step].tensors
+            for group, named in checkpoints.take(copied, progress, *state, writers).tensors.items():
+                equal = equal and all(torch.equal(t, expected[group][name]) for name, t in named.items())
+            steps.append((victim, killed, progress.step))
+            dist.barrier()
+            if not killed:
+                break
     return {"steps": steps, "equal": all(world.gather(equal))}
 
 
@@ -279,7 +282,7 @@ def save_and_die(snapshot: checkpoints.Snapshot, moment: int) -> int:
 
         for name in ("fsync", "replace"):
             setattr(os, name, counted(getattr(os, name)))
-        parts.PATIENCE = 0.3
+        parts.PATIENCE = 1.0
         try:
             checkpoints.save(snapshot)
         except RunStopped:
