@@ -35,7 +35,7 @@ from leapalign.methods.refl import ReFL, ReFLDraws
 from leapalign.planning.counting import LiveBytes, Saved
 from leapalign.recipes import shapeworld_leapalign
 from leapalign.run import Run
-from leapalign.training.loop import Engine, build
+from leapalign.training.engine import Engine, build
 
 GRAPHS = ("all", "blocks", "inputs")
 FLAT, LIKE_REFL = 1.02, 1.1  # bounds on the two ratios below

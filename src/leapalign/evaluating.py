@@ -15,7 +15,7 @@ from leapalign.prompts import Prompt, PromptFile, ShapeWorldPrompts
 from leapalign.recipe_files import load_plugins, read_run
 from leapalign.sampling import Source, find_source
 from leapalign.scoring import reward_config
-from leapalign.training.loop import resolve_device, reward_names
+from leapalign.training.engine import resolve_device, reward_names
 
 if TYPE_CHECKING:
     from leapalign.cli import EvaluateFlags

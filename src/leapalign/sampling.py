@@ -15,7 +15,7 @@ from leapalign.models.families import config_for
 from leapalign.prompts import Prompt
 from leapalign.recipe_files import load_plugins, read_run
 from leapalign.run import Run
-from leapalign.training.loop import resolve_device
+from leapalign.training.engine import resolve_device
 from leapalign.tuning.full import FULL
 
 if TYPE_CHECKING:

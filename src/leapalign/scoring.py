@@ -12,7 +12,7 @@ from leapalign.codec import suggestion
 from leapalign.errors import RunStopped, UserError
 from leapalign.prompts import PromptFile
 from leapalign.recipe_files import load_file
-from leapalign.training.loop import resolve_device
+from leapalign.training.engine import resolve_device
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -80,9 +80,9 @@ class Parts:
 
 def make_plan(run: Run) -> Plan:
     """UserError with the first thing that would stop the run."""
-    from leapalign.training.loop import _refuse_without_gradient
+    from leapalign.training.engine import refuse_without_gradient
 
-    _refuse_without_gradient(run)
+    refuse_without_gradient(run)
     _check_out(Path(run.out))
     device, notes = planned_device(run.device)
     forwards = count_forwards(run)
