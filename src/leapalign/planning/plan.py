@@ -6,6 +6,7 @@ what tensors take; an allocator's rounding, and scratch memory inside one operat
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -32,7 +33,7 @@ from leapalign.planning.weightless import build_part, fake, fake_mode, folder_of
 from leapalign.run import Run
 
 FLOAT32 = 4  # bytes
-LINEAR_BYTES = {"int8": 1.0, "nf4": 0.5 + 4 / 64}  # a weight of a quantised layer; nf4: and a float32 for every 64
+QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.5}  # of a weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,7 +268,10 @@ def _policy_bytes(parts: Parts) -> int:
     if not quantization:
         return total
     linear = [m.weight for m in policy.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
-    return total - _bytes(linear) + int(LINEAR_BYTES[quantization] * sum(w.numel() for w in linear))
+    scales = sum(len(w) if quantization == "int8" else math.ceil(w.numel() / 64) for w in linear)
+    return (
+        total - _bytes(linear) + int(QUANTISED_BYTES[quantization] * sum(w.numel() for w in linear)) + FLOAT32 * scales
+    )
 
 
 def _phases(
