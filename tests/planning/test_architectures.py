@@ -6,7 +6,7 @@ import pytest
 
 from leapalign.models.folder import open_folder
 from leapalign.planning.architectures import PIPELINES
-from leapalign.planning.plan import numbers_in
+from leapalign.planning.parts import numbers_in
 from leapalign.planning.weightless import build_part, folder_of
 
 FLUX, MEDIUM = "black-forest-labs/FLUX.1-dev", "stabilityai/stable-diffusion-3.5-medium"

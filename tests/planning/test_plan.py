@@ -6,12 +6,16 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from leapalign.cli import main
 from leapalign.errors import UserError
 from leapalign.methods.leapalign import LeapAlign
+from leapalign.planning import activations
+from leapalign.planning import plan as planning
+from leapalign.planning.activations import GRAPHS, GraphBytes
 from leapalign.planning.plan import make_plan
 from leapalign.recipe_files import load_file
 from leapalign.recipes import RECIPES
@@ -67,13 +71,50 @@ def test_the_geometry_counts_forwards(run):
     geometry = plan.geometry
     assert (geometry["accumulations"], geometry["forwards"]) == (2, 2 * 5)
     assert geometry["forwards_with_graph_at_most"] == 2 * 3
-    assert plan.graphs["inputs"].kept < plan.graphs["blocks"].kept < plan.graphs["all"].kept
+    assert list(plan.graphs) == [run.graph] == ["blocks"]
+
+
+def test_where_the_graph_does_not_fit_the_smaller_settings_are_measured(run, monkeypatch):
+    GB = 10**9
+    sizes = {g: GraphBytes(kept=n * GB, rollout=n * GB, backward=n * GB) for g, n in (("all", 40), ("blocks", 20))}
+    sizes["inputs"] = GraphBytes(kept=0, rollout=12 * GB, backward=10 * GB)
+    monkeypatch.setattr(planning, "graph_bytes", lambda *args: sizes[args[4]])
+    monkeypatch.setattr(planning, "_capacity", lambda device: 24 * GB)
+    plan = make_plan(replace(run, graph="all"))
+    assert plan.graphs == sizes and 40 * GB < plan.peak < 41 * GB  # what all is planned with stays
+    (note,) = (note for note in plan.notes if "does not fit" in note)
+    assert (
+        note
+        == "the peak does not fit: cpu has 24.0 GB; graph blocks would need 20.0 GB; graph inputs would need 12.0 GB"
+    )
+    plan = make_plan(replace(run, graph="blocks"))
+    assert list(plan.graphs) == ["blocks"] and not any("does not fit" in note for note in plan.notes)
+    monkeypatch.setattr(planning, "_capacity", lambda device: plan.phases["optimiser step"] - 1)  # without any graph
+    (note,) = (note for note in make_plan(run).notes if "does not fit" in note)
+    assert "see tuning (LoRA, quantization), micro_batch_size" in note
+
+
+def load_bench() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHES))
+        return load_file(str(BENCHES / "plan.py"))
+
+
+def test_equal_blocks_are_multiplied_exactly(monkeypatch):
+    """One and two blocks of each kind, and the rest by multiplication, against all of them."""
+    bench, kept = load_bench(), []
+    small = bench.Bench(double_blocks=3, single_blocks=4, width=64, side=16, text_tokens=16, sampling_steps=4)
+    for graph in GRAPHS:
+        monkeypatch.setattr(activations, "ENOUGH", 1)
+        short = bench.estimated(small, "leapalign", "bfloat16", graph, 0)
+        monkeypatch.setattr(activations, "ENOUGH", 4)
+        assert bench.estimated(small, "leapalign", "bfloat16", graph, 0) == short
+        kept.append(short.kept)
+    assert kept[0] > kept[1] > kept[2]
 
 
 def test_estimates_are_near_what_a_real_run_needs():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHES))
-        bench = load_file(str(BENCHES / "plan.py"))
+    bench = load_bench()
     sizes = {"double_blocks": 2, "single_blocks": 3, "width": 64, "side": 16, "text_tokens": 16, "sampling_steps": 4}
     small = bench.Bench(**sizes, methods=("leapalign",), dtypes=("bfloat16",))
     for name, row in bench.errors(bench.compare(small)).items():
@@ -85,7 +126,8 @@ def test_estimates_are_near_what_a_real_run_needs():
 def test_flux_before_any_download(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LEAPALIGN_CACHE_GB", "50")
-    assert main(["train", "flux-leapalign-hpsv21", "--dry-run", "--json", "--device", "cuda"]) == 0
+    words = ["train", "flux-leapalign-hpsv21", "--dry-run", "--json", "--device", "cuda", "--graph", "all"]
+    assert main(words) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["prompts"]["bytes_each"] == (512 * 4096 + 768) * 2
     assert plan["parameters"]["trained"] == 11_901_408_320

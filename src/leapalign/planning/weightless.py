@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,9 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def load_weightless(model: Any, dtype: str, tuning: Any) -> Any:
-    """The model of a configuration, by its own `load`, on the meta device."""
-    with parts_from(build_part):
+def load_weightless(model: Any, dtype: str, tuning: Any, build: Callable[..., Any]) -> Any:
+    """The model of a configuration, by its own `load`, on the meta device; `build` makes its parts, as `build_part`."""
+    with parts_from(build):
         return model.load(META, dtype, tuning)
 
 
