@@ -16,7 +16,7 @@ from leapalign.models.folder import INDEX, PipelineFolder, open_folder
 from leapalign.models.pipeline import PipelineModel
 from leapalign.planning.architectures import Pipeline
 from leapalign.planning.rewards import RewardPlan, plan_reward
-from leapalign.planning.weightless import build_part, fake, fake_mode, load_weightless
+from leapalign.planning.weightless import build_part, fake, fake_mode, load_weightless, twin
 from leapalign.run import Run
 
 
@@ -76,6 +76,7 @@ def parts_of_run(run: Run, path: Path, known: Pipeline | None) -> Parts:
     mode = fake_mode()
     fake(model.policy, mode)
     fake(model.decoder.vae, mode)
+    model.decoder = replace(model.decoder, scale=twin(model.decoder.scale, mode), shift=twin(model.decoder.shift, mode))
     model.device = "cpu"
     rewards = [plan_reward(term, run.dtype, mode) for term in run.rewards]
     return Parts(

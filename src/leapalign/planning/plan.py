@@ -29,8 +29,6 @@ from leapalign.planning.parts import Parts, parts_of_run, path_of
 from leapalign.planning.weightless import folder_of
 from leapalign.run import Run
 
-WITH_GRAPH = ("rollout", "decode and reward", "backward")  # phases that hold what the setting of the graph keeps
-
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -113,9 +111,8 @@ def _assemble(
 ) -> Plan:
     run, model, dtype = parts.run, parts.model, parse_dtype(parts.run.dtype)
     shape = texts.text_shape(run.model, parts.folder, parts.kind, model.policy)
-    with parts.mode:
-        negative = shape.empty(1, dtype) if model.guidance.active else None
-        conditioning = Conditioning(shape.empty(run.micro_batch_size, dtype), negative)
+    negative = shape.empty(1, dtype, parts.mode) if model.guidance.active else None
+    conditioning = Conditioning(shape.empty(run.micro_batch_size, dtype, parts.mode), negative)
     forward = forward_bytes(run, model, conditioning, parts.mode)
     reward = reward_bytes(parts, forwards)
 
@@ -152,8 +149,10 @@ def _fits(peak: int, device: str) -> bool:
 
 
 def _smaller_graphs(plan: Plan, policy: Any) -> Sequence[str]:
-    """Settings that keep less than the run's own, if it is the graph that does not fit."""
-    if not all(_fits(size, plan.device) for phase, size in plan.phases.items() if phase not in WITH_GRAPH):
+    """Settings that keep less than the run's own, if what does not fit without any graph is nothing."""
+    graph = plan.graphs[plan.graph]
+    besides = {"rollout": graph.rollout, "decode and reward": graph.kept, "backward": graph.backward}
+    if not all(_fits(size - besides.get(phase, 0), plan.device) for phase, size in plan.phases.items()):
         return ()
     smaller = GRAPHS[GRAPHS.index(plan.graph) + 1 :]
     return [graph for graph in smaller if graph != "blocks" or hasattr(policy, "enable_gradient_checkpointing")]
@@ -162,9 +161,10 @@ def _smaller_graphs(plan: Plan, policy: Any) -> Sequence[str]:
 def _advice(plan: Plan, peaks: dict[str, int]) -> str:
     """`peaks`: setting of the graph -> what the run would need with it."""
     found = f"the peak does not fit: {plan.device} has {_gb(_capacity(plan.device))} GB"
-    if peaks:
-        return found + "".join(f"; graph {graph} would need {_gb(peak)} GB" for graph, peak in peaks.items())
-    return found + "; see tuning (LoRA, quantization), micro_batch_size, and the size of the pictures"
+    less = {graph: peak for graph, peak in peaks.items() if peak < plan.peak}
+    if less:
+        return found + "".join(f"; graph {graph} would need {_gb(peak)} GB" for graph, peak in less.items())
+    return found + "; see tuning (LoRA, quantization), micro_batch_size, reward_chunk, and the size of the pictures"
 
 
 def _geometry(run: Run, forwards: Forwards, branches: int) -> dict[str, int | float]:
@@ -205,6 +205,8 @@ def _disk(parts: Parts) -> dict[str, int]:
 def _notes(parts: Parts, plan: Plan) -> list[str]:
     found = [f"{reward.name}: {reward.note}" for reward in parts.rewards if reward.note]
     path, known = path_of(parts.run), parts.known
+    if known and known.unchecked:
+        found.append(f"the numbers of {path} that ship could not be compared with its published files: sizes are about")
     if known and known.gated and any(not d.cached for d in plan.downloads if d.repo == path):
         found.append(f"{path} is gated ({known.licence}): accept it on its page, then `hf auth login`")
     if plan.prompts["limit"]:
