@@ -224,6 +224,14 @@ def test_grids_follow_the_shift_of_their_family(sd3_folder: str, flux_folder: st
     assert flux.dtype == sd3.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["sd3 guided", "flux", "flux schnell", "flux2 guided", "z-image guided"])
+def test_the_grid_of_one_step_is_the_schedulers_where_that_is_a_number(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    model = load(CASES[name], request.getfixturevalue(CASES[name].folder))
+    torch.testing.assert_close(model.grid(1).flip(0), model.sigmas(1), rtol=0, atol=1e-6)
+
+
 def test_noise_of_a_row_is_its_generators_alone(flux_folder: str) -> None:
     model = load(CASES["flux"], flux_folder)
     both = model.noise(generators())

@@ -57,6 +57,8 @@ class PipelineModel:
         return torch.stack([row.to(self.device) for row in rows])  # [B, C, h, w]
 
     def sigmas(self, num_steps: int) -> Tensor:
+        if num_steps == 1:  # whatever the shift; and a scheduler that stretches its last sigma divides zero by zero
+            return torch.tensor([0.0, 1.0], device=self.device)
         return self.grid(num_steps).flip(0).to(self.device, torch.float32)
 
     def velocity(self, conditioning: Conditioning) -> Velocity:

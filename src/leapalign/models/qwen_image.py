@@ -9,8 +9,7 @@ forward during backward would have to be trusted to reset it) nor its last clamp
 here its decoder is called without both, which gives the same pixels and is a function of the latents alone.
 
 Departures from the pipeline's `__call__`: sizes that do not fit are refused instead of rounded; latents, times,
-guidance and the Euler sum stay in float32 under bfloat16; a prompt is encoded without its neighbours' padding; one step
-has the grid 1, 0, where the pipeline's is not a number.
+guidance and the Euler sum stay in float32 under bfloat16; a prompt is encoded without its neighbours' padding.
 
 By construction the last block's text stream has no gradient after its keys and values (`add_q_proj`, `norm_added_q`,
 `to_add_out`, `txt_mlp`): what they make is thrown away.
@@ -131,13 +130,9 @@ def predict(policy: nn.Module, x: Tensor, time: Tensor, text: Text) -> Tensor:
 
 
 def sigma_grid(scheduler: Any, num_steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
-    """As the pipeline asks for it, but for one step, where stretching to the last sigma divides zero by zero."""
-    import torch
-
+    """As the pipeline asks for it: explicit sigmas 1 ... 1/T, shifted by mu of the number of image tokens."""
     from leapalign.models.pipeline import shift_mu, spaced_grid
 
-    if num_steps == 1:
-        return torch.tensor([1.0, 0.0])
     image_tokens = (latent_shape[1] // PATCH) * (latent_shape[2] // PATCH)
     return spaced_grid(scheduler, num_steps, shift_mu(scheduler, image_tokens))
 
