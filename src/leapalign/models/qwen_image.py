@@ -64,33 +64,24 @@ class QwenImage:
         if not 1 <= self.max_sequence_length <= 1024:
             raise UserError(f"max_sequence_length {self.max_sequence_length}: expected 1 to 1024")
         folder = open_folder(self.path, self.pipeline, ("transformer", "vae", "scheduler", *TEXT_PARTS))
-        policy, scheduler = tuning.load_policy(folder, device, precision), pipe.load_scheduler(folder)
+        parts = pipe.open_parts(folder, device, precision, tuning)
+        policy = parts.policy
         decoder = load_decoder(folder, device, self.decode_chunk)
         factor = decoder.vae.spatial_compression_ratio
         pipe.check_size(self.height, self.width, factor * PATCH)
         shape = (policy.config.in_channels // PATCH**2, self.height // factor, self.width // factor)
-        return pipe.PipelineModel(
-            policy=policy,
-            folder=folder,
-            prompts=pipe.prompt_cache(
-                lambda: _text_encoder(folder, device, self.max_sequence_length, precision),
-                folder,
-                TEXT_PARTS,
-                device,
-                precision,
-                max_sequence_length=self.max_sequence_length,
-            ),
+        return pipe.put_together(
+            parts,
             decoder=decoder,
             latent_shape=shape,
             guidance=pipe.Guidance(
                 self.guidance_scale, self.cfg_grad == "both", self.negative_prompt, combine=renormalised
             ),
-            predict=lambda module, x, sigma, text: predict(
-                module, x, sigma * scheduler.config.num_train_timesteps, text
-            ),
-            grid=lambda num_steps: sigma_grid(scheduler, num_steps, shape),
-            device=device,
-            dtype=precision,
+            encoder=lambda: _text_encoder(folder, device, self.max_sequence_length, parts.dtype),
+            text_parts=TEXT_PARTS,
+            text_settings={"max_sequence_length": self.max_sequence_length},
+            predict=predict,
+            grid=lambda num_steps: sigma_grid(parts.scheduler, num_steps, shape),
         )
 
 
