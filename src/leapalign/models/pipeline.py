@@ -22,6 +22,7 @@ from leapalign.tuning.adapter import merged, switched_off
 
 if TYPE_CHECKING:
     from leapalign.flow.rollout import Velocity
+    from leapalign.tuning.base import Tuning
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -57,6 +58,8 @@ class PipelineModel:
         return torch.stack([row.to(self.device) for row in rows])  # [B, C, h, w]
 
     def sigmas(self, num_steps: int) -> Tensor:
+        if num_steps == 1:  # whatever the shift; and a scheduler that stretches its last sigma divides zero by zero
+            return torch.tensor([0.0, 1.0], device=self.device)
         return self.grid(num_steps).flip(0).to(self.device, torch.float32)
 
     def velocity(self, conditioning: Conditioning) -> Velocity:
@@ -76,17 +79,63 @@ class PipelineModel:
             yield
 
 
-def prompt_cache(
-    load_encoder: Callable[[], Encoder],
-    folder: PipelineFolder,
-    parts: tuple[str, ...],
-    device: str,
-    dtype: torch.dtype,
-    **settings: Any,
+@dataclass(frozen=True)
+class Opened:
+    """What every family has of its folder, before it looks at sizes."""
+
+    folder: PipelineFolder
+    policy: Any
+    scheduler: Any
+    device: str
+    dtype: torch.dtype
+
+    @property
+    def train_steps(self) -> int:
+        """The scheduler's units of time: 1 is so many."""
+        return self.scheduler.config.num_train_timesteps
+
+
+def open_parts(folder: PipelineFolder, device: str, dtype: torch.dtype, tuning: Tuning) -> Opened:
+    """Raises UserError on a policy or a scheduler that cannot work."""
+    return Opened(folder, tuning.load_policy(folder, device, dtype), load_scheduler(folder), device, dtype)
+
+
+def put_together(
+    parts: Opened,
+    *,
+    decoder: Decoder,
+    latent_shape: tuple[int, int, int],
+    guidance: Guidance,
+    encoder: Callable[[], Encoder],
+    text_parts: tuple[str, ...],
+    text_settings: dict[str, Any],
+    predict: Callable[..., Tensor],
+    grid: Callable[[int], Tensor],
+) -> PipelineModel:
+    """The model. `predict(policy, x, time, text)` takes time in the scheduler's units.
+
+    `encoder` loads the text encoders; `text_parts` and `text_settings` are all that decides an embedding.
+    """
+    return PipelineModel(
+        policy=parts.policy,
+        folder=parts.folder,
+        prompts=_prompt_cache(encoder, parts, text_parts, text_settings),
+        decoder=decoder,
+        latent_shape=latent_shape,
+        guidance=guidance,
+        predict=lambda policy, x, sigma, text: predict(policy, x, sigma * parts.train_steps, text),
+        grid=grid,
+        device=parts.device,
+        dtype=parts.dtype,
+    )
+
+
+def _prompt_cache(
+    load_encoder: Callable[[], Encoder], parts: Opened, text_parts: tuple[str, ...], settings: dict[str, Any]
 ) -> PromptCache:
-    """The cache of a family's prompts, on disk too. `parts` and `settings` are all that decides an embedding."""
-    decisive = {"device": torch.device(device).type, "dtype": str(dtype).removeprefix("torch."), **settings}
-    return PromptCache(load_encoder, device, PromptStore.of(folder, parts, decisive))
+    """On disk too."""
+    decisive = {"device": torch.device(parts.device).type, "dtype": str(parts.dtype).removeprefix("torch."), **settings}
+    return PromptCache(load_encoder, parts.device, PromptStore.of(parts.folder, text_parts, decisive))
 
 
 def load_decoder(folder: PipelineFolder, device: str, chunk: int) -> Decoder:
