@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from leapalign.codec import suggestion
-from leapalign.errors import RunInterrupted, RunStopped, UserError
+from leapalign.errors import RunInterrupted, RunStopped, UserError, readable
 
 if TYPE_CHECKING:
     from leapalign.run import Run
@@ -78,13 +78,15 @@ def main(argv: Sequence[str]) -> int:
 def _say(error: UserError | RunStopped | RunInterrupted, text: str) -> None:
     """Once, and not once a rank."""
     if not error.elsewhere:
-        print(text, file=sys.stderr)
+        print(readable(text), file=sys.stderr)
 
 
 def _dispatch(argv: list[str]) -> int:
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv:
+        raise UserError(f"give a command\n\n{USAGE}")
+    if argv[0] in ("-h", "--help"):
         print(USAGE, end="")
-        return 0 if argv else 2
+        return 0
     if argv[0] == "--version":
         from importlib.metadata import version
 

@@ -1,5 +1,13 @@
 """The ways a command ends without being a bug of ours: a user's mistake, a run that must stop, a run asked to stop."""
 
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+MOST_LETTERS, MOST_LINES = 2000, 30  # of a message: names of recipes fill ten lines, a library may list every weight
+
 
 class UserError(Exception):
     """Something from outside (flag, file, folder, prompt, picture) is wrong.
@@ -34,3 +42,39 @@ class RunInterrupted(Exception):
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = status
+
+
+@contextmanager
+def opening(what: str, remedy: str) -> Iterator[None]:
+    """Around a library that reads a user's file: whatever it raises there is the file's fault, and a UserError.
+
+    `what` ends the sentence's beginning ("FOLDER cannot be opened as CLASS"), `remedy` says what to do.
+    """
+    try:
+        yield
+    except (UserError, RunStopped, MemoryError):
+        raise
+    except Exception as error:  # libraries meet a broken file with whatever their line happens to raise
+        raise UserError(f"{what}: {reason(error)}; {remedy}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, with its kind where that is the better half of it (KeyError: 'x')."""
+    text = str(error).strip()
+    plain = isinstance(error, (OSError, RuntimeError, ValueError)) and len(text.split()) > 2
+    return text if plain else f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+def readable(text: str) -> str:
+    """A message for a terminal, whatever bytes a name or a file in it has: no control characters, no pages."""
+    text = re.sub(r"[^\S\n ]|[\x00-\x08\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", _escaped, text)
+    lines = text.split("\n")
+    if len(lines) > MOST_LINES:
+        lines = [*lines[: MOST_LINES - 1], f"... and {len(lines) - MOST_LINES + 1} more lines"]
+    text = "\n".join(lines)
+    half = MOST_LETTERS // 2
+    return text if len(text) <= MOST_LETTERS else f"{text[:half]} ... {text[-half:]}"
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode()

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+LOCK = "/.lock"
 SECONDS = 60  # that an input may take
 RUNS = ("run", "lora")  # folders that `resume` may write into
 DEFAULTS = ("samples", "runs", "cache")  # where commands write that are not told where
@@ -143,6 +144,7 @@ class Sandbox:
         own = [w for w in words if w in RUNS] if given.argv[:1] == ("resume",) and outcome.status != 2 else []
         pictures = "--overwrite" in given.argv
         changed = [p for p, state in before.items() if after.get(p) != state and not _below(p, own)]
+        changed = [p for p in changed if not p.endswith(LOCK)]  # says who worked on the run last
         changed = [p for p in changed if not (pictures and p.endswith((".png", "metadata.jsonl")))]
         if changed:
             return f"changed or removed: {', '.join(changed[:5])}"

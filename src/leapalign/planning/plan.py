@@ -157,8 +157,7 @@ def _pipeline_class(path: Path) -> str:
 
     if not (path / INDEX).is_file():
         raise UserError(f"{path} is not a diffusers pipeline folder: it has no {INDEX}")
-    index = read_json(path / INDEX)
-    return str(index.get("_class_name")) if isinstance(index, dict) else "?"
+    return str(read_json(path / INDEX).get("_class_name"))
 
 
 def _model_part(folder: PipelineFolder, name: str) -> Any:

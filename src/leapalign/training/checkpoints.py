@@ -30,6 +30,7 @@ from torch import Tensor
 from leapalign.codec import encode
 from leapalign.errors import UserError
 from leapalign.run import Run, config_hash, differences, trajectory
+from leapalign.tensor_files import read_header
 from leapalign.training.files import clear_scratch, complete_folder, remove_folder, sha256, write_text
 from leapalign.training.weights import EMA, Named, copy_into, like
 
@@ -222,6 +223,8 @@ def _verified(folder: Path) -> Checkpoint:
     for name, digest in state["files"].items():
         if sha256(folder / name) != digest:
             raise ValueError(f"{name} has other bytes than were written")
+    for group in GROUPS:  # a sum says that nothing was changed later, not that a foreign file was sound
+        read_header(folder / f"{group}.safetensors")
     return Checkpoint(folder=folder, state=state, record=json.loads((folder / "run.json").read_text()))
 
 

@@ -38,7 +38,7 @@ from leapalign.training import batches, checkpoints, memory_errors, self_checks
 from leapalign.training.batches import MicroBatch, noise_generators
 from leapalign.training.checkpoints import Checkpoint, Progress
 from leapalign.training.distributed import World, joined, sum_gradients, world_device
-from leapalign.training.files import complete_folder, disk_errors, refuse_links_out, write_text
+from leapalign.training.files import complete_folder, disk_errors, refuse_links_out, refuse_other_kinds, write_text
 from leapalign.training.guard import check_gradients, check_rows
 from leapalign.training.lock import LOCK, run_lock
 from leapalign.training.metrics import batch_metrics, of_all_ranks
@@ -47,7 +47,7 @@ from leapalign.training.session import Session, tell
 from leapalign.training.shards import Shards, shard
 from leapalign.training.stopping import Stop, on_signals
 from leapalign.training.summary import summarize
-from leapalign.training.tracking import Metrics, Silent, Tracker
+from leapalign.training.tracking import Metrics, Silent, Tracker, kept_metrics
 from leapalign.training.weights import EMA, Named, clip_gradients, gradient_norm, trained_parameters
 
 ALONE = World()
@@ -158,6 +158,7 @@ def train(
 def _begin(run: Run, origin: Checkpoint | None, checkpoint: str, progress: Progress, changes: list[str]) -> Tracker:
     """Everything is loaded: the run's folder says what is trained from here on."""
     out = Path(run.out)
+    kept_metrics(out / "metrics.jsonl", progress.metrics_bytes)  # refused before anything of the run is replaced
     (out / "checkpoints").mkdir(exist_ok=True)
     write_text(out / "run.json", dumps(run))
     aside = checkpoints.set_aside(run, origin) if origin and checkpoint else []
@@ -410,6 +411,7 @@ def _open_folder(run: Run, resume: bool) -> Path:
     out = Path(run.out)
     if resume:
         refuse_links_out(out)
+        refuse_other_kinds(out, files=("run.json", "metrics.jsonl", "summary.json", LOCK), folders=("checkpoints",))
     elif out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
         raise UserError(f"{out}: this folder is not empty; use `leapalign resume {out}`, or another --out")
     try:

@@ -85,19 +85,30 @@ class Silent:
 
 
 def truncate_metrics(path: Path, position: int) -> None:
-    """Keep the bytes that were there at the checkpoint: what a killed process logged after it is done again.
+    """Keep the bytes that were there at the checkpoint: what a killed process logged after it is done again."""
+    if path.exists():
+        write_text(path, kept_metrics(path, position))
 
-    A file that is gone begins anew; one that is shorter, or cut within a line, has lost lines: UserError.
+
+def kept_metrics(path: Path, position: int) -> str:
+    """The lines up to a checkpoint. UserError where the file is shorter, cut within a line, or no text.
+
+    A file that is gone begins anew.
     """
     if not path.exists():
-        return
+        return ""
     kept = path.read_bytes()[:position]
     if len(kept) < position or not (kept.endswith(b"\n") or not kept):
         raise UserError(
             f"{path}: the checkpoint was saved when this file had {position} bytes, of which some are lost or changed; "
             "put it back, or delete it to go on without the lines so far"
         )
-    write_text(path, kept.decode("utf-8"))
+    try:
+        return kept.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: byte {error.start} is not UTF-8; put the file back, or delete it to go on without the lines so far"
+        ) from None
 
 
 def read_metrics(out: Path) -> list[Metrics]:
