@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,9 @@ import tyro
 from shared import facts
 
 from fuzz import given
-from fuzz.inputs import KINDS
+from fuzz.inputs import KINDS, one_of
 from fuzz.sandbox import Input, Outcome, Sandbox
 
-QUIET = [*hypothesis.HealthCheck]
 SHOWN = 2000  # letters of a problem
 
 
@@ -52,55 +52,69 @@ class Fuzz:
 
 
 def measure(bench: Fuzz, folder: Path) -> dict[str, Any]:
-    """All inputs, in sandboxes below `folder`."""
-    os.environ |= {"LEAPALIGN_CACHE": "cache", "HOME": str(folder / "home")}
-    sandbox = Sandbox(folder / "box", given.write)
+    """All inputs, in sandboxes below `folder`. RuntimeError where there are fewer than asked for."""
     kinds = [bench.kind] if bench.kind else [*KINDS]
     answer: dict[str, Any] = {"inputs": 0, "processes": 0, "kinds": {}, "problems": []}
-    for name, total, run in (
-        ("inputs", bench.inputs, sandbox.run),
-        ("processes", bench.processes, sandbox.run_process),
-    ):
-        for place, kind in enumerate(kinds):
-            count = total // len(kinds) + (place < total % len(kinds))
-            ended = [*_ended(kind, count, sandbox, run, bench.seed)]
-            answer[name] += len(ended)
-            answer["kinds"].setdefault(kind, {})[name] = _counts([outcome for _, outcome in ended])
-            answer["problems"] += [_told(each, outcome) for each, outcome in ended if outcome.problem]
+    with sandbox(folder) as box:
+        for name, total, run in (
+            ("inputs", bench.inputs, box.run),
+            ("processes", bench.processes, box.run_process),
+        ):
+            for place, kind in enumerate(kinds):
+                count = total // len(kinds) + (place < total % len(kinds))
+                outcomes = ended(kind, count, box, run, bench.seed)
+                answer[name] += len(outcomes)
+                answer["kinds"].setdefault(kind, {})[name] = _counts([*outcomes.values()])
+                answer["problems"] += [_told(one, outcome) for one, outcome in outcomes.items() if outcome.problem]
     return answer
 
 
-def _ended(
-    kind: str, count: int, sandbox: Sandbox, run: Callable[[Input], Outcome], seed: int
-) -> Iterator[tuple[Input, Outcome]]:
-    """`count` inputs of a kind, and how they ended: exactly as many, each of them once."""
-    if not count:
-        return
-    ended: dict[Input, Outcome] = {}
+@contextmanager
+def sandbox(folder: Path) -> Iterator[Sandbox]:
+    """With a cache in the working folder, and nothing of the user's home."""
+    before = dict(os.environ)
+    os.environ |= {"LEAPALIGN_CACHE": "cache", "HOME": str(folder / "home")}
+    try:
+        yield Sandbox(folder / "box", given.write)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
-    @hypothesis.given(KINDS[kind](sandbox.files))
+
+def ended(kind: str, count: int, box: Sandbox, run: Callable[[Input], Outcome], seed: int) -> dict[Input, Outcome]:
+    """How `count` different inputs of a kind ended. RuntimeError where there are not so many."""
+    outcomes: dict[Input, Outcome] = {}
+
+    @hypothesis.given(one_of(kind, box.files))
     def each(one: Input) -> None:
-        possible = run != sandbox.run_process or not any("\0" in word for word in one.argv)  # no system passes NUL
-        if len(ended) < count and possible and one not in ended:
+        possible = run != box.run_process or not any("\0" in word for word in one.argv)  # no system passes NUL
+        if len(outcomes) < count and possible and one not in outcomes:
             began = time.monotonic()
-            ended[one] = run(one)
-            print(f"{kind} {time.monotonic() - began:.1f} s: {ended[one].status} {one.argv}", file=sys.stderr)
+            outcomes[one] = run(one)
+            print(f"{kind} {time.monotonic() - began:.1f} s: {outcomes[one].status} {one.argv}", file=sys.stderr)
 
     settings = hypothesis.settings(
-        max_examples=3 * count + 20,
+        max_examples=2 * count + 20,
         derandomize=seed == 0,
         database=None,
         deadline=None,
         phases=[hypothesis.Phase.generate],
-        suppress_health_check=QUIET,
+        suppress_health_check=[*hypothesis.HealthCheck],
     )
-    (hypothesis.seed(seed)(settings(each)) if seed else settings(each))()
-    yield from ended.items()
+    if count:
+        (hypothesis.seed(seed)(settings(each)) if seed else settings(each))()
+    if len(outcomes) < count:
+        raise RuntimeError(f"{len(outcomes)} different inputs of the kind {kind}, expected {count}")
+    return outcomes
 
 
 def _counts(outcomes: list[Outcome]) -> dict[str, int]:
     statuses = Counter(f"ended {outcome.status}" for outcome in outcomes)
-    return {"inputs": len(outcomes), **dict(sorted(statuses.items())), "problems": sum(bool(o.problem) for o in outcomes)}
+    return {
+        "inputs": len(outcomes),
+        **dict(sorted(statuses.items())),
+        "problems": sum(bool(o.problem) for o in outcomes),
+    }
 
 
 def _told(one: Input, outcome: Outcome) -> dict[str, Any]:
@@ -118,7 +132,9 @@ def _told(one: Input, outcome: Outcome) -> dict[str, Any]:
 
 if __name__ == "__main__":
     settings = tyro.cli(Fuzz)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries in Rust print warnings to stdout
     with tempfile.TemporaryDirectory() as scratch:
         answer = measure(settings, Path(scratch))
-    print(json.dumps(answer | facts(settings), indent=2))
+    print(json.dumps(answer | facts(settings), indent=2), file=answers)
     sys.exit(1 if answer["problems"] else 0)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from leapalign.codec import suggestion
-from leapalign.errors import RunInterrupted, RunStopped, UserError, readable
+from leapalign.errors import RunInterrupted, RunStopped, UserError, is_out_of_memory, readable, reason
 
 if TYPE_CHECKING:
     from leapalign.run import Run
@@ -67,6 +67,14 @@ def main(argv: Sequence[str]) -> int:
     except RunInterrupted as end:
         _say(end, f"leapalign: {end}")
         return end.status
+    except (MemoryError, RuntimeError) as error:  # of commands that do not train: a run says more (memory_errors.py)
+        if not is_out_of_memory(error):
+            raise
+        _say(
+            RunStopped(),
+            f"leapalign: stopped: out of memory ({reason(error)}); use fewer or smaller pictures at a time",
+        )
+        return 1
     except BrokenPipeError:  # `leapalign ... | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush finds no pipe either
         return 1
@@ -82,6 +90,8 @@ def _say(error: UserError | RunStopped | RunInterrupted, text: str) -> None:
 
 
 def _dispatch(argv: list[str]) -> int:
+    if odd := [word for word in argv if "\0" in word]:  # from a program: no shell can pass it
+        raise UserError(f"{odd[0]!r} has a NUL character, which no name on a disk can have; leave it out")
     if not argv:
         raise UserError(f"give a command\n\n{USAGE}")
     if argv[0] in ("-h", "--help"):

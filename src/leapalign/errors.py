@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
 
+P, R = ParamSpec("P"), TypeVar("R")
+
+MEMORY_SIGNS = ("can't allocate memory", "out of memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 MOST_LETTERS, MOST_LINES = 2000, 30  # of a message: names of recipes fill ten lines, a library may list every weight
 
 
@@ -52,15 +56,45 @@ def opening(what: str, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, RunStopped, MemoryError):
-        raise
-    except Exception as error:  # libraries meet a broken file with whatever their line happens to raise
+    except BaseException as error:  # libraries meet a broken file with whatever their line happens to raise
+        if not _of_a_library(error):
+            raise
         raise UserError(f"{what}: {reason(error)}; {remedy}") from error
+
+
+def first_time(function: Callable[P, R], what: str, remedy: str) -> Callable[P, R]:
+    """`function`, whose calls are inside `opening` until one has gone well: then files are not what is wrong."""
+    went_well = False
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        nonlocal went_well
+        if went_well:
+            return function(*args, **kwargs)
+        with opening(what, remedy):
+            result = function(*args, **kwargs)
+        went_well = True
+        return result
+
+    return call
+
+
+def _of_a_library(error: BaseException) -> bool:
+    """Neither ours, nor too little memory; a panic of a library in Rust is no Exception for Python."""
+    if type(error).__name__ == "PanicException":
+        return True
+    ours = (UserError, RunStopped, RunInterrupted)
+    return isinstance(error, Exception) and not isinstance(error, ours) and not is_out_of_memory(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Python's own, torch's on any device, and what the CPU's allocator says."""
+    said = isinstance(error, RuntimeError) and any(sign in str(error) for sign in MEMORY_SIGNS)
+    return said or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def reason(error: BaseException) -> str:
     """What an error says, with its kind where that is the better half of it (KeyError: 'x')."""
-    text = str(error).strip()
+    text = re.sub(r"<class '([\w.]+)'>", r"\1", str(error).strip())
     plain = isinstance(error, (OSError, RuntimeError, ValueError)) and len(text.split()) > 2
     return text if plain else f"{type(error).__name__}: {text}".removesuffix(": ")
 

@@ -24,7 +24,9 @@ from leapalign.models.flux2 import Flux2Klein
 from leapalign.models.qwen_image import QwenImage
 from leapalign.models.sd3 import SD3
 from leapalign.models.z_image import ZImage
-from leapalign.prompts import PromptFile
+from leapalign.prompts import PromptFile, ShapeWorldPrompts
+from leapalign.prompts.geneval import GenEvalPrompts
+from leapalign.prompts.sets import DrawBench
 from leapalign.rewards.aesthetic import Aesthetic
 from leapalign.rewards.clip import PickScore
 from leapalign.rewards.hpsv2 import HPSv2
@@ -81,12 +83,27 @@ def runs() -> dict[str, Run]:
 
     return {
         "sd3": first,
-        "flux": other(Flux(path="flux", max_sequence_length=5, **size), HPSv2(path="hpsv2", processor="hpsv2")),
-        "flux2": other(Flux2Klein(path="flux2", text_layers=(1, 2, 4), max_sequence_length=64, **size), HPSv3(path="hpsv3", processor="hpsv3"), method=DRaFT()),
-        "qwen-image": other(
-            QwenImage(path="qwen-image", max_sequence_length=64, **size), ImageReward(path="imagereward", processor="imagereward")
+        "flux": other(
+            Flux(path="flux", max_sequence_length=5, **size),
+            HPSv2(path="hpsv2", processor="hpsv2"),
+            prompts=GenEvalPrompts(num=9),
         ),
-        "z-image": other(ZImage(path="z-image", max_sequence_length=64, **size), Aesthetic(path="clip", head="aesthetic"), tuning=LoRA(rank=2)),
+        "flux2": other(
+            Flux2Klein(path="flux2", text_layers=(1, 2, 4), max_sequence_length=64, **size),
+            HPSv3(path="hpsv3", processor="hpsv3"),
+            method=DRaFT(),
+        ),
+        "qwen-image": other(
+            QwenImage(path="qwen-image", max_sequence_length=64, **size),
+            ImageReward(path="imagereward", processor="imagereward"),
+            prompts=ShapeWorldPrompts(num=9),
+        ),
+        "z-image": other(
+            ZImage(path="z-image", max_sequence_length=64, **size),
+            Aesthetic(path="clip", head="aesthetic"),
+            prompts=DrawBench(path="drawbench.json"),
+            tuning=LoRA(rank=2),
+        ),
     }
 
 
@@ -94,8 +111,11 @@ def _write_texts(folder: Path) -> None:
     (folder / "prompts.txt").write_text("a red circle\na blue square\n")
     (folder / "prompts.csv").write_text('id,prompt\n1,a red circle\n2,"two green star"\n')
     line = '{"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": "a photo of a circle"}\n'
-    color = '{"tag": "colors", "include": [{"class": "square", "count": 1, "color": "red"}], "prompt": "a red square"}\n'
+    color = (
+        '{"tag": "colors", "include": [{"class": "square", "count": 1, "color": "red"}], "prompt": "a red square"}\n'
+    )
     (folder / "prompts.jsonl").write_text(line + color)
+    (folder / "drawbench.json").write_text('["a red circle", {"prompt": "two green star"}]')
     (folder / "SHA256SUMS").write_text(f"{'0' * 64}  model.safetensors\n")
 
 

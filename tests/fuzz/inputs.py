@@ -2,19 +2,27 @@
 
 Noise alone would be refused at the first look; what is almost right gets deep. Numbers are small, or too large to be
 meant: what lies between is no mistake, and only takes long.
+
+hypothesis draws a random generator for each input (and shrinks nothing: one to three changes are small enough). Left to
+draw every choice, it would make most inputs from parts of those before, and see few different ones.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from random import Random
 from typing import Any
 
 from hypothesis import strategies as st
+from PIL import Image
 
 from fuzz.given import PIPELINES, REWARDS
 from fuzz.sandbox import Change, Input
 from leapalign.cli import COMMANDS
+from leapalign.training.checkpoints import _digest
 
 Files = dict[str, bytes]  # what is given, by path
 
@@ -79,151 +87,151 @@ JUNK: tuple[Any, ...] = (
 )
 
 
-@st.composite
-def flags(draw: st.DrawFn) -> Input:
+def one_of(kind: str, files: Files) -> st.SearchStrategy[Input]:
+    """Inputs of a kind."""
+    return st.randoms(use_true_random=True).map(lambda rng: KINDS[kind](rng, files))
+
+
+def flags(rng: Random, files: Files) -> Input:
     """A valid command line with words dropped, doubled, exchanged, replaced, misspelt or added."""
-    command = draw(st.sampled_from([*LINES, *LINES, "train", "nothing"]))
-    line = list(draw(st.sampled_from(LINES[command]))) if command in LINES else [draw(word())]
-    for _ in range(draw(st.integers(1, 3))):
-        line = draw(spoilt_line(line))
+    command = rng.choice([*LINES, *LINES, "train", "nothing"])
+    line = [*rng.choice(LINES[command])] if command in LINES else [word(rng)]
+    for _ in range(rng.choice([1, 1, 1, 2, 3])):
+        line = spoilt_line(rng, line)
     if line and line[0] == "demo":  # where it is not refused it takes minutes
         line += ["--out", "sd3"]
     return Input("flags", tuple(line))
 
 
-@st.composite
-def spoilt_line(draw: st.DrawFn, line: list[str]) -> list[str]:
-    place = draw(st.integers(0, max(0, len(line) - 1)))
-    how = draw(st.sampled_from(["value", "value", "value", "drop", "double", "swap", "misspell", "add", "cut", "="]))
+def spoilt_line(rng: Random, line: list[str]) -> list[str]:
+    """One place of it changed, most often a value."""
+    place = rng.randrange(len(line) or 1)
     before, at, after = line[:place], line[place : place + 1], line[place + 1 :]
+    how = rng.choice([*["value"] * 8, "drop", "double", "swap", "misspell", "add", "cut", "="])
     if how == "value":
-        values = [i for i, each in enumerate(line) if not each.startswith("--") and i > 0] or [0]
-        chosen = draw(st.sampled_from(values))
-        return [*line[:chosen], draw(word()), *line[chosen + 1 :]]
+        place = rng.choice([i for i, each in enumerate(line) if not each.startswith("--") and i > 0] or [0])
+        return [*line[:place], word(rng), *line[place + 1 :]]
     if how == "swap":
         return [*before, *after[:1], *at, *after[1:]]
     if how == "misspell":
-        return [*before, *(draw(misspelt(each)) for each in at), *after]
+        return [*before, *(misspelt(rng, each) for each in at), *after]
     if how == "add":
-        return [*before, draw(st.sampled_from(SWITCHES) | word()), *at, *after]
+        return [*before, rng.choice([*SWITCHES, word(rng)]), *at, *after]
     if how == "=":
-        return [*before, f"{at[0] if at else ''}={draw(word())}", *after]
+        return [*before, f"{at[0] if at else ''}={word(rng)}", *after]
     return {"drop": [*before, *after], "double": [*before, *at, *at, *after], "cut": before}[how]
 
 
-def word() -> st.SearchStrategy[str]:
-    return st.sampled_from(WORDS) | st.sampled_from([*COMMANDS]) | st.text("ab0-=é\0\u202e \n\"'{[", max_size=8)
+def word(rng: Random) -> str:
+    return rng.choice(
+        [*WORDS, rng.choice([*COMMANDS]), "".join(rng.choices("ab0-=é\0\u202e \n\"'{[", k=rng.randint(1, 8)))]
+    )
 
 
-@st.composite
-def misspelt(draw: st.DrawFn, each: str) -> str:
-    place = draw(st.integers(0, len(each)))
-    return each[:place] + draw(st.sampled_from(["", "-", "s", "é", "."])) + each[place + draw(st.integers(0, 2)) :]
+def misspelt(rng: Random, each: str) -> str:
+    place = rng.randint(0, len(each))
+    return each[:place] + rng.choice(["", "-", "s", "é", "."]) + each[place + rng.randint(0, 2) :]
 
 
-@st.composite
-def run_json(draw: st.DrawFn, files: Files) -> Input:
+def run_json(rng: Random, files: Files) -> Input:
     """A run's file, spoilt as JSON or as bytes, trained, planned or resumed."""
-    way = draw(st.sampled_from([*["train"] * 5, *["resume"] * 3, "dry-run"]))
-    name = "run/run.json" if way == "resume" else f"{draw(st.sampled_from(PIPELINES))}.json"
-    change = Change(name, draw(spoilt_json(files[name]) | spoilt_bytes(files[name])))
+    way = rng.choice([*["train"] * 5, *["resume"] * 3, "dry-run"])
+    name = "run/run.json" if way == "resume" else f"{rng.choice(PIPELINES)}.json"
+    change = Change(name, rng.choice([spoilt_json, spoilt_json, spoilt_json, spoilt_bytes])(rng, files[name]))
     if way == "resume":
-        allow = draw(st.sampled_from([(), ("--allow-changes",)]))
-        return Input("run.json", ("resume", "run", *allow), (change,))
+        return Input("run.json", ("resume", "run", *rng.choice([(), ("--allow-changes",)])), (change,))
     return Input("run.json", ("train", name, *(("--dry-run",) if way == "dry-run" else ())), (change,))
 
 
-@st.composite
-def prompt_file(draw: st.DrawFn, files: Files) -> Input:
+def prompt_file(rng: Random, files: Files) -> Input:
     """A file of prompts, read by each command that takes one."""
-    suffix = draw(st.sampled_from(["txt", "jsonl", "csv"]))
+    suffix = rng.choice(["txt", "jsonl", "csv"])
     given = files[f"prompts.{suffix}"]
-    content = draw(st.one_of(spoilt_bytes(given), lines_of(suffix), spoilt_lines(given) if suffix == "jsonl" else lines_of("txt")))
-    name = f"mine.{draw(st.sampled_from([suffix] * 8 + ['', 'TXT', 'json']))}"
-    line = draw(
-        st.sampled_from([
+    ways = [spoilt_bytes(rng, given), lines_of(rng, suffix)]
+    ways += [spoilt_lines(rng, given)] * 2 if suffix == "jsonl" else []
+    if rng.random() < 0.1:
+        content = spoilt_json(rng, files["drawbench.json"])
+        return Input("prompts", ("train", "z-image.json"), (Change("drawbench.json", content),))
+    name = f"mine.{rng.choice([*[suffix] * 12, '', 'TXT', 'json'])}"
+    score = ("--reward", "pickscore=clip", *CPU, "--prompts", name)
+    line = rng.choice(
+        [
             ("train", "sd3.json", "--prompts.path", name),
             ("evaluate", "run", "--steps", "1", *CPU, "--prompts", name, "--out", "new"),
             ("evaluate", "embedded:generator", "--steps", "2", *CPU, "--prompts", name),
-            ("score", "picture.png", "--reward", "pickscore=clip", *CPU, "--prompts", name),
-            ("score", "picture.png", "picture.jpg", "--reward", "pickscore=clip", *CPU, "--prompts", name),
-        ])
+            ("score", "picture.png", *score),
+            ("score", "picture.png", "picture.jpg", *score),
+        ]
     )
-    return Input("prompts", line, (Change(name, content),))
+    return Input("prompts", line, (Change(name, rng.choice(ways)),))
 
 
-@st.composite
-def lines_of(draw: st.DrawFn, suffix: str) -> bytes:
+def lines_of(rng: Random, suffix: str) -> bytes:
     """Lines of every length and kind, in some encoding."""
-    long = st.sampled_from(["a" * 1_000_000, "a red circle " * 80_000, '"' * 1_000_000, "[" * 1_000_000])
-    odd = st.sampled_from(["", " ", "\t", "\ufeff", "a\0b", "\x0c", "\u2028", "\r", "\x1b[2J", ",", '"', "a,b", "é" * 99])
-    objects = st.sampled_from(JUNK).map(json.dumps) | st.sampled_from(JUNK).map(lambda v: json.dumps({"prompt": v}))
-    plain = st.sampled_from(["a red circle", "two green star", '{"prompt": "a star"}', "prompt", "prompt,prompt", "x,prompt"])
-    lines = draw(st.lists(st.one_of(plain, plain, odd, objects, long if draw(st.integers(0, 9)) == 0 else odd), max_size=6))
-    text = draw(st.sampled_from(["\n", "\r\n", "\r"])).join([*(["prompt"] if suffix == "csv" else []), *lines])
-    encoding = draw(st.sampled_from(["utf-8"] * 6 + ["utf-8-sig", "utf-16", "utf-32-le", "latin-1", "cp500"]))
+    lines = [_line(rng) for _ in range(rng.randint(0, 6))]
+    if suffix == "jsonl":
+        lines = [rng.choice([line, json.dumps({"prompt": line})]) for line in lines]
+    text = rng.choice(["\n", "\r\n", "\r"]).join([*(["prompt"] if suffix == "csv" else []), *lines])
+    encoding = rng.choice([*["utf-8"] * 6, "utf-8-sig", "utf-16", "utf-32-le", "latin-1", "cp500"])
     return text.encode(encoding, "surrogatepass" if encoding.startswith("utf") else "replace")
 
 
-@st.composite
-def spoilt_lines(draw: st.DrawFn, content: bytes) -> bytes:
+def _line(rng: Random) -> str:
+    plain = ["a red circle", "two green star", '{"prompt": "a star"}', "prompt", "prompt,prompt", "x,prompt"]
+    odd = ["", " ", "\t", "\ufeff", "a\0b", "\x0c", "\u2028", "\r", "\x1b[2J", ",", '"', "a,b", "é" * 99, "<|im_end|>"]
+    long = ["a" * 1_000_000, "a red circle " * 80_000, '"' * 1_000_000, "[" * 1_000_000]
+    value = rng.choice(JUNK)
+    return rng.choice([*plain * 3, *odd, json.dumps(value), json.dumps({"prompt": value}), rng.choice(long)])
+
+
+def spoilt_lines(rng: Random, content: bytes) -> bytes:
     """One of the objects of a .jsonl file spoilt: GenEval's metadata with other types."""
     lines = content.splitlines()
-    place = draw(st.integers(0, len(lines) - 1))
-    lines[place] = draw(spoilt_json(lines[place])).replace(b"\n", b" ")
+    place = rng.randrange(len(lines))
+    lines[place] = spoilt_json(rng, lines[place]).replace(b"\n", b" ")
     return b"\n".join(lines)
 
 
-@st.composite
-def pipeline(draw: st.DrawFn, files: Files) -> Input:
+def pipeline(rng: Random, files: Files) -> Input:
     """A pipeline folder with a damaged file."""
-    name = draw(st.sampled_from([*PIPELINES, "sd3", "run/pipeline", "lora/lora"]))
+    name = rng.choice([*PIPELINES, "sd3", "run/pipeline", "lora/lora"])
     source = name.partition("/")[0]
-    lines = [
-        ("sample", source, "--prompt", "a red circle", *DRAWN),
-        ("verify", source, *DRAWN, "--prompt", "a red circle"),
-    ]
+    sample = ("sample", source, "--prompt", "a red circle", *DRAWN)
+    lines = [sample, ("verify", source, *DRAWN, "--prompt", "a red circle")]
     if source in PIPELINES:
-        lines += [("train", f"{source}.json")] * 3 + [("train", f"{source}.json", "--dry-run")]
+        lines += [("train", f"{source}.json")] * 4 + [("train", f"{source}.json", "--dry-run")]
     else:
         lines += [("export", source, "--out", "new"), ("evaluate", source, "--steps", "1", "--prompts", "prompts.txt")]
-    return Input("pipeline", draw(st.sampled_from(lines)), draw(damage(files, name)))
+    return Input("pipeline", rng.choice(lines), damage(rng, files, name))
 
 
-@st.composite
-def reward(draw: st.DrawFn, files: Files) -> Input:
+def reward(rng: Random, files: Files) -> Input:
     """A reward's folder with a damaged file."""
-    name = draw(st.sampled_from([*REWARDS, "clip"]))
+    name = rng.choice([*REWARDS, "clip"])
     user = {"clip": "sd3", "hpsv2": "flux", "hpsv3": "flux2", "imagereward": "qwen-image", "aesthetic": "z-image"}[name]
     word = f"{'pickscore' if name == 'clip' else name}={'clip' if name == 'aesthetic' else name}"
     lines = [*[("train", f"{user}.json")] * 3, ("verify", word)]
-    if name == "clip":
-        lines += [("score", "picture.png", "--reward", word, "--prompt", "a star")]
-    return Input("reward", draw(st.sampled_from(lines)), draw(damage(files, name)))
+    lines += [("score", "picture.png", "--reward", word, "--prompt", "a star")] if name == "clip" else []
+    return Input("reward", rng.choice(lines), damage(rng, files, name))
 
 
-@st.composite
-def checkpoint(draw: st.DrawFn, files: Files) -> Input:
+def checkpoint(rng: Random, files: Files) -> Input:
     """A run's folder with a damaged file, or a forged one whose own checksum is right."""
-    name = draw(st.sampled_from(["run", "run", "lora"]))
-    changes = draw(damage(files, f"{name}/checkpoints", f"{name}/metrics.jsonl", f"{name}/run.json", f"{name}/summary.json"))
+    name = rng.choice(["run", "run", "lora"])
+    beside = [f"{name}/{file}" for file in ("metrics.jsonl", "run.json", "summary.json")]
+    changes = damage(rng, files, f"{name}/checkpoints", *(beside if rng.random() < 0.3 else []))
     line = ["resume", name, "--steps", "3"]
-    line += draw(st.sampled_from([[], [], ["--checkpoint", "step-000001"], ["--allow-changes"]]))
-    forged = draw(st.booleans()) and all(change.instead == "bytes" for change in changes)
-    return Input("checkpoint", tuple(line), (*changes, *_forged(files, changes)) if forged else changes)
+    line += rng.choice([[], [], ["--checkpoint", "step-000001"], ["--allow-changes"]])
+    return Input("checkpoint", tuple(line), (*changes, *_forged(files, changes)) if rng.random() < 0.6 else changes)
 
 
 def _forged(files: Files, changes: tuple[Change, ...]) -> list[Change]:
     """state.json as if the changed files of its checkpoint had been written so."""
-    import hashlib
-
-    from leapalign.training.checkpoints import _digest
-
     told = []
     for change in changes:
         folder, _, name = change.path.rpartition("/")
         state_file = f"{folder}/state.json"
-        if state_file not in files:
+        if state_file not in files or change.instead != "bytes":
             continue
         try:
             state = json.loads(change.content if name == "state.json" else files[state_file])
@@ -236,23 +244,39 @@ def _forged(files: Files, changes: tuple[Change, ...]) -> list[Change]:
     return told
 
 
-@st.composite
-def picture(draw: st.DrawFn, files: Files) -> Input:
-    """A picture file, damaged or with another name."""
+def picture(rng: Random, files: Files) -> Input:
+    """A picture file, damaged, of an odd size, or with another name."""
     names = [name for name in files if name.startswith("picture.")]
-    name = draw(st.sampled_from(names))
-    place = draw(st.sampled_from([name, name, *names, "picture", "picture.txt"]))
-    changes = draw(damage(files, name)) if draw(st.integers(0, 4)) == 0 else (Change(place, draw(spoilt_bytes(files[name]))),)
-    line = ("score", place, "--reward", "pickscore=clip", "--prompt", "a star", *CPU)
-    return Input("picture", line, changes)
+    name = rng.choice(names)
+    place = rng.choice([name, name, *names, "picture", "picture.txt"])
+    if rng.random() < 0.2:
+        place, changes = name, damage(rng, files, name)
+    else:
+        content = rng.choice([spoilt_bytes, spoilt_bytes, odd_picture])(rng, files[name])
+        changes = (Change(place, content),)
+    return Input("picture", ("score", place, "--reward", "pickscore=clip", "--prompt", "a star", *CPU), changes)
 
 
-@st.composite
-def header(draw: st.DrawFn, files: Files) -> Input:
+def odd_picture(rng: Random, content: bytes) -> bytes:
+    """Of every mode and of extreme sizes."""
+    mode = rng.choice(["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F", "HSV"])
+    size = rng.choice([(1, 1), (1, 2), (3000, 1), (1, 40_000), (7, 5)])
+    formats = ["PNG", "TIFF", "JPEG", "WEBP", "GIF", "BMP"]
+    for form in rng.sample(formats, len(formats)):
+        stream = BytesIO()
+        try:
+            Image.new(mode, size).save(stream, form)
+        except (OSError, ValueError, KeyError):  # not every format has every mode
+            continue
+        return stream.getvalue()
+    return content
+
+
+def header(rng: Random, files: Files) -> Input:
     """A safetensors file whose header lies."""
-    name = draw(st.sampled_from([name for name in files if name.endswith(".safetensors") and not name.startswith("run")]))
+    name = rng.choice([n for n in files if n.endswith(".safetensors") and not n.startswith("run")])
     top = name.partition("/")[0]
-    user = {"clip": "sd3", "hpsv3": "flux2", "lora": "z-image"}.get(top, top)
+    user = {"clip": "sd3", "hpsv3": "flux2"}.get(top, top)
     lines = [("train", f"{user}.json")]
     if top in PIPELINES:
         lines += [("verify", top, *DRAWN)]
@@ -260,114 +284,110 @@ def header(draw: st.DrawFn, files: Files) -> Input:
     if top == "clip":
         lines += [("verify", "pickscore=clip"), ("score", "picture.png", "--reward", "pickscore=clip", "--prompt", "a")]
     if top == "lora":
-        lines = [("resume", "lora", "--steps", "2"), ("sample", "lora", "--prompt", "a star", *DRAWN), ("export", "lora", "--out", "new")]
-    return Input("safetensors", draw(st.sampled_from(lines)), (Change(name, draw(lying(files[name]))),))
+        lines = [("resume", "lora", "--steps", "2"), ("sample", "lora", "--prompt", "a star", *DRAWN)]
+        lines += [("export", "lora", "--out", "new")]
+    return Input("safetensors", rng.choice(lines), (Change(name, lying(rng, files[name])),))
 
 
-@st.composite
-def lying(draw: st.DrawFn, content: bytes) -> bytes:
+def lying(rng: Random, content: bytes) -> bytes:
+    """A safetensors file with another header, another length of it, or other data behind it."""
     length = int.from_bytes(content[:8], "little")
     told, data = content[8 : 8 + length], content[8 + length :]
-    how = draw(st.sampled_from(["entry", "entry", "json", "length", "data"]))
+    how = rng.choice(["entry", "entry", "entry", "json", "length", "data"])
     if how == "data":
-        return content[: 8 + length] + draw(st.sampled_from([data[:-4], data + b"\0" * 8, b"", b"\xff" * len(data)]))
+        nan = b"\xff" * len(data)
+        return content[: 8 + length] + rng.choice([data[:-4], data + b"\0" * 8, b"", nan, bytes(len(data))])
     if how == "length":
-        return draw(st.sampled_from([0, 1, length - 1, length + 1, 2**63 - 1, 2**64 - 1])).to_bytes(8, "little") + told + data
+        return rng.choice([0, 1, length - 1, length + 1, 2**63 - 1, 2**64 - 1]).to_bytes(8, "little") + told + data
     if how == "json":
-        told = draw(spoilt_json(told))
+        told = spoilt_json(rng, told)
     else:
         record = json.loads(told)
-        entry = record[draw(st.sampled_from(sorted(record)))]
-        entry |= draw(st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "x"]), lies(), min_size=1))
+        entry = record[rng.choice(sorted(record))]
+        entry[rng.choice(["dtype", "shape", "data_offsets", "x"])] = _lie(rng)
         told = json.dumps(record).encode()
     return len(told).to_bytes(8, "little") + told + data
 
 
-def lies() -> st.SearchStrategy[Any]:
-    numbers = st.sampled_from([-1, 0, 1, 4, 2**31, 2**62, 2**64])
-    return st.lists(numbers, max_size=3) | st.sampled_from(["F16", "BF16", "I64", "F8_E4M3", "BOOL", "X", "", None, 1])
+def _lie(rng: Random) -> Any:
+    numbers = [rng.choice([-1, 0, 1, 2, 4, 2**31, 2**62, 2**64]) for _ in range(rng.randint(0, 3))]
+    return rng.choice([numbers, numbers, "F16", "BF16", "F64", "I64", "F8_E4M3", "BOOL", "X", "", None, 1])
 
 
-@st.composite
-def damage(draw: st.DrawFn, files: Files, *folders: str) -> tuple[Change, ...]:
+def damage(rng: Random, files: Files, *folders: str) -> tuple[Change, ...]:
     """One or two files below the folders: other bytes, other JSON, gone, a folder, or a link out of the folder."""
     names = [name for name in files if any(name == f or name.startswith(f"{f}/") for f in folders)]
-    changes = {}
-    for _ in range(draw(st.sampled_from([1, 1, 1, 2]))):
-        name = draw(st.sampled_from(names))
-        instead = draw(st.sampled_from(["bytes"] * 7 + ["gone", "folder", "link"]))
-        content = b""
-        if instead == "bytes":
-            spoilt = [spoilt_bytes(files[name])]
-            spoilt += [spoilt_json(files[name])] * 3 if name.endswith(".json") else []
-            spoilt += [lying(files[name])] if name.endswith(".safetensors") else []
-            content = draw(st.one_of(spoilt))
-        target = draw(st.sampled_from(["/etc/hostname", "nowhere", "../..", "/dev/null"])) if instead == "link" else ""
-        changes[name] = Change(name, content, instead, target)
+    changes = {name: _damaged(rng, name, files[name]) for name in rng.choices(names, k=rng.choice([1, 1, 1, 2]))}
     return tuple(changes.values())
 
 
-@st.composite
-def spoilt_bytes(draw: st.DrawFn, content: bytes) -> bytes:
+def _damaged(rng: Random, name: str, content: bytes) -> Change:
+    instead = rng.choice([*["bytes"] * 12, "gone", "folder", "link"])
+    if instead != "bytes":
+        return Change(name, b"", instead, rng.choice(["/etc/hostname", "nowhere", "../..", "/dev/null"]))
+    ways = [spoilt_bytes, *[spoilt_json] * 4 * name.endswith(".json"), *[lying] * 2 * name.endswith(".safetensors")]
+    return Change(name, rng.choice(ways)(rng, content))
+
+
+def spoilt_bytes(rng: Random, content: bytes) -> bytes:
     """Cut, flipped, emptied, in another encoding, or something else altogether."""
-    how = draw(st.sampled_from(["cut", "cut", "flip", "flip", "insert", "twice", "other", "encoding"]))
-    place = draw(st.integers(0, len(content)))
+    how = rng.choice(["cut", "cut", "flip", "flip", "flip", "insert", "twice", "other", "encoding"])
+    place = rng.randint(0, rng.choice([len(content), min(400, len(content))]))
+    before, after = content[:place], content[place:]
     if how == "cut":
-        return content[:place]
+        return before
     if how == "flip":
-        return content[:place] + bytes(255 - b for b in content[place : place + 1]) + content[place + 1 :]
+        return before + bytes(b ^ rng.choice([255, 1, 128]) for b in after[:1]) + after[1:]
     if how == "insert":
-        return content[:place] + draw(st.sampled_from([b"\0", b"\xff\xfe", b"}", b'"', b"\n" * 9, b"\xc3"])) + content[place:]
+        return before + rng.choice([b"\0", b"\xff\xfe", b"}", b'"', b"\n" * 9, b"\xc3"]) + after
     if how == "twice":
         return content + content
     if how == "other":
-        return draw(st.sampled_from([b"", b"\0" * 64, b"{}", b"[]", b"null", b"1", b"\x80\x04.", b"PK\x03\x04", b"GIF89a"]))
+        return rng.choice([b"", b"\0" * 64, b"{}", b"[]", b"null", b"1", b"\x80\x04.", b"PK\x03\x04", b"GIF89a"])
     try:
-        text = content.decode()
+        return content.decode().encode(rng.choice(["utf-8-sig", "utf-16", "utf-32"]))
     except UnicodeDecodeError:
         return content[::-1]
-    return text.encode(draw(st.sampled_from(["utf-8-sig", "utf-16", "utf-32"])))
 
 
-@st.composite
-def spoilt_json(draw: st.DrawFn, content: bytes) -> bytes:
+def spoilt_json(rng: Random, content: bytes) -> bytes:
     """The same JSON with a key gone, renamed, doubled or added, or with another value, at a random place."""
     value = json.loads(content)
-    how = draw(st.sampled_from(["value"] * 6 + ["gone", "gone", "renamed", "added", "doubled", "deep", "nested"]))
-    places = _places(value)
+    how = rng.choice([*["value"] * 12, "gone", "gone", "renamed", "added", "doubled", "deep", "nested"])
     if how == "deep":
         return b"[" * 100_000 + content
     if how == "doubled":
         return content.replace(b"{", b'{"type": 1, "type": 2, ', 1)
+    places = _places(value)
     if not places:
-        return json.dumps(draw(st.sampled_from(JUNK))).encode()
-    parent, key = draw(st.sampled_from(places))
-    if how == "gone" or how == "renamed":
+        return json.dumps(rng.choice(JUNK)).encode()
+    parent, key = rng.choice(places)
+    if how in ("gone", "renamed"):
         item = parent.pop(key)
         if how == "renamed" and isinstance(parent, dict):
-            parent[draw(misspelt(str(key)))] = item
+            parent[misspelt(rng, str(key))] = item
     elif how == "added" and isinstance(parent, dict):
-        parent["added"] = draw(st.sampled_from(JUNK))
+        parent["added"] = rng.choice(JUNK)
     elif how == "nested":
         parent[key] = [parent[key]]
     else:
-        parent[key] = draw(st.sampled_from(JUNK))
+        parent[key] = rng.choice(JUNK)
     return json.dumps(value).encode()
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
     """Every (container, key) in it, the outer ones first; of a long list its beginning."""
-    found, waiting = [], [value]
+    found, waiting = [], [value] if isinstance(value, (dict, list)) else []
     while waiting:
         container = waiting.pop(0)
-        keys = [*container] if isinstance(container, dict) else range(min(3, len(container)))
+        keys: Sequence[Any] = [*container] if isinstance(container, dict) else range(min(3, len(container)))
         found += [(container, key) for key in keys]
         waiting += [container[key] for key in keys if isinstance(container[key], (dict, list))]
     return found[:200]
 
 
-KINDS: dict[str, Callable[[Files], st.SearchStrategy[Input]]] = {
-    "flags": lambda files: flags(),
+KINDS: dict[str, Callable[[Random, Files], Input]] = {
+    "flags": flags,
     "run.json": run_json,
     "prompts": prompt_file,
     "pipeline": pipeline,

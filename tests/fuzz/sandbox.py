@@ -200,7 +200,9 @@ def _wrong_end(given: Input, outcome: Outcome) -> str:
     if "Traceback" in err or "Traceback" in outcome.out:
         return "a traceback"
     if status == 1:
-        stopped = len(re.findall(r"^leapalign: stopped at .", err, re.MULTILINE)) == 1  # NaN, or too little memory
+        stopped = (
+            len(re.findall(r"^leapalign: stopped(?: at|: out of memory) .", err, re.MULTILINE)) == 1
+        )  # NaN, or too little memory
         differs = given.argv[:1] == ("verify",) and re.search(r'NOT as it should be|"good": false', outcome.out)
         return "" if stopped or differs else "status 1 without its reason"
     if status == 75:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from leapalign.errors import UserError
+from leapalign.errors import UserError, first_time
 from leapalign.models.base import Conditioning, Text
 from leapalign.models.decode import Decoder
 from leapalign.models.folder import PipelineFolder, load_part, save_with
@@ -41,6 +41,11 @@ class PipelineModel:
     device: str
     dtype: torch.dtype
 
+    def __post_init__(self) -> None:
+        place, remedy = self.folder.path, "its configurations are not those of its weights: copy the folder again"
+        self.predict = first_time(self.predict, f"{place}: the transformer does not run", remedy)
+        self._pixels = first_time(self.decoder, f"{place}: the VAE does not run", remedy)
+
     def prepare(self, prompts: Sequence[str]) -> None:
         self.prompts.prepare([*prompts, *self._negative])
 
@@ -64,7 +69,7 @@ class PipelineModel:
         return guided(predict, conditioning, self.guidance)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.decoder(latents)
+        return self._pixels(latents)
 
     def save(self, folder: str | Path) -> None:
         save_with(self.folder, merged(self.policy), folder)
@@ -85,8 +90,13 @@ def prompt_cache(
     **settings: Any,
 ) -> PromptCache:
     """The cache of a family's prompts, on disk too. `parts` and `settings` are all that decides an embedding."""
+
+    def load() -> Encoder:
+        remedy = "tokenizers and text encoders are not of one model: copy the folder again"
+        return first_time(load_encoder(), f"{folder.path}: the text encoders do not run", remedy)
+
     decisive = {"device": torch.device(device).type, "dtype": str(dtype).removeprefix("torch."), **settings}
-    return PromptCache(load_encoder, device, PromptStore.of(folder, parts, decisive))
+    return PromptCache(load, device, PromptStore.of(folder, parts, decisive))
 
 
 def load_decoder(folder: PipelineFolder, device: str, chunk: int) -> Decoder:

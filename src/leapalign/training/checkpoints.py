@@ -38,6 +38,7 @@ GROUPS = ("weights", "ema", "optimizer")
 LAYOUT = "whole"
 PACKAGES = ("leapalign", "torch", "diffusers", "transformers", "safetensors")
 NEWEST = "newest.json"
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what damaged JSON leads to
 _NAME = re.compile(r"step-(\d{6,})")
 _RECORDS = {"run.json", "state.json"}
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
@@ -137,7 +138,7 @@ def find(run: Run, name: str = "") -> Checkpoint | None:
     chosen = folder / (name or names[-1])
     try:
         return _verified(chosen)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{chosen}: the checkpoint is damaged ({error}); {_way_out(run, chosen)}") from None
 
 
@@ -231,7 +232,7 @@ def _verified(folder: Path) -> Checkpoint:
 def _is_good(folder: Path) -> bool:
     try:
         return bool(_verified(folder))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except UNREADABLE:
         return False
 
 
@@ -252,7 +253,7 @@ def _refuse_deleted(run: Run, name: str, names: list[str]) -> None:
     try:
         newest = json.loads(marker.read_text())["name"]
         gone = not names or int(_NAME.fullmatch(newest)[1]) > _step(Path(names[-1]))  # type: ignore[index]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{marker}: not readable ({error}); remove it to resume from the newest folder") from None
     if gone:
         raise UserError(f"{marker.parent / newest}: this checkpoint was there and is gone; {_way_out(run, None)}")

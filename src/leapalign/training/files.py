@@ -21,6 +21,10 @@ DISK_PROBLEMS = {
     errno.EACCES: "writing is not permitted",
     errno.EPERM: "writing is not permitted",
     errno.EIO: "the disk fails",
+    errno.ENOTDIR: "a part of this path is a file and no folder",
+    errno.EEXIST: "there is a file of this name, where a folder was to be",
+    errno.EISDIR: "there is a folder of this name, where a file was to be",
+    errno.ENAMETOOLONG: "this name is too long",
 }
 
 

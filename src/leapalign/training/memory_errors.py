@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from leapalign.errors import RunStopped, UserError
+from leapalign.errors import RunStopped, UserError, is_out_of_memory
 from leapalign.run import Run
 
-SIGNS = ("can't allocate memory", "out of memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 ADVICE = 3  # settings named
 
 
@@ -104,9 +103,7 @@ def _bytes(tensors: Mapping[str, Tensor]) -> int:
 def _memory_error(error: BaseException | None) -> BaseException | None:
     """The error itself or the one behind it that says so."""
     while error is not None:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            return error
-        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS):
+        if is_out_of_memory(error):
             return error
         error = error.__cause__
     return None

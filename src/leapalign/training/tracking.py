@@ -107,7 +107,7 @@ def kept_metrics(path: Path, position: int) -> str:
         return kept.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}: byte {error.start} is not UTF-8; put the file back, or delete it to go on without the lines so far"
+            f"{path}: byte {error.start} is not UTF-8; put it back, or delete it to go on without the lines so far"
         ) from None
 
 
