@@ -91,7 +91,8 @@ def ended(kind: str, count: int, box: Sandbox, run: Callable[[Input], Outcome], 
         if len(outcomes) < count and possible and one not in outcomes:
             began = time.monotonic()
             outcomes[one] = run(one)
-            print(f"{kind} {time.monotonic() - began:.1f} s: {outcomes[one].status} {one.argv}", file=sys.stderr)
+            end = outcomes[one]
+            print(f"{kind} {time.monotonic() - began:.1f} s: {end.status} {one.argv} {end.problem}", file=sys.stderr)
 
     settings = hypothesis.settings(
         max_examples=2 * count + 20,
