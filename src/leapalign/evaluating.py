@@ -20,7 +20,7 @@ from leapalign.training.files import disk_errors
 from leapalign.training.loop import resolve_device, reward_names
 
 if TYPE_CHECKING:
-    from leapalign.cli import EvaluateFlags
+    from leapalign.cli.evaluate import EvaluateFlags
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,12 @@ from leapalign.sampling import run_source
 from leapalign.training.files import disk_errors
 
 if TYPE_CHECKING:
-    from leapalign.cli import ExportFlags
+    from leapalign.cli.export import ExportFlags
 
 
 def export_run(flags: ExportFlags) -> dict[str, Any]:
     """Write it; {"run", "format", "dtype", "out", "bytes"}."""
-    folder, target = Path(flags.run), Path(flags.out)
+    folder, target = Path(flags.run), Path(os.path.normpath(flags.out))
     run = read_run(folder / "run.json", load_plugins(flags.plugin))
     if flags.format not in run.tuning.formats:
         raise UserError(

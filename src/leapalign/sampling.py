@@ -21,7 +21,7 @@ from leapalign.training.loop import resolve_device
 from leapalign.tuning.full import FULL
 
 if TYPE_CHECKING:
-    from leapalign.cli import SampleFlags
+    from leapalign.cli.sample import SampleFlags
 
 STEPS = 25  # where no run says how many
 

@@ -148,6 +148,24 @@ def test_a_folder_that_cannot_be_made(out, capsys, folder):
     assert "give another --out" in capsys.readouterr().err and (folder / "file").read_text() == "mine"
 
 
+def test_names_that_the_system_refuses(capsys, folder):
+    (folder / "loop").symlink_to("loop")
+    for words, message in (
+        (["evaluate", "x" * 300], ": this name is too long; give another"),
+        (["train", "sd3/../clip/model.safetensors/run.json"], "cannot read the run (Not a directory)"),
+        (["score", "loop", "--reward", "pickscore=clip", "--prompt", "a"], "loop: "),
+    ):
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_way_back_is_no_new_folder(capsys, folder):
+    """new/.. is there only once new is: what lies in the working folder must not be taken for a run's."""
+    (folder / "run.json").write_text("mine")
+    assert main(["train", "shapeworld-refl", "--out", "new/..", "--device", "cpu"]) == 2
+    assert "new/..: this folder is not empty" in capsys.readouterr().err and (folder / "run.json").read_text() == "mine"
+
+
 def test_a_nul_in_run_json():
     record = json.loads(dumps(replace(shapeworld_leapalign(), out="a\0b")))
     with pytest.raises(UserError, match=r'out: "a\\u0000b" has a NUL character'):
@@ -280,6 +298,24 @@ def test_an_index_that_points_out_of_its_folder(tmp_path, index, message):
         shards_of(file)
     file.write_text(json.dumps({"weight_map": {"a": "2.safetensors", "b": "1.safetensors", "c": "2.safetensors"}}))
     assert shards_of(file) == ["1.safetensors", "2.safetensors"]
+
+
+@pytest.mark.parametrize("part", [["diffusers", ["A"]], [None, "A"], [{}, "A"]])
+def test_an_index_whose_parts_are_none(folder, part):
+    edit(folder / "sd3" / "model_index.json", transformer=part)
+    with pytest.raises(UserError, match="the part 'transformer' is .*; expected a folder"):
+        SD3(path=str(folder / "sd3"), **CONFIG).load("cpu", "float32")
+    edit(folder / "sd3" / "model_index.json", **{"transformer": ["diffusers", "A"], "../clip": ["diffusers", "A"]})
+    with pytest.raises(UserError, match="the part '../clip' is"):
+        SD3(path=str(folder / "sd3"), **CONFIG).load("cpu", "float32")
+
+
+def test_a_plan_of_a_configuration_that_makes_no_model(folder, capsys):
+    edit(folder / "sd3" / "vae" / "config.json", up_block_types=[["x"]])
+    run = replace(shapeworld_leapalign(), model=SD3(path="sd3", **CONFIG))
+    (folder / "run.json").write_text(dumps(run))
+    assert main(["train", "run.json", "--dry-run"]) == 2
+    assert "sd3/vae: its configuration makes no AutoencoderKL" in capsys.readouterr().err
 
 
 def test_a_configuration_that_is_not_that_of_its_weights(folder, capsys):

@@ -77,7 +77,11 @@ def open_folder(
 
 def parts_of(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """part -> (library, class), of a model_index.json; parts that are null there are left out."""
-    return {name: (p[0], p[1]) for name, p in index.items() if isinstance(p, list) and len(p) == 2 and p[1]}
+    parts = {name: (p[0], p[1]) for name, p in index.items() if isinstance(p, list) and len(p) == 2 and p[1]}
+    for name, part in parts.items():
+        if not all(isinstance(word, str) for word in part) or Path(name).name != name:
+            raise UserError(f'{INDEX}: the part {name!r} is {list(part)!r}; expected a folder, as ["library", "class"]')
+    return parts
 
 
 def load_part(folder: PipelineFolder, name: str, dtype: Any = None, quantization: Any = None) -> Any:

@@ -22,7 +22,7 @@ LONGEST = 10_000  # letters: encoders read some hundred words, and tokenizers ta
 def check_text(text: str, where: str) -> str:
     """The text without spaces around it. UserError, with `where` it stands, for one that no prompt is as long as."""
     if len(text) > LONGEST:
-        raise UserError(f"{where}: a prompt of {len(text)} letters; expected at most {LONGEST}: is this a file of prompts?")
+        raise UserError(f"{where}: a prompt of {len(text)} letters; expected at most {LONGEST}")
     return text.strip()
 
 

@@ -25,6 +25,7 @@ DISK_PROBLEMS = {
     errno.EEXIST: "there is a file of this name, where a folder was to be",
     errno.EISDIR: "there is a folder of this name, where a file was to be",
     errno.ENAMETOOLONG: "this name is too long",
+    errno.ELOOP: "this link leads to itself",
 }
 
 

@@ -412,10 +412,10 @@ def _open_folder(run: Run, resume: bool) -> Path:
     if resume:
         refuse_links_out(out)
         refuse_other_kinds(out, files=("run.json", "metrics.jsonl", "summary.json", LOCK), folders=("checkpoints",))
-    elif out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
-        raise UserError(f"{out}: this folder is not empty; use `leapalign resume {out}`, or another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot make the run's folder ({error.strerror})") from None
+    if not resume and any(path.name != LOCK for path in out.iterdir()):  # now: new/.. is there only with new
+        raise UserError(f"{out}: this folder is not empty; use `leapalign resume {out}`, or another --out")
     return out
