@@ -225,8 +225,15 @@ def _verified(folder: Path) -> Checkpoint:
         if sha256(folder / name) != digest:
             raise ValueError(f"{name} has other bytes than were written")
     for group in GROUPS:  # a sum says that nothing was changed later, not that a foreign file was sound
-        read_header(folder / f"{group}.safetensors")
+        _check_sound(folder / f"{group}.safetensors")
     return Checkpoint(folder=folder, state=state, record=json.loads((folder / "run.json").read_text()))
+
+
+def _check_sound(file: Path) -> None:
+    try:
+        read_header(file)
+    except ValueError as error:
+        raise ValueError(f"{file.name} {error}") from error
 
 
 def _is_good(folder: Path) -> bool:
