@@ -135,9 +135,7 @@ def test_a_changed_line_of_metrics_is_named_before_anything_is_replaced(trained,
     lines[1] = spoilt * len(lines[1])  # as long as it was
     path.write_bytes(b"\n".join(lines))
     before = contents(Path(trained.out))
-    with pytest.raises(
-        UserError, match=r"metrics.jsonl, line 2: this is no JSON object, .*; put it back, or delete it"
-    ):
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2: this is no JSON object, .*; put it back"):
         loop.train(replace(trained, steps=6), resume=True)
     assert contents(Path(trained.out)) == before
 
@@ -162,7 +160,7 @@ def test_a_forged_checkpoint_whose_sums_are_right(trained):
     (folder / "state.json").write_text(json.dumps(state | {"self": checkpoints._digest(state)}))
     with pytest.raises(
         UserError,
-        match=r"the checkpoint is damaged \(weights.safetensors is not a sound safetensors file .*step-000002 is good",
+        match=r"damaged \(weights.safetensors is not a sound .*step-000002 is good",
     ):
         loop.train(replace(trained, steps=6), resume=True)
     (folder / "state.json").write_text("[" * 99_999)
