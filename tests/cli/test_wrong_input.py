@@ -160,10 +160,18 @@ def test_names_that_the_system_refuses(capsys, folder):
 
 
 def test_a_way_back_is_no_new_folder(capsys, folder):
-    """new/.. is there only once new is: what lies in the working folder must not be taken for a run's."""
+    """new/.. is there only once new is: the working folder must be neither taken for a run's nor replaced."""
     (folder / "run.json").write_text("mine")
     assert main(["train", "shapeworld-refl", "--out", "new/..", "--device", "cpu"]) == 2
     assert "new/..: this folder is not empty" in capsys.readouterr().err and (folder / "run.json").read_text() == "mine"
+
+
+def test_a_way_back_is_no_place_to_save(folder):
+    model = SD3(path="sd3", **CONFIG).load("cpu", "float32")
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(UserError, match="exists and is no pipeline folder"):
+        model.save("new/..")
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_a_nul_in_run_json():
@@ -303,10 +311,10 @@ def test_an_index_that_points_out_of_its_folder(tmp_path, index, message):
 @pytest.mark.parametrize("part", [["diffusers", ["A"]], [None, "A"], [{}, "A"]])
 def test_an_index_whose_parts_are_none(folder, part):
     edit(folder / "sd3" / "model_index.json", transformer=part)
-    with pytest.raises(UserError, match="the part 'transformer' is .*; expected a folder"):
+    with pytest.raises(UserError, match=r"the part 'transformer' is .*; expected a folder"):
         SD3(path=str(folder / "sd3"), **CONFIG).load("cpu", "float32")
     edit(folder / "sd3" / "model_index.json", **{"transformer": ["diffusers", "A"], "../clip": ["diffusers", "A"]})
-    with pytest.raises(UserError, match="the part '../clip' is"):
+    with pytest.raises(UserError, match=r"the part '\.\./clip' is"):
         SD3(path=str(folder / "sd3"), **CONFIG).load("cpu", "float32")
 
 
@@ -316,6 +324,14 @@ def test_a_plan_of_a_configuration_that_makes_no_model(folder, capsys):
     (folder / "run.json").write_text(dumps(run))
     assert main(["train", "run.json", "--dry-run"]) == 2
     assert "sd3/vae: its configuration makes no AutoencoderKL" in capsys.readouterr().err
+
+
+def test_pictures_to_decode_at_a_time(folder):
+    with pytest.raises(UserError, match="decode_chunk -1: expected"):
+        SD3(path="sd3", decode_chunk=-1, **CONFIG).load("cpu", "float32")
+    latents = torch.zeros(2, 4, 8, 8)
+    many, one = (SD3(path="sd3", decode_chunk=n, **CONFIG).load("cpu", "float32").decode(latents) for n in (2**64, 1))
+    assert torch.allclose(many, one, atol=1e-6)
 
 
 def test_a_configuration_that_is_not_that_of_its_weights(folder, capsys):

@@ -276,11 +276,13 @@ def header(rng: Random, files: Files) -> Input:
     """A safetensors file whose header lies."""
     name = rng.choice([n for n in files if n.endswith(".safetensors") and not n.startswith("run")])
     top = name.partition("/")[0]
-    user = {"clip": "sd3", "hpsv3": "flux2"}.get(top, top)
+    user = {"clip": "sd3", "hpsv3": "flux2", "aesthetic": "z-image"}.get(top, top)
     lines = [("train", f"{user}.json")]
     if top in PIPELINES:
         lines += [("verify", top, *DRAWN)]
-        lines += [("train", f"{top}.json", "--model.transformer-file", name)] * ("transformer/" in name)
+        lines += [("train", f"{top}.json", "--model.transformer-file", name)] * (
+            "transformer/" in name and top in ("sd3", "flux")
+        )
     if top == "clip":
         lines += [("verify", "pickscore=clip"), ("score", "picture.png", "--reward", "pickscore=clip", "--prompt", "a")]
     if top == "lora":

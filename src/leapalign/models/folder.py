@@ -121,7 +121,7 @@ def _own_memory(model: Any) -> Any:
 
 def save_with(folder: PipelineFolder, policy: Any, target: str | Path, policy_part: str = "transformer") -> None:
     """Write the whole pipeline to `target`: the policy's weights, every other part copied. Whole or not at all."""
-    target = Path(target)
+    target = Path(os.path.abspath(target))  # new/.. is the working folder once new is made, and would be replaced
     _check_target(target, folder.path)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
