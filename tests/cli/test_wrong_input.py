@@ -16,7 +16,8 @@ from leapalign.codec import decode, dumps
 from leapalign.errors import MOST_LINES, RunStopped, UserError, first_time, opening, readable
 from leapalign.evaluation.geneval import check_metadata
 from leapalign.evaluation.sampling import Sampling
-from leapalign.models.folder import read_json, shards_of
+from leapalign.models.flux2 import _check_layers
+from leapalign.models.folder import PipelineFolder, read_json, shards_of
 from leapalign.models.sd3 import SD3
 from leapalign.prompts import PromptFile, ShapeWorldPrompts
 from leapalign.recipes import shapeworld_leapalign
@@ -324,6 +325,36 @@ def test_a_plan_of_a_configuration_that_makes_no_model(folder, capsys):
     (folder / "run.json").write_text(dumps(run))
     assert main(["train", "run.json", "--dry-run"]) == 2
     assert "sd3/vae: its configuration makes no AutoencoderKL" in capsys.readouterr().err
+
+
+def test_a_scheduler_that_makes_no_grid(folder, capsys):
+    model = SD3(path="embedded:generator", **(CONFIG | {"max_sequence_length": 5})).load("cpu", "float32")
+    with pytest.raises(UserError, match=r"its scheduler makes \[0.0, nan\] of 1 sampling steps; .* use more steps"):
+        model.sigmas(1)
+    model.sigmas(2)
+    edit(folder / "sd3" / "scheduler" / "scheduler_config.json", shift_terminal=[1])
+    with pytest.raises(UserError, match="sd3: the scheduler does not run"):
+        SD3(path="sd3", **CONFIG).load("cpu", "float32").sigmas(3)
+
+
+@pytest.mark.parametrize("name", ["_class_name", "transformer"])
+def test_a_class_that_is_no_name(folder, capsys, name):
+    edit(folder / "sd3" / "model_index.json", **{name: {}})
+    assert main(["sample", "sd3", "--prompt", "a star", "--device", "cpu"]) == 2
+    assert "leapalign: sd3: " in capsys.readouterr().err
+
+
+def test_a_vae_without_numbers(folder):
+    edit(folder / "sd3" / "vae" / "config.json", scaling_factor="x")
+    with pytest.raises(UserError, match="sd3/vae: its scaling_factor and shift_factor are no numbers"):
+        SD3(path="sd3", **CONFIG).load("cpu", "float32")
+
+
+def test_layers_of_a_text_encoder_that_does_not_say_how_many(tmp_path):
+    tiny_pipelines.save(tiny_pipelines.flux2_pipeline(), tmp_path / "flux2")
+    edit(tmp_path / "flux2" / "text_encoder" / "config.json", hidden_size=None)
+    with pytest.raises(UserError, match="4 layers of None features; expected numbers"):
+        _check_layers((1,), PipelineFolder(tmp_path / "flux2", {}), 16)
 
 
 def test_pictures_to_decode_at_a_time(folder):

@@ -140,7 +140,7 @@ def run_json(rng: Random, files: Files) -> Input:
     change = Change(name, rng.choice([spoilt_json, spoilt_json, spoilt_json, spoilt_bytes])(rng, files[name]))
     if way == "resume":
         return Input("run.json", ("resume", "run", *rng.choice([(), ("--allow-changes",)])), (change,))
-    return Input("run.json", ("train", name, *(("--dry-run",) if way == "dry-run" else ())), (change,))
+    return Input("run.json", ("train", name, "--out", "new", *(("--dry-run",) if way == "dry-run" else ())), (change,))
 
 
 def prompt_file(rng: Random, files: Files) -> Input:

@@ -23,7 +23,7 @@ from typing import Any
 LOCK = "/.lock"
 SECONDS = 60  # that an input may take
 RUNS = ("run", "lora")  # folders that `resume` may write into
-DEFAULTS = ("samples", "runs", "cache")  # where commands write that are not told where
+DEFAULTS = ("samples", "runs", "cache", "new")  # where commands write that are not told where; `new` as run.json has it
 MOST_LINES, MOST_LETTERS = 40, 5000  # of a message
 UNREADABLE = re.compile(r"[\0\x1b]|<class '|object at 0x|Traceback \(most recent")
 MESSAGE = re.compile(r"^(?:leapalign: .|╭─)", re.MULTILINE)
@@ -229,7 +229,7 @@ def _wrong_message(err: str) -> str:
 
 def _words(argv: Sequence[str]) -> list[str]:
     """Whatever of a command line may name a place below the working folder."""
-    parts = [part for word in argv for part in (word, word.partition("=")[2])]
+    parts = [part for word in argv for part in (word, *word.split("=", 1)[1:])]
     return [os.path.normpath(part) for part in parts if not part.startswith("/")]
 
 

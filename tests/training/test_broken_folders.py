@@ -168,6 +168,28 @@ def test_a_forged_checkpoint_whose_sums_are_right(trained):
         loop.train(replace(trained, steps=6), resume=True)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": 3},
+        {"step": "4"},
+        {"skipped": -1},
+        {"seconds": None},
+        {"metrics_bytes": 1.5},
+        {"changes": {}},
+        {"bad_batches": True},
+        {"seconds": float("inf")},
+    ],
+)
+def test_a_forged_state_is_named(trained, change):
+    file = Path(trained.out) / "checkpoints" / "step-000004" / "state.json"
+    state = json.loads(file.read_text()) | change
+    del state["self"]
+    file.write_text(json.dumps(state | {"self": checkpoints._digest(state)}))
+    with pytest.raises(UserError, match=rf"damaged \(state.json (says {next(iter(change))}|is of step 3)"):
+        loop.train(replace(trained, steps=6), resume=True)
+
+
 def test_lost_metrics_are_named_and_may_be_given_up(trained):
     path = Path(trained.out) / "metrics.jsonl"
     path.write_text(path.read_text()[:100])

@@ -26,6 +26,6 @@ def config_for(source: str) -> Any:
 
     index, known = read_json(locate(source) / INDEX), families()
     name = index.get("_class_name")
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UserError(f"{source}: it holds a {name}; expected one of {', '.join(sorted(known))}")
     return known[name](path=source)

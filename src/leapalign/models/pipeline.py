@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from leapalign.errors import UserError, first_time
+from leapalign.errors import UserError, first_time, opening
 from leapalign.models.base import Conditioning, Text
 from leapalign.models.decode import Decoder
 from leapalign.models.folder import PipelineFolder, load_part, save_with
@@ -44,6 +44,7 @@ class PipelineModel:
     def __post_init__(self) -> None:
         place, remedy = self.folder.path, "its configurations are not those of its weights: copy the folder again"
         self.predict = first_time(self.predict, f"{place}: the transformer does not run", remedy)
+        self.grid = first_time(self.grid, f"{place}: the scheduler does not run", remedy)
         self._pixels = first_time(self.decoder, f"{place}: the VAE does not run", remedy)
 
     def prepare(self, prompts: Sequence[str]) -> None:
@@ -62,7 +63,13 @@ class PipelineModel:
         return torch.stack([row.to(self.device) for row in rows])  # [B, C, h, w]
 
     def sigmas(self, num_steps: int) -> Tensor:
-        return self.grid(num_steps).flip(0).to(self.device, torch.float32)
+        sigmas = self.grid(num_steps).flip(0).to(self.device, torch.float32)
+        if not bool(sigmas.isfinite().all()):  # a spoilt configuration; and some schedulers divide by zero at one step
+            raise UserError(
+                f"{self.folder.path}: its scheduler makes {sigmas.tolist()[:5]} of {num_steps} sampling steps; "
+                "expected numbers from 0 to 1: use more steps, or the scheduler_config.json of this model"
+            )
+        return sigmas
 
     def velocity(self, conditioning: Conditioning) -> Velocity:
         predict = in_precision(lambda x, sigma, text: self.predict(self.policy, x, sigma, text), self.dtype)
@@ -102,7 +109,9 @@ def prompt_cache(
 def load_decoder(folder: PipelineFolder, device: str, chunk: int) -> Decoder:
     """For a VAE that is normalised by two numbers of its configuration."""
     vae = load_part(folder, "vae", torch.float32).to(device)
-    return Decoder(vae, float(vae.config.scaling_factor), float(vae.config.shift_factor or 0.0), chunk)
+    with opening(f"{folder.path / 'vae'}: its scaling_factor and shift_factor are no numbers", "copy the folder again"):
+        scale, shift = float(vae.config.scaling_factor), float(vae.config.shift_factor or 0.0)
+    return Decoder(vae, scale, shift, chunk)
 
 
 def load_vae(folder: PipelineFolder, device: str, kind: str) -> Any:

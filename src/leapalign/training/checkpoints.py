@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -226,7 +227,22 @@ def _verified(folder: Path) -> Checkpoint:
             raise ValueError(f"{name} has other bytes than were written")
     for group in GROUPS:  # a sum says that nothing was changed later, not that a foreign file was sound
         _check_sound(folder / f"{group}.safetensors")
-    return Checkpoint(folder=folder, state=state, record=json.loads((folder / "run.json").read_text()))
+    _check_progress(state, _step(folder))
+    record = json.loads((folder / "run.json").read_text())
+    if not isinstance(record, dict):
+        raise ValueError("run.json is no object")
+    return Checkpoint(folder=folder, state=state, record=record)
+
+
+def _check_progress(state: dict[str, Any], step: int) -> None:
+    """As `Progress` counts, and of the step that the folder is named after."""
+    for each in fields(Progress):
+        value, known = state[each.name], getattr(Progress(), each.name)
+        kinds = (int, float) if isinstance(known, float) else (type(known),)
+        if type(value) not in kinds or (not isinstance(value, list) and not 0 <= value < math.inf):
+            raise ValueError(f"state.json says {each.name} {value!r}")
+    if state["step"] != step:
+        raise ValueError(f"state.json is of step {state['step']}")
 
 
 def _check_sound(file: Path) -> None:
