@@ -103,6 +103,8 @@ def _decode_plain(annotation: Any, value: Any, where: str) -> Any:
     if annotation is Path:
         return Path(_expect(str, value, where))
     _expect(annotation, value, where)
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{where}: {_short(value)} has a NUL character; leave it out")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where}: {value} is not finite")
     return value

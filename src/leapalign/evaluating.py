@@ -14,6 +14,7 @@ from leapalign.codec import suggestion
 from leapalign.errors import UserError
 from leapalign.evaluation.evaluate import Detector, Evaluation, Scorers, compare, evaluate, report
 from leapalign.evaluation.folders import picture_paths, refuse_existing, write_pictures
+from leapalign.evaluation.geneval import check_metadata
 from leapalign.evaluation.sampling import Sampling
 from leapalign.listing import listing
 from leapalign.prompts import Prompt, PromptFile, Prompts, ShapeWorldPrompts
@@ -21,9 +22,10 @@ from leapalign.recipe_files import load_plugins, read_run
 from leapalign.sampling import Source, find_source
 from leapalign.scoring import reward_config
 from leapalign.training.engine import resolve_device, reward_names
+from leapalign.training.files import disk_errors
 
 if TYPE_CHECKING:
-    from leapalign.cli import EvaluateFlags
+    from leapalign.cli.evaluate import EvaluateFlags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,8 @@ def evaluate_source(flags: EvaluateFlags) -> dict[str, Any]:
     base = replace(_subject(flags.against, flags, plugins), rewards=tuned.rewards) if flags.against else None
     after = _evaluate(tuned, prompts, flags)
     if flags.out:
-        write_pictures(Path(flags.out), prompts, after.images, per_prompt=flags.num, overwrite=flags.overwrite)
+        with disk_errors(Path(flags.out), "give another --out"):
+            write_pictures(Path(flags.out), prompts, after.images, per_prompt=flags.num, overwrite=flags.overwrite)
     answer = compare(_evaluate(base, prompts, flags), after) if base else report(after)
     return {"source": flags.source, "against": flags.against, "seed": flags.seed} | answer
 
@@ -136,9 +139,12 @@ def _detector(prompts: Sequence[Prompt], model: Any) -> Detector | None:
     from leapalign.shapeworld.world import SHAPES, SIZE
 
     records = [prompt.metadata or {} for prompt in prompts]
-    named = {item["class"] for record in records for item in record.get("include", [])}
-    spoken = all("tag" in record for record in records) and named <= set(SHAPES)
-    if not spoken or (model.height, model.width) != (SIZE, SIZE):
+    if not all("tag" in record and "include" in record for record in records):
+        return None
+    for record in records:
+        check_metadata(record)
+    named = {claim["class"] for record in records for claim in record["include"]}
+    if not named <= set(SHAPES) or (model.height, model.width) != (SIZE, SIZE):
         return None
     from leapalign.shapeworld.detector import detect
 

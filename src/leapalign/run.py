@@ -86,6 +86,7 @@ FREE_FIELDS = frozenset(
     | {"max_hours", "max_bad_batches", "self_checks", "sharding", "shard_ranks", "gather_in_rollout"}
     | {"shard_rewards", "shard_text_encoders"}
 )
+MOST = 10**9  # of anything that is counted: beyond it is a slip of the hand, or a file that lies
 _LEAST = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "num_sampling_steps": 1, "checkpoint_every": 1}
 _LEAST |= {"keep_checkpoints": 1, "probe_size": 1, "samples_per_draw": 0, "reward_chunk": 0, "probe_every": 0}
 _LEAST |= {"warmup_steps": 0, "decay_steps": 0, "max_bad_batches": 0, "shard_ranks": 0}
@@ -93,8 +94,8 @@ _LEAST |= {"warmup_steps": 0, "decay_steps": 0, "max_bad_batches": 0, "shard_ran
 
 def _check_counts(run: Run) -> None:
     for name, least in _LEAST.items():
-        if getattr(run, name) < least:
-            raise UserError(f"{name} is {getattr(run, name)}; it must be at least {least}")
+        if not least <= getattr(run, name) <= MOST:
+            raise UserError(f"{name} is {getattr(run, name)}; it must be at least {least} and at most {MOST}")
 
 
 def _check_reals(run: Run) -> None:

@@ -13,13 +13,15 @@ from leapalign.evaluation.sampling import Sampling, draw_images
 from leapalign.models.base import pointed_at
 from leapalign.models.families import config_for
 from leapalign.prompts import Prompt
+from leapalign.prompts.base import check_text
 from leapalign.recipe_files import load_plugins, read_run
 from leapalign.run import Run
 from leapalign.training.engine import resolve_device
+from leapalign.training.files import disk_errors
 from leapalign.tuning.full import FULL
 
 if TYPE_CHECKING:
-    from leapalign.cli import SampleFlags
+    from leapalign.cli.sample import SampleFlags
 
 STEPS = 25  # where no run says how many
 
@@ -40,17 +42,20 @@ class Source:
 
 def sample(flags: SampleFlags) -> list[dict[str, Any]]:
     """Write the pictures, in GenEval's layout; [{"prompt", "path"}] for each."""
-    prompts = [Prompt(text=text) for text in flags.prompt]
+    prompts = [Prompt(text=check_text(text, "--prompt")) for text in flags.prompt]
+    _sampling(flags, 1)  # its numbers, before anything is loaded
     refuse_existing(picture_paths(flags.out, len(prompts), flags.num), flags.overwrite)
     source = find_source(flags.source, load_plugins(flags.plugin))
     source = replace(source, model=_with_flags(source.model, flags))
     model = source.load(resolve_device(flags.device), flags.dtype)
-    sampling = Sampling(
-        num_steps=flags.steps or source.num_steps, images_per_prompt=flags.num, batch_size=1, seed=flags.seed
-    )
-    images = draw_images(model, flags.prompt, sampling)
-    paths = write_pictures(flags.out, prompts, images, per_prompt=flags.num, overwrite=flags.overwrite)
-    return [{"prompt": flags.prompt[i // flags.num], "path": str(path)} for i, path in enumerate(paths)]
+    images = draw_images(model, [prompt.text for prompt in prompts], _sampling(flags, source.num_steps))
+    with disk_errors(flags.out, "give another --out"):
+        paths = write_pictures(flags.out, prompts, images, per_prompt=flags.num, overwrite=flags.overwrite)
+    return [{"prompt": prompts[i // flags.num].text, "path": str(path)} for i, path in enumerate(paths)]
+
+
+def _sampling(flags: SampleFlags, usual_steps: int) -> Sampling:
+    return Sampling(num_steps=flags.steps or usual_steps, images_per_prompt=flags.num, batch_size=1, seed=flags.seed)
 
 
 def find_source(source: str, plugins: dict[str, ModuleType]) -> Source:

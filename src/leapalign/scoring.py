@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from leapalign.codec import suggestion
 from leapalign.errors import RunStopped, UserError
 from leapalign.prompts import PromptFile
+from leapalign.prompts.base import check_text
 from leapalign.recipe_files import load_file
 from leapalign.training.engine import resolve_device
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from leapalign.cli import ScoreFlags
+    from leapalign.cli.score import ScoreFlags
 
 Row = dict[str, Any]  # {"image", "prompt", "scores": {reward: number or None}}
 
@@ -90,7 +91,8 @@ def _prompts(flags: ScoreFlags) -> list[str]:
         raise UserError("score: give at least one --reward; `leapalign list rewards` has them all")
     if bool(flags.prompt) == bool(flags.prompts):
         raise UserError('score: give either --prompt "..." (one for all, or one an image), or --prompts FILE')
-    texts = list(flags.prompt) or [prompt.text for prompt in PromptFile(path=flags.prompts).load()]
+    texts = [check_text(text, "--prompt") for text in flags.prompt]
+    texts = texts or [prompt.text for prompt in PromptFile(path=flags.prompts).load()]
     if len(texts) not in (1, len(flags.images)):
         raise UserError(f"score: {len(flags.images)} images and {len(texts)} prompts; give one, or one an image")
     return texts * len(flags.images) if len(texts) == 1 else texts

@@ -19,7 +19,7 @@ from leapalign.verification.pipelines import Trial, check_pipeline
 from leapalign.verification.rewards import check_reward
 
 if TYPE_CHECKING:
-    from leapalign.cli import VerifyFlags
+    from leapalign.cli.verify import VerifyFlags
 
 MARKS = {"good": "[green]ok[/]", "different": "[bold red]DIFFERS[/]", "note": "[dim]note[/]"}
 

@@ -141,7 +141,7 @@ def test_the_training_set_has_the_ratio_and_repeats_small_tasks_only():
 
 
 def test_geneval_needs_numbers_that_make_sense():
-    with pytest.raises(UserError, match="at least 1"):
+    with pytest.raises(UserError, match="expected 1 to"):
         GenEvalPrompts(num=0)
 
 

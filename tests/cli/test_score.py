@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +57,17 @@ def test_scores_say_which_picture_fits_and_equal_the_reward_s_own(pictures, caps
     own = reward.score_pictures([Image.open(p) for p in pictures], [rows[0]["prompt"]] * 2)
     assert scores == pytest.approx(own.tolist(), abs=1e-6)
     assert [row["image"] for row in rows] == pictures
+
+
+def test_a_name_that_the_terminal_cannot_show(pictures):
+    """A process of its own, whose stdout is ASCII: neither an accent nor a byte of no text ends it."""
+    file = os.fsencode(pictures[0]).replace(b"circle", b"\xffcircl\xc3\xa9")
+    os.rename(pictures[0], file)
+    words = ["score", file, "--reward", "pickscore=embedded:reward", "--prompt", "a circle", "--device", "cpu"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    said = subprocess.run([sys.executable, "-m", "leapalign", *words], capture_output=True, env=environment)
+    assert said.returncode == 0, said.stderr
+    assert b"\\udcffcircl\\xe9.png" in said.stdout
 
 
 def test_a_prompt_an_image_from_flags_or_from_a_file(pictures, capsys, tmp_path):

@@ -128,6 +128,68 @@ def test_a_deleted_folder_of_checkpoints_does_not_begin_the_run_again(trained):
     assert contents(Path(trained.out)) == before
 
 
+@pytest.mark.parametrize("spoilt", [b"\xff", b"[", b"1", b'"'])
+def test_a_changed_line_of_metrics_is_named_before_anything_is_replaced(trained, spoilt):
+    path = Path(trained.out) / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    lines[1] = spoilt * len(lines[1])  # as long as it was
+    path.write_bytes(b"\n".join(lines))
+    before = contents(Path(trained.out))
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2: this is no JSON object, .*; put it back"):
+        loop.train(replace(trained, steps=6), resume=True)
+    assert contents(Path(trained.out)) == before
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "run.json", "checkpoints"])
+def test_another_kind_of_thing_is_named_before_training(trained, name):
+    path = Path(trained.out) / name
+    path.rename(path.with_name("moved"))
+    path.write_text("") if name == "checkpoints" else path.mkdir()
+    with pytest.raises(UserError, match=rf"{name} is a (file|folder), and a run .* there; move it away"):
+        loop.train(replace(trained, steps=6), resume=True)
+
+
+def test_a_forged_checkpoint_whose_sums_are_right(trained):
+    """Headers that lie, and JSON without end: what the sums say is true, and what they are of is no checkpoint."""
+    folder = Path(trained.out) / "checkpoints" / "step-000004"
+    file = folder / "weights.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"F32"', b'"X32"'))
+    state = json.loads((folder / "state.json").read_text())
+    del state["self"]
+    state["files"][file.name] = sha256(file)
+    (folder / "state.json").write_text(json.dumps(state | {"self": checkpoints._digest(state)}))
+    with pytest.raises(
+        UserError,
+        match=r"damaged \(weights.safetensors is not a sound .*step-000002 is good",
+    ):
+        loop.train(replace(trained, steps=6), resume=True)
+    (folder / "state.json").write_text("[" * 99_999)
+    with pytest.raises(UserError, match="the checkpoint is damaged"):
+        loop.train(replace(trained, steps=6), resume=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": 3},
+        {"step": "4"},
+        {"skipped": -1},
+        {"seconds": None},
+        {"metrics_bytes": 1.5},
+        {"changes": {}},
+        {"bad_batches": True},
+        {"seconds": float("inf")},
+    ],
+)
+def test_a_forged_state_is_named(trained, change):
+    file = Path(trained.out) / "checkpoints" / "step-000004" / "state.json"
+    state = json.loads(file.read_text()) | change
+    del state["self"]
+    file.write_text(json.dumps(state | {"self": checkpoints._digest(state)}))
+    with pytest.raises(UserError, match=rf"damaged \(state.json (says {next(iter(change))}|is of step 3)"):
+        loop.train(replace(trained, steps=6), resume=True)
+
+
 def test_lost_metrics_are_named_and_may_be_given_up(trained):
     path = Path(trained.out) / "metrics.jsonl"
     path.write_text(path.read_text()[:100])

@@ -12,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from leapalign.errors import UserError
+from leapalign.shapeworld.captions import OPPOSITE
+
 
 @dataclass(frozen=True)
 class Detection:
@@ -77,6 +80,35 @@ def keep(detections: Sequence[Detection], label: str, threshold: float, rules: R
         if all(iou(boxes[i], boxes[j]) < rules.max_overlap for j in kept):
             kept.append(i)
     return kept
+
+
+def check_metadata(metadata: dict[str, Any]) -> None:
+    """UserError unless `judge` can read it: a tag, and claims with class, count and, where they say so, the rest."""
+    prompt = metadata.get("prompt")
+    if not isinstance(metadata.get("tag"), str):
+        raise UserError(f"prompt {prompt!r}: its GenEval tag is {metadata.get('tag')!r}; expected a text")
+    for key in ("include", "exclude"):
+        claims = metadata.get(key, [])
+        if not isinstance(claims, list):
+            raise UserError(f"prompt {prompt!r}: its {key} is {claims!r}; expected a list of claims")
+        for place, claim in enumerate(claims):
+            if not _is_claim(claim, place):
+                raise UserError(
+                    f"prompt {prompt!r}: {key}[{place}] is {claim!r}; expected a claim of GenEval, as in "
+                    '{"class": "dog", "count": 1, "color": "red", "position": ["left of", 0]} (the last two if any)'
+                )
+
+
+def _is_claim(claim: Any, place: int) -> bool:
+    """A position speaks of a claim that stands before it."""
+    if not isinstance(claim, dict) or not isinstance(claim.get("class"), str):
+        return False
+    count, color, position = claim.get("count"), claim.get("color", ""), claim.get("position", ["left of", 0])
+    counted = type(count) is int and count > 0 and isinstance(color, str)
+    if "position" not in claim or not counted:
+        return counted
+    pair = isinstance(position, list) and len(position) == 2
+    return pair and position[0] in [*OPPOSITE] and type(position[1]) is int and 0 <= position[1] < place
 
 
 def judge(metadata: dict[str, Any], detections: Sequence[Detection], rules: Rules = Rules()) -> Verdict:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from leapalign.errors import UserError
 from leapalign.flow.rollout import rollout
 from leapalign.seeds import generator
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from leapalign.models.base import Model
 
 PURPOSE = "evaluation noise"
+MOST = 10**6  # sampling steps, pictures a prompt, pictures at a time: beyond it is a slip of the hand
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +35,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "images_per_prompt", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            if not 1 <= getattr(self, name) <= MOST:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1 and at most {MOST}")
 
 
 @torch.no_grad()

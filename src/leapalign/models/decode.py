@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from leapalign.errors import UserError
+
 
 def straight_through_clamp(x: Tensor) -> Tensor:
     """Value: x clamped to [0, 1]. Gradient: of x, also outside, where a clamp would return zero and stay stuck."""
@@ -35,8 +37,14 @@ class Decoder:
     chunk: int  # images at a time; 0 = all
     call: Callable[[Any, Tensor], Tensor] = plain_decode  # vae, encoded [n, C, h, w] -> [n, 3, H, W], black -1, white 1
 
+    def __post_init__(self) -> None:
+        if self.chunk < 0:
+            raise UserError(
+                f"decode_chunk {self.chunk}: expected the pictures to decode at a time, or 0 for all of them"
+            )
+
     def __call__(self, latents: Tensor) -> Tensor:
-        chunks = latents.split(self.chunk or len(latents))
+        chunks = latents.split(min(self.chunk, len(latents)) or len(latents))
         return torch.cat([self._checkpointed(z) for z in chunks])  # [N, 3, H, W]
 
     def encoded(self, latents: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def config_for(source: str) -> Any:
     from leapalign.models.folder import INDEX, locate, read_json
 
     index, known = read_json(locate(source) / INDEX), families()
-    name = index.get("_class_name") if isinstance(index, dict) else None
-    if name not in known:
+    name = index.get("_class_name")
+    if not isinstance(name, str) or name not in known:
         raise UserError(f"{source}: it holds a {name}; expected one of {', '.join(sorted(known))}")
     return known[name](path=source)

@@ -11,7 +11,6 @@ Euler sum stay in float32 under bfloat16, and the negative prompt may be another
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -125,15 +124,19 @@ def _decode(vae: Any, z: Tensor) -> Tensor:
 
 def _scale(config: Flux2Klein, folder: PipelineFolder) -> float:
     """A distilled network has its guidance inside: one branch."""
-    from leapalign.models.folder import INDEX
+    from leapalign.models.folder import INDEX, read_json
 
-    distilled = json.loads((folder.path / INDEX).read_text(encoding="utf-8")).get("is_distilled", False)
+    distilled = read_json(folder.path / INDEX).get("is_distilled", False)
     return 1.0 if distilled else config.guidance_scale
 
 
 def _check_layers(layers: tuple[int, ...], folder: PipelineFolder, width: int) -> None:
-    encoder = json.loads((folder.path / "text_encoder" / "config.json").read_text(encoding="utf-8"))
-    count, hidden = encoder["num_hidden_layers"], encoder["hidden_size"]
+    from leapalign.models.folder import read_json
+
+    place = folder.path / "text_encoder" / "config.json"
+    count, hidden = (read_json(place).get(key) for key in ("num_hidden_layers", "hidden_size"))
+    if type(count) is not int or type(hidden) is not int or hidden < 1:
+        raise UserError(f"{place}: {count} layers of {hidden} features; expected numbers: copy it again")
     if wrong := [layer for layer in layers if not 0 <= layer <= count]:
         raise UserError(f"text_layers {wrong}: the text encoder has {count} layers; give numbers from 0 to {count}")
     if len(layers) * hidden != width:

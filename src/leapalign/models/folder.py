@@ -19,7 +19,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from leapalign.errors import UserError
+from leapalign.errors import UserError, opening
 from leapalign.hub import is_hub_id, snapshot
 from leapalign.tensor_files import read_header
 
@@ -75,7 +75,7 @@ def open_folder(
     weights = check_file(transformer_file) if transformer_file else None
     folder = locate(path, with_transformer=weights is None)
     index = read_json(folder / INDEX)
-    found = index.get("_class_name") if isinstance(index, dict) else None
+    found = index.get("_class_name")
     if found != pipeline_class:
         raise UserError(f"{folder} holds a {found}, expected a {pipeline_class}; use the model class of that family")
     parts = parts_of(index)
@@ -88,7 +88,11 @@ def open_folder(
 
 def parts_of(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """part -> (library, class), of a model_index.json; parts that are null there are left out."""
-    return {name: (p[0], p[1]) for name, p in index.items() if isinstance(p, list) and len(p) == 2 and p[1]}
+    parts = {name: (p[0], p[1]) for name, p in index.items() if isinstance(p, list) and len(p) == 2 and p[1]}
+    for name, part in parts.items():
+        if not all(isinstance(word, str) for word in part) or Path(name).name != name:
+            raise UserError(f'{INDEX}: the part {name!r} is {list(part)!r}; expected a folder, as ["library", "class"]')
+    return parts
 
 
 def load_part(folder: PipelineFolder, name: str, dtype: Any = None, quantization: Any = None) -> Any:
@@ -109,11 +113,9 @@ def load_part(folder: PipelineFolder, name: str, dtype: Any = None, quantization
         kind = getattr(importlib.import_module(library), class_name)
         model = load_single_file(kind, folder.transformer_file, folder.path / name, dtype)
         return _own_memory(model).eval().requires_grad_(False)
-    try:
+    with opening(f"{folder.path / name} cannot be opened as {class_name}", "copy the folder again, completely"):
         kind = getattr(importlib.import_module(library), class_name)
         part, info = _from_pretrained(kind, folder.path / name, library, dtype, quantization)
-    except Exception as error:  # whatever a broken file makes the libraries raise is the folder's fault
-        raise UserError(f"{folder.path / name} cannot be opened as {class_name}: {error}") from error
     missing = sorted(info.get("missing_keys", ())) + sorted(map(str, info.get("mismatched_keys", ())))
     if missing:  # the libraries would fill these with random numbers and go on
         raise UserError(f"{folder.path / name} lacks {len(missing)} weights of {class_name}: {', '.join(missing[:3])}")
@@ -149,7 +151,7 @@ def _own_memory(model: Any) -> Any:
 
 def save_with(folder: PipelineFolder, policy: Any, target: str | Path, policy_part: str = "transformer") -> None:
     """Write the whole pipeline to `target`: the policy's weights, every other part copied. Whole or not at all."""
-    target = Path(target)
+    target = Path(os.path.abspath(target))  # new/.. is the working folder once new is made, and would be replaced
     _check_target(target, folder.path)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -220,7 +222,7 @@ def check_part(part: Path, library: str, *, with_weights: bool = True) -> None:
 
 def _check_weights(part: Path) -> None:
     for file in sorted(part.glob("*.safetensors.index.json")):
-        for shard in sorted(set(read_json(file)["weight_map"].values())):
+        for shard in shards_of(file):
             if not (part / shard).is_file():
                 raise UserError(f"{part} lacks {shard}, which {file.name} names; copy the folder completely")
     weights = sorted(part.glob("*.safetensors"))
@@ -230,19 +232,35 @@ def _check_weights(part: Path) -> None:
         check_safetensors(file)
 
 
+def shards_of(index: Path) -> list[str]:
+    """The files that a *.safetensors.index.json names: beside it, and nowhere else."""
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(shard, str) for shard in named.values()):
+        raise UserError(f"{index} has no weight_map from weights to file names; copy it again")
+    if outside := sorted(shard for shard in named.values() if Path(shard).name != shard):
+        raise UserError(f"{index} names {outside[0]!r}, which is no file beside it; copy the folder completely")
+    return sorted(set(named.values()))
+
+
 def check_safetensors(file: Path) -> None:
-    """Header readable, and exactly as many bytes behind it as it announces: finds every truncated copy."""
+    """Header sound, and exactly as many bytes behind it as it announces: finds every truncated copy."""
     try:
         read_header(file)
     except ValueError as error:
         raise UserError(f"{file} {error}; copy it again") from error
 
 
-def read_json(file: Path) -> Any:
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a file of a pipeline's folder; everything there that ends in .json is one."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); copy it again") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not readable JSON ({error}); copy it again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds a {type(content).__name__}, expected an object with settings; copy it again")
+    return content
 
 
 def _from_pretrained(kind: Any, path: Path, library: str, dtype: Any, quantization: Any) -> tuple[Any, dict[str, Any]]:

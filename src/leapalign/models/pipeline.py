@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from leapalign.errors import UserError
+from leapalign.errors import UserError, first_time, opening
 from leapalign.models.base import Conditioning, Text
 from leapalign.models.decode import Decoder
 from leapalign.models.folder import PipelineFolder, load_part, save_with
@@ -42,6 +42,12 @@ class PipelineModel:
     device: str
     dtype: torch.dtype
 
+    def __post_init__(self) -> None:
+        place, remedy = self.folder.path, "its configurations are not those of its weights: copy the folder again"
+        self.predict = first_time(self.predict, f"{place}: the transformer does not run", remedy)
+        self.grid = first_time(self.grid, f"{place}: the scheduler does not run", remedy)
+        self._pixels = first_time(self.decoder, f"{place}: the VAE does not run", remedy)
+
     def prepare(self, prompts: Sequence[str]) -> None:
         self.prompts.prepare([*prompts, *self._negative])
 
@@ -60,14 +66,20 @@ class PipelineModel:
     def sigmas(self, num_steps: int) -> Tensor:
         if num_steps == 1:  # whatever the shift; and a scheduler that stretches its last sigma divides zero by zero
             return torch.tensor([0.0, 1.0], device=self.device)
-        return self.grid(num_steps).flip(0).to(self.device, torch.float32)
+        sigmas = self.grid(num_steps).flip(0).to(self.device, torch.float32)
+        if not bool(sigmas.isfinite().all()):  # a spoilt configuration
+            raise UserError(
+                f"{self.folder.path}: its scheduler makes {sigmas.tolist()[:5]} of {num_steps} sampling steps; "
+                "expected numbers from 0 to 1: use the scheduler_config.json of this model"
+            )
+        return sigmas
 
     def velocity(self, conditioning: Conditioning) -> Velocity:
         predict = in_precision(lambda x, sigma, text: self.predict(self.policy, x, sigma, text), self.dtype)
         return GuidedVelocity(predict, conditioning, self.guidance)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.decoder(latents)
+        return self._pixels(latents)
 
     def save(self, folder: str | Path) -> None:
         save_with(self.folder, merged(self.policy), folder)
@@ -134,14 +146,21 @@ def _prompt_cache(
     load_encoder: Callable[[], Encoder], parts: Opened, text_parts: tuple[str, ...], settings: dict[str, Any]
 ) -> PromptCache:
     """On disk too."""
+
+    def load() -> Encoder:
+        remedy = "tokenizers and text encoders are not of one model: copy the folder again"
+        return first_time(load_encoder(), f"{parts.folder.path}: the text encoders do not run", remedy)
+
     decisive = {"device": torch.device(parts.device).type, "dtype": str(parts.dtype).removeprefix("torch."), **settings}
-    return PromptCache(load_encoder, parts.device, PromptStore.of(parts.folder, text_parts, decisive))
+    return PromptCache(load, parts.device, PromptStore.of(parts.folder, text_parts, decisive))
 
 
 def load_decoder(folder: PipelineFolder, device: str, chunk: int) -> Decoder:
     """For a VAE that is normalised by two numbers of its configuration."""
     vae = load_part(folder, "vae", torch.float32).to(device)
-    return Decoder(vae, float(vae.config.scaling_factor), float(vae.config.shift_factor or 0.0), chunk)
+    with opening(f"{folder.path / 'vae'}: its scaling_factor and shift_factor are no numbers", "copy the folder again"):
+        scale, shift = float(vae.config.scaling_factor), float(vae.config.shift_factor or 0.0)
+    return Decoder(vae, scale, shift, chunk)
 
 
 def load_vae(folder: PipelineFolder, device: str, kind: str) -> Any:

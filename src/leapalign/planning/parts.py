@@ -89,8 +89,7 @@ def _pipeline_class(path: Path) -> str:
 
     if not (path / INDEX).is_file():
         raise UserError(f"{path} is not a diffusers pipeline folder: it has no {INDEX}")
-    index = read_json(path / INDEX)
-    return str(index.get("_class_name")) if isinstance(index, dict) else "?"
+    return str(read_json(path / INDEX).get("_class_name"))
 
 
 def _check_weights(folder: PipelineFolder) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from leapalign.errors import UserError
+from leapalign.errors import UserError, opening
 from leapalign.models.folder import INDEX, PipelineFolder, parts_from
 from leapalign.planning.architectures import PIPELINES, Pipeline
 
@@ -64,14 +64,12 @@ def build_part(folder: PipelineFolder, name: str, dtype: torch.dtype | None = No
     if name not in folder.parts:
         return None
     library, class_name = folder.parts[name]
-    kind = getattr(importlib.import_module(library), class_name)
-    try:
+    with opening(f"{folder.path / name}: its configuration makes no {class_name}", "copy the folder again, completely"):
+        kind = getattr(importlib.import_module(library), class_name)
         if not issubclass(kind, nn.Module):
             return kind.from_pretrained(folder.path / name, local_files_only=True)
         with torch.device(META):
             model = _from_config(kind, library, folder.path / name)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder.path / name}: its configuration makes no {class_name}: {error}") from error
     return nn.Module.to(model, dtype).eval().requires_grad_(False)  # diffusers' own `to` warns of nothing
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from leapalign.prompts.base import Prompt, Prompts
+from leapalign.prompts.base import Prompt, Prompts, check_generated
 
 __all__ = ["Prompt", "PromptFile", "Prompts", "ShapeWorldPrompts"]
 
@@ -39,6 +39,9 @@ class ShapeWorldPrompts:
     split: Literal["train", "test"] = "train"  # test combinations never appear among the training prompts
     num: int = 4096  # prompts in all (train), prompts a task (test)
     seed: int = 0  # which training prompts; not the run's seed
+
+    def __post_init__(self) -> None:
+        check_generated("shapeworld", self.num, self.seed)
 
     def load(self) -> list[Prompt]:
         from leapalign.shapeworld import captions

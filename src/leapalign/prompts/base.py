@@ -5,6 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+from leapalign.errors import UserError
+
+MOST = 10**7  # generated prompts: gigabytes
+
+
+def check_generated(name: str, num: int, seed: int) -> None:
+    """Raise UserError unless so many prompts can be generated, by that seed."""
+    if not 1 <= num <= MOST or seed < 0:
+        raise UserError(f"{name} prompts: num {num}, seed {seed}; expected 1 to {MOST}, and a seed of at least 0")
+
+
+LONGEST = 10_000  # letters: encoders read some hundred words, and tokenizers take minutes for a million letters
+
+
+def check_text(text: str, where: str) -> str:
+    """The text without spaces around it. UserError, with `where` it stands, for one that no prompt is as long as."""
+    if len(text) > LONGEST:
+        raise UserError(f"{where}: a prompt of {len(text)} letters; expected at most {LONGEST}")
+    return text.strip()
+
 
 @dataclass(frozen=True)
 class Prompt:

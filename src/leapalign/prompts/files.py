@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from leapalign.errors import UserError
-from leapalign.prompts.base import Prompt
+from leapalign.prompts.base import Prompt, check_text
 
 
 def read_prompts(file: str) -> list[Prompt]:
@@ -50,9 +50,9 @@ def _read_text(path: Path) -> str:
 
 
 def _read_txt(text: str, path: Path) -> Iterator[Prompt]:
-    for line in text.split("\n"):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            yield Prompt(text=line.strip())
+            yield Prompt(text=check_text(line, f"{path}, line {number}"))
 
 
 def _read_jsonl(text: str, path: Path) -> Iterator[Prompt]:
@@ -65,7 +65,8 @@ def _read_jsonl(text: str, path: Path) -> Iterator[Prompt]:
             raise UserError(f"{path}, line {number}: not JSON ({error})") from None
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
             raise UserError(f'{path}, line {number}: expected an object with a non-empty string "prompt"')
-        yield Prompt(text=record["prompt"].strip(), metadata=record if len(record) > 1 else None)
+        text = check_text(record["prompt"], f"{path}, line {number}")
+        yield Prompt(text=text, metadata=record if len(record) > 1 else None)
 
 
 def _read_csv(text: str, path: Path) -> Iterator[Prompt]:
@@ -76,6 +77,6 @@ def _read_csv(text: str, path: Path) -> Iterator[Prompt]:
         for row in rows:
             if not (row["prompt"] or "").strip():
                 raise UserError(f"{path}, line {rows.line_num}: the column 'prompt' is empty")
-            yield Prompt(text=row["prompt"].strip())
+            yield Prompt(text=check_text(row["prompt"], f"{path}, line {rows.line_num}"))
     except csv.Error as error:
         raise UserError(f"{path}, line {rows.line_num}: not CSV ({error})") from None

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from itertools import islice, permutations, product
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from leapalign.errors import UserError
-from leapalign.prompts.base import Prompt
+from leapalign.prompts.base import Prompt, check_generated
 from leapalign.shapeworld.captions import NUMBERS, OPPOSITE, bound, colored, counted, positioned, single, two
 
 if TYPE_CHECKING:
@@ -57,8 +56,7 @@ class GenEvalPrompts:
     seed: int = 0  # which training prompts; not the run's seed
 
     def __post_init__(self) -> None:
-        if self.num < 1 or self.seed < 0:
-            raise UserError(f"geneval prompts: num {self.num}, seed {self.seed}; expected at least 1, and at least 0")
+        check_generated("geneval", self.num, self.seed)
 
     def load(self) -> list[Prompt]:
         records = train_prompts(self.num, self.seed) if self.split == "train" else generate(TEST_SEED, TEST_NUM)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from leapalign.errors import UserError
-from leapalign.prompts.base import Prompt
+from leapalign.prompts.base import Prompt, check_text
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _text(file: Path, place: int, record: Any) -> str:
     text = record.get("prompt") if isinstance(record, dict) else record
     if not isinstance(text, str):
         raise UserError(f'{file}, entry {place}: expected a text, or an object with a text "prompt"')
-    return text.strip()
+    return check_text(text, f"{file}, entry {place}")
 
 
 def _file(path: str, source: HubFile) -> Path:

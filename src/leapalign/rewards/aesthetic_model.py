@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from leapalign.errors import UserError
-from leapalign.rewards.base import check_images, check_inputs, check_pictures
+from leapalign.rewards.base import check_images, check_inputs, check_pictures, tried
 from leapalign.rewards.checkpoint import read_checkpoint
 from leapalign.rewards.clip_files import load_model, load_preprocess, resolve, torch_dtype
 from leapalign.rewards.clip_model import project, unit_length
@@ -90,8 +90,9 @@ def load_aesthetic(
             f"{name}: the head in {checkpoint.file} reads {widths[0]} numbers, but the CLIP at {folder} gives "
             f"{clip.config.projection_dim}; the published head (768) belongs to OpenAI's ViT-L/14"
         )
-    return AestheticReward(
+    reward = AestheticReward(
         name=name,
         model=AestheticScorer(clip, linear).eval(),
         preprocess=load_preprocess(name, resolve(processor) or folder, vision.image_size, "half-even"),
     )
+    return tried(name, folder, reward)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
+
+from leapalign.errors import opening
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,6 +43,24 @@ class RewardConfig(Protocol):
     memory: ClassVar[str]  # of the published weights
 
     def load(self, device: str = "cpu", dtype: str = "float32") -> Reward: ...
+
+
+class PictureReward(Protocol):
+    """A reward that also scores picture files."""
+
+    def score_pictures(self, pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor: ...
+
+
+T = TypeVar("T", bound=PictureReward)
+
+
+def tried(name: str, folder: str, reward: T) -> T:
+    """The reward, once it has scored a grey picture: its files fit together in more than their names and shapes."""
+    from PIL import Image
+
+    with opening(f"{name}: the files at {folder} do not fit together", "fetch or copy all of them again"):
+        reward.score_pictures([Image.new("RGB", (32, 24), "grey")], ["a try"])
+    return reward
 
 
 def check_inputs(name: str, images: Tensor, prompts: Sequence[str]) -> None:

@@ -6,7 +6,6 @@ The sizes of a model come from the shapes of its weights, so that a small copy o
 from __future__ import annotations
 
 import math
-import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +15,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from leapalign.errors import UserError
+from leapalign.errors import UserError, is_out_of_memory, opening
 from leapalign.rewards.clip_files import find
 
 M = TypeVar("M", bound=nn.Module)
-
-# What torch.load(weights_only=True) raises for other objects, half a file, and what is no checkpoint at all.
-UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,19 +111,18 @@ def read_weights(name: str, file: str) -> dict[str, Tensor]:
 
 
 def _safetensors(name: str, file: str) -> Any:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
+    with opening(f"{name}: {file} is not readable as safetensors", "fetch it again"):
         return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{name}: {file} is not readable as safetensors: {error}; fetch it again") from error
 
 
 def _torch(name: str, file: str) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
+    except Exception as error:  # for other objects, half a file, and what is no checkpoint at all: of any kind
+        if is_out_of_memory(error):
+            raise
         # Torch's own message recommends to unpickle, which would run whatever code the file contains.
         raise UserError(
             f"{name}: {file} cannot be read as a file of tensors alone ({type(error).__name__}). It is broken, or it "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from leapalign.errors import UserError
+from leapalign.errors import UserError, opening
 from leapalign.hub import find_file
 from leapalign.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, Rounding
 
@@ -54,12 +54,10 @@ def read_model(name: str, folder: str, model_class: type, model_type: str, dtype
     """A transformers model of a folder or hub id, frozen and in eval mode. UserError unless it is there as a whole."""
     kind = model_class.__name__
     check_architecture(name, folder, kind, model_type)
-    try:
+    with opening(f"{name}: {folder} has no weights that {kind} can read (model.safetensors)", "fetch or copy it again"):
         model, report = cast(Any, model_class).from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{name}: {folder} has no weights that {kind} can read (model.safetensors): {error}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(f"{name}: {folder} lacks {len(missing)} weights of a {kind}, e.g. {missing[0]}; save it whole")
@@ -123,13 +121,11 @@ def load_tokenizer(name: str, folder: str, vocabulary: int, sets: Sequence[Seque
             f"{name}: no tokenizer at {folder!r}; expected {expected}. Copy the files there, or name another folder or "
             "hub id with `processor`; a hub id must be reachable (HF_HUB_OFFLINE=1 forbids it)"
         )
-    try:
+    with opening(
+        f"{name}: transformers cannot read the tokenizer at {folder!r}",
+        "expected what save_pretrained of a tokenizer writes",
+    ):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:  # a file that is no JSON, or no tokenizer_config.json to say which class
-        raise UserError(
-            f"{name}: transformers cannot read the tokenizer at {folder!r}: {error}; expected what save_pretrained of "
-            "a tokenizer writes"
-        ) from error
     if len(tokenizer) > vocabulary:
         raise UserError(f"{name}: the tokenizer at {folder} has {len(tokenizer)} entries, the model knows {vocabulary}")
     return tokenizer
@@ -142,7 +138,7 @@ def read_json(folder: str, file: str) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(Path(found).read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON, or of UTF-8
+    except (OSError, ValueError, RecursionError) as error:  # of the disk, of UTF-8, or of JSON
         raise UserError(f"{found} is not JSON: {error}; expected an object with settings") from error
     if not isinstance(content, dict):
         raise UserError(f"{found} holds a {type(content).__name__}; expected an object with settings")

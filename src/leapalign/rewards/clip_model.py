@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Linear, Module
 
 from leapalign.errors import UserError
-from leapalign.rewards.base import check_ids, check_inputs, check_pictures
+from leapalign.rewards.base import check_ids, check_inputs, check_pictures, tried
 from leapalign.rewards.clip_files import load_model, load_preprocess, load_tokenizer, resolve
 from leapalign.rewards.preprocess import Preprocess
 
@@ -137,7 +137,7 @@ def load_clip_reward(
     model, logit_scale = load_model(name, folder, device, dtype)
     vision: Any = model.config.vision_config  # transformers types them as dict or None
     text: Any = model.config.text_config
-    return ClipReward(
+    reward = ClipReward(
         name=name,
         model=model,
         preprocess=load_preprocess(name, processor_folder, vision.image_size, head.rounding),
@@ -145,3 +145,4 @@ def load_clip_reward(
         logit_scale=logit_scale,
         tokenizer=load_tokenizer(name, processor_folder, text.vocab_size) if prompts else None,
     )
+    return tried(name, folder, reward) if prompts else reward

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from leapalign.errors import UserError
+from leapalign.rewards.base import tried
 from leapalign.rewards.checkpoint import Checkpoint, folder_of, read_checkpoint, rename, whole_numbers
 from leapalign.rewards.clip_files import load_tokenizer, read_json, resolve, torch_dtype
 from leapalign.rewards.clip_model import ClipReward, Head
@@ -56,7 +57,7 @@ def load_hpsv2(
     model = checkpoint.fill(lambda: CLIPModel(config), from_open_clip(checkpoint.weights))
     logit_scale = math.exp(float(model.logit_scale))  # before the weights are rounded
     vocabulary = config.text_config.vocab_size
-    return ClipReward(
+    reward = ClipReward(
         name=name,
         model=model.to(device, target),  # type: ignore[call-arg]  # transformers types it as unbound
         preprocess=Preprocess(size=config.vision_config.image_size, fit="pad"),
@@ -64,6 +65,7 @@ def load_hpsv2(
         logit_scale=logit_scale,
         tokenizer=load_tokenizer(name, resolve(processor) or folder, vocabulary) if prompts else None,
     )
+    return tried(name, path, reward) if prompts else reward
 
 
 def from_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from leapalign.errors import UserError
-from leapalign.rewards.base import check_images, check_inputs
+from leapalign.errors import UserError, opening
+from leapalign.rewards.base import check_images, check_inputs, tried
 from leapalign.rewards.clip_files import find, load_tokenizer, read_json, torch_dtype
 from leapalign.rewards.qwen_vl import Chat, Patches, QwenPreprocess, check_tokens, check_vision, read_template
 
@@ -149,13 +149,14 @@ def load_hpsv3(name: str, path: str, processor: str, device: str, dtype: str, *,
     vocabulary = len(weights[EMBEDDING])  # <|Reward|> came last, so config.json's number is another
     config.text_config.vocab_size = vocabulary
     chat = load_chat(name, processor, vocabulary, config.image_token_id) if prompts else None
-    return HPSv3Reward(
+    reward = HPSv3Reward(
         name=name,
         model=build_model(name, path, config, weights, known).to(device),
         preprocess=QwenPreprocess(min_pixels=PIXELS, max_pixels=PIXELS),
         reward_token_id=vocabulary - 1,
         chat=chat,
     )
+    return tried(name, path, reward) if prompts else reward
 
 
 def load_config(name: str, folder: str) -> Any:
@@ -169,7 +170,8 @@ def load_config(name: str, folder: str) -> Any:
             "folder or as a hub id that can be reached (HF_HUB_OFFLINE=1 forbids it). Name it with `processor`"
         )
     check_vision(name, folder, config.get("vision_config", {}))
-    return Qwen2VLConfig(**config)
+    with opening(f"{name}: config.json at {folder!r} is none of a Qwen2-VL model", "fetch it again"):
+        return Qwen2VLConfig(**config)
 
 
 def load_weights(name: str, path: str) -> dict[str, Tensor]:
@@ -200,7 +202,9 @@ def build_model(
 
     head = {key: weights.pop(key) for key in list(weights) if key.startswith("rm_head.")}
     backbone = {renamed(key): weights.pop(key) for key in list(weights)}
-    check_weights(name, path, expected_shapes(config), backbone | head)
+    with opening(f"{name}: the backbone's config.json makes no model", "give that of the file's own backbone"):
+        expected = expected_shapes(config)
+    check_weights(name, path, expected, backbone | head)
     built: Any = Qwen2VLModel.from_pretrained(None, config=config, state_dict=backbone, dtype=dtype)
     model = HPSv3Model(built)
     model.rm_head.load_state_dict({key.removeprefix("rm_head."): value for key, value in head.items()})

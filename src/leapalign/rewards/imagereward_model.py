@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from leapalign.errors import UserError
-from leapalign.rewards.base import check_ids, check_inputs, check_pictures
+from leapalign.rewards.base import check_ids, check_inputs, check_pictures, tried
 from leapalign.rewards.checkpoint import Checkpoint, folder_of, read_checkpoint, rename, whole_numbers
 from leapalign.rewards.clip_files import load_tokenizer, read_json, resolve, torch_dtype
 from leapalign.rewards.linear_head import LinearHead, head_dtype, head_widths
@@ -127,7 +127,7 @@ def load_imagereward(
     widths = head_widths(checkpoint, "mlp.")
     model = checkpoint.fill(lambda: BlipScorer(vision, text, widths), from_original(checkpoint.weights))
     model.to(device, target).mlp.to(head_dtype(target))
-    return BlipReward(
+    reward = BlipReward(
         name=name,
         model=model,
         preprocess=imagereward_preprocess(vision),
@@ -135,6 +135,7 @@ def load_imagereward(
         if prompts
         else None,
     )
+    return tried(name, path, reward) if prompts else reward
 
 
 def imagereward_preprocess(vision: BlipVisionConfig) -> Preprocess:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -29,6 +30,7 @@ import torch
 from leapalign.codec import encode
 from leapalign.errors import UserError
 from leapalign.run import Run, config_hash, differences, trajectory
+from leapalign.tensor_files import read_header
 from leapalign.training import layouts, parts
 from leapalign.training.files import clear_scratch, complete_folder, remove_folder, scratch_folder, sha256, write_text
 from leapalign.training.parts import Part, Writers, part_of
@@ -36,6 +38,7 @@ from leapalign.training.weights import EMA, Named, local
 
 PACKAGES = ("leapalign", "torch", "diffusers", "transformers", "safetensors")
 NEWEST = "newest.json"
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what damaged JSON leads to
 _NAME = re.compile(r"step-(\d{6,})")
 _RECORDS = {"run.json", "state.json"}
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
@@ -147,7 +150,7 @@ def find(run: Run, name: str = "") -> Checkpoint | None:
     chosen = folder / (name or names[-1])
     try:
         return _verified(chosen)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{chosen}: the checkpoint is damaged ({error}); {_way_out(run, chosen)}") from None
 
 
@@ -213,13 +216,39 @@ def _verified(folder: Path) -> Checkpoint:
     for name, digest in state["files"].items():
         if sha256(folder / name) != digest:
             raise ValueError(f"{name} has other bytes than were written")
-    return Checkpoint(folder=folder, state=state, record=json.loads((folder / "run.json").read_text()))
+    for file in sorted(
+        folder.glob("*.safetensors")
+    ):  # a sum says that nothing was changed later, not that it was sound
+        _check_sound(file)
+    _check_progress(state, _step(folder))
+    record = json.loads((folder / "run.json").read_text())
+    if not isinstance(record, dict):
+        raise ValueError("run.json is no object")
+    return Checkpoint(folder=folder, state=state, record=record)
+
+
+def _check_progress(state: dict[str, Any], step: int) -> None:
+    """As `Progress` counts, and of the step that the folder is named after."""
+    for each in fields(Progress):
+        value, known = state[each.name], getattr(Progress(), each.name)
+        kinds = (int, float) if isinstance(known, float) else (type(known),)
+        if type(value) not in kinds or (not isinstance(value, list) and not 0 <= value < math.inf):
+            raise ValueError(f"state.json says {each.name} {value!r}")
+    if state["step"] != step:
+        raise ValueError(f"state.json is of step {state['step']}")
+
+
+def _check_sound(file: Path) -> None:
+    try:
+        read_header(file)
+    except ValueError as error:
+        raise ValueError(f"{file.name} {error}") from error
 
 
 def _is_good(folder: Path) -> bool:
     try:
         return bool(_verified(folder))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except UNREADABLE:
         return False
 
 
@@ -240,7 +269,7 @@ def _refuse_deleted(run: Run, name: str, names: list[str]) -> None:
     try:
         newest = json.loads(marker.read_text())["name"]
         gone = not names or int(_NAME.fullmatch(newest)[1]) > _step(Path(names[-1]))  # type: ignore[index]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{marker}: not readable ({error}); remove it to resume from the newest folder") from None
     if gone:
         raise UserError(f"{marker.parent / newest}: this checkpoint was there and is gone; {_way_out(run, None)}")

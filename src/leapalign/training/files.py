@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +21,11 @@ DISK_PROBLEMS = {
     errno.EACCES: "writing is not permitted",
     errno.EPERM: "writing is not permitted",
     errno.EIO: "the disk fails",
+    errno.ENOTDIR: "a part of this path is a file and no folder",
+    errno.EEXIST: "there is a file of this name, where a folder was to be",
+    errno.EISDIR: "there is a folder of this name, where a file was to be",
+    errno.ENAMETOOLONG: "this name is too long",
+    errno.ELOOP: "this link leads to itself",
 }
 
 
@@ -93,6 +98,16 @@ def refuse_links_out(out: Path) -> None:
                 f"{path} is a link to {path.resolve()}, outside of the run's folder, and a run writes into its own "
                 "folder only; replace the link by what it points to (RUN itself may be a link)"
             )
+
+
+def refuse_other_kinds(out: Path, files: Sequence[str], folders: Sequence[str]) -> None:
+    """What a run will write must find a file where it wants a file, and a folder where it wants a folder."""
+    for name in files:
+        if (out / name).is_dir():
+            raise UserError(f"{out / name} is a folder, and a run writes a file there; move it away")
+    for name in folders:
+        if (out / name).exists() and not (out / name).is_dir():
+            raise UserError(f"{out / name} is a file, and a run has a folder there; move it away")
 
 
 @contextmanager

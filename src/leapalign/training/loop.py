@@ -46,7 +46,7 @@ from leapalign.training.saver import Saver
 from leapalign.training.session import Session, open_folder, tell
 from leapalign.training.stopping import Stop, on_signals
 from leapalign.training.summary import summarize
-from leapalign.training.tracking import Metrics, Silent, Tracker
+from leapalign.training.tracking import Metrics, Silent, Tracker, kept_metrics
 from leapalign.training.weights import clip_gradients, gradient_norm
 
 
@@ -120,6 +120,7 @@ def train(
 def _begin(run: Run, origin: Checkpoint | None, checkpoint: str, progress: Progress, changes: list[str]) -> Tracker:
     """Everything is loaded: the run's folder says what is trained from here on."""
     out = Path(run.out)
+    kept_metrics(out / "metrics.jsonl", progress.metrics_bytes)  # refused before anything of the run is replaced
     (out / "checkpoints").mkdir(exist_ok=True)
     write_text(out / "run.json", dumps(run))
     aside = checkpoints.set_aside(run, origin) if origin and checkpoint else []

@@ -8,11 +8,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from leapalign.errors import RunStopped, UserError
+from leapalign.errors import RunStopped, UserError, is_out_of_memory
 from leapalign.run import Run
 from leapalign.training.weights import local
 
-SIGNS = ("can't allocate memory", "out of memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
 ADVICE = 3  # settings named
 
 
@@ -103,9 +102,7 @@ def _bytes(tensors: Mapping[str, Tensor]) -> int:
 def _memory_error(error: BaseException | None) -> BaseException | None:
     """The error itself or the one behind it that says so."""
     while error is not None:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            return error
-        if isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS):
+        if is_out_of_memory(error):
             return error
         error = error.__cause__
     return None

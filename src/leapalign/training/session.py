@@ -10,7 +10,7 @@ from leapalign.errors import NotFinite, RunInterrupted, UserError
 from leapalign.run import Run, differences
 from leapalign.training import checkpoints, self_checks
 from leapalign.training.checkpoints import Checkpoint, Progress
-from leapalign.training.files import refuse_links_out
+from leapalign.training.files import refuse_links_out, refuse_other_kinds
 from leapalign.training.lock import LOCK
 from leapalign.training.parts import Writers
 from leapalign.training.saver import Saver
@@ -79,12 +79,13 @@ def open_folder(run: Run, resume: bool) -> Path:
     out = Path(run.out)
     if resume:
         refuse_links_out(out)
-    elif out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
-        raise UserError(f"{out}: this folder is not empty; use `leapalign resume {out}`, or another --out")
+        refuse_other_kinds(out, files=("run.json", "metrics.jsonl", "summary.json", LOCK), folders=("checkpoints",))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot make the run's folder ({error.strerror})") from None
+    if not resume and any(path.name != LOCK for path in out.iterdir()):  # now: new/.. is there only with new
+        raise UserError(f"{out}: this folder is not empty; use `leapalign resume {out}`, or another --out")
     return out
 
 

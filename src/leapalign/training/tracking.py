@@ -85,24 +85,40 @@ class Silent:
 
 
 def truncate_metrics(path: Path, position: int) -> None:
-    """Keep the bytes that were there at the checkpoint: what a killed process logged after it is done again.
+    """Keep the bytes that were there at the checkpoint: what a killed process logged after it is done again."""
+    if path.exists():
+        write_text(path, kept_metrics(path, position))
 
-    A file that is gone begins anew; one that is shorter, or cut within a line, has lost lines: UserError.
+
+def kept_metrics(path: Path, position: int) -> str:
+    """The lines up to a checkpoint. UserError where the file is shorter, cut within a line, or not of JSON objects.
+
+    A file that is gone begins anew.
     """
     if not path.exists():
-        return
-    kept = path.read_bytes()[:position]
+        return ""
+    kept, way_out = path.read_bytes()[:position], "put it back, or delete it to go on without the lines so far"
     if len(kept) < position or not (kept.endswith(b"\n") or not kept):
         raise UserError(
             f"{path}: the checkpoint was saved when this file had {position} bytes, of which some are lost or changed; "
-            "put it back, or delete it to go on without the lines so far"
+            f"{way_out}"
         )
-    write_text(path, kept.decode("utf-8"))
+    for number, line in enumerate(kept.splitlines(), start=1):
+        if not _is_object(line):
+            raise UserError(f"{path}, line {number}: this is no JSON object, as each step writes one; {way_out}")
+    return kept.decode("utf-8")
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def read_metrics(out: Path) -> list[Metrics]:
     """The run's metrics, step by step."""
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
 
 
 def _display(start: int, total: int) -> _Plain | _Rich:

@@ -211,7 +211,6 @@ def _check_picture(image: Tensor) -> Check:
 def _json(file: Path) -> dict[str, Any]:
     """The file's object; empty where there is none (what is no JSON has been reported with its part)."""
     try:
-        content = read_json(file)
-    except (UserError, OSError):
+        return read_json(file)
+    except UserError:
         return {}
-    return content if isinstance(content, dict) else {}

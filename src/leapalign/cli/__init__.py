@@ -1,0 +1,127 @@
+"""The command line: a file a command, with its flags. What they do is elsewhere, and imported when it starts.
+
+Exit status: 0 done, 1 stopped (NaN, infinity, out of memory) or `verify` found differences, 2 the user's mistake.
+
+A training run that was asked to stop has saved itself: 130 after SIGINT (Ctrl-C), 143 after SIGTERM, 75 when its
+`max_hours` are over. 130 is also any other command that was interrupted, and a second Ctrl-C.
+
+A recipe's flags come from its own dataclasses. Help imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from io import TextIOWrapper
+
+from leapalign.cli.cache import cache_command
+from leapalign.cli.demo import demo_command
+from leapalign.cli.evaluate import evaluate_command
+from leapalign.cli.export import export_command
+from leapalign.cli.listing import list_command
+from leapalign.cli.sample import sample_command
+from leapalign.cli.score import score_command
+from leapalign.cli.train import resume_command, train_command
+from leapalign.cli.verify import verify_command
+from leapalign.codec import suggestion
+from leapalign.errors import RunInterrupted, RunStopped, UserError, is_out_of_memory, readable, reason
+from leapalign.training.files import DISK_PROBLEMS
+
+USAGE = """usage: leapalign COMMAND ...
+
+  train RECIPE [--flags]   train; RECIPE is a name (leapalign list recipes), file.py:name, or a run.json
+                           with --dry-run: memory, downloads and disk that it would need, and nothing else
+  resume RUN               go on with an interrupted run, from its last checkpoint
+  sample WHAT              pictures from a run, a pipeline folder or an embedded model
+  evaluate WHAT            GenEval tasks and rewards of a run or a pipeline folder
+  score IMAGES             rewards of picture files
+  export RUN               a run's weights for other programs: pipeline, LoRA file, ComfyUI
+  verify WHAT              whether a model's or a reward's files are good, and what to expect of it
+  cache                    the prompts encoded on disk: how many, and --clear
+  list [KIND]              methods, models, rewards, prompt sets, ways of tuning or recipes
+  demo                     the whole way once, on a laptop CPU
+
+  leapalign COMMAND --help says more; leapalign train RECIPE --help lists that recipe's flags
+"""
+
+
+def entry_point() -> None:
+    """What the installed command calls."""
+    if not sys.stderr.isatty():  # a log wants no bars of transformers and the hub
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if isinstance(sys.stdout, TextIOWrapper):  # a name that the terminal's encoding lacks is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command and return the exit status; no traceback for a user's mistake."""
+    try:
+        return _dispatch(list(argv))
+    except SystemExit as end:  # tyro: 0 after help, 2 after a wrong flag
+        return end.code if isinstance(end.code, int) else 2
+    except UserError as error:
+        _say(error, f"leapalign: {error}")
+        return 2
+    except RunStopped as error:
+        _say(error, f"leapalign: stopped at {error}")
+        return 1
+    except RunInterrupted as end:
+        _say(end, f"leapalign: {end}")
+        return end.status
+    except (MemoryError, RuntimeError) as error:  # of commands that do not train: a run says more (memory_errors.py)
+        if not is_out_of_memory(error):
+            raise
+        stopped = f"out of memory ({reason(error)}); use fewer or smaller pictures at a time"
+        print(readable(f"leapalign: stopped: {stopped}"), file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `leapalign ... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush finds no pipe either
+        return 1
+    except OSError as error:  # a name or a place that the system refuses, wherever that was met first
+        if error.errno not in DISK_PROBLEMS:
+            raise
+        print(readable(f"leapalign: {error.filename}: {DISK_PROBLEMS[error.errno]}; give another"), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("leapalign: interrupted; `leapalign resume RUN` goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _say(error: UserError | RunStopped | RunInterrupted, text: str) -> None:
+    """Once, and not once a rank."""
+    if not error.elsewhere:
+        print(readable(text), file=sys.stderr)
+
+
+def _dispatch(argv: list[str]) -> int:
+    if odd := [word for word in argv if "\0" in word]:  # from a program: no shell can pass it
+        raise UserError(f"{odd[0]!r} has a NUL character, which no name on a disk can have; leave it out")
+    if not argv:
+        raise UserError(f"give a command\n\n{USAGE}")
+    if argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"leapalign {version('leapalign')}")
+        return 0
+    if argv[0] not in COMMANDS:
+        raise UserError(f"there is no command {argv[0]!r}{suggestion(argv[0], COMMANDS)}\n\n{USAGE}")
+    return COMMANDS[argv[0]](argv[1:]) or 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
+    "train": train_command,
+    "resume": resume_command,
+    "sample": sample_command,
+    "evaluate": evaluate_command,
+    "score": score_command,
+    "export": export_command,
+    "verify": verify_command,
+    "cache": cache_command,
+    "list": list_command,
+    "demo": demo_command,
+}

@@ -1,0 +1,99 @@
+"""`leapalign train` and `leapalign resume`: a recipe or a run, its flags, and what is printed of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from leapalign.cli.answer import answer
+from leapalign.errors import UserError
+
+if TYPE_CHECKING:
+    from leapalign.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFlags:
+    """Train a recipe into a new folder; every number of it is a flag."""
+
+    run: Annotated[Any, tyro.conf.arg(name="")]
+    dry_run: bool = False
+    """Print what the run would need (memory, downloads, disk) or what is wrong with it; fetch and load nothing."""
+    json: bool = False
+    """Print the run's summary, or the plan, as JSON on stdout."""
+    plugin: tuple[str, ...] = ()
+    """Your own files whose classes a run.json names; each is executed."""
+
+
+def train_command(argv: list[str]) -> None:
+    from leapalign.recipe_files import load_recipe, plugins_in
+
+    word, rest = _split_recipe(argv)
+    recipe = load_recipe(word, plugins_in(rest))
+    flags = tyro.cli(TrainFlags, default=TrainFlags(run=recipe), args=rest, prog=f"leapalign train {word}")
+    if flags.dry_run:
+        _plan(flags.run, flags.json)
+    else:
+        _run(flags.run, as_json=flags.json)
+
+
+def _plan(run: Run, as_json: bool) -> None:
+    from leapalign.planning.plan import make_plan
+    from leapalign.planning.show import as_text
+
+    plan = make_plan(run)
+    answer(plan.as_json(), as_json, as_text(plan))
+
+
+def _split_recipe(argv: list[str]) -> tuple[str, list[str]]:
+    """RECIPE comes first, because it decides which flags there are."""
+    if argv and not argv[0].startswith("-"):
+        return argv[0], argv[1:]
+    if "--help" in argv or "-h" in argv:
+        print("RECIPE comes first; these are the flags of shapeworld-leapalign:\n")
+        return "shapeworld-leapalign", argv
+    raise UserError("train: give the recipe first, as in `leapalign train shapeworld-leapalign --steps 20`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeFlags:
+    """Go on with a run, bit for bit as if it had not been interrupted (on the CPU)."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run's folder."""
+    steps: int = 0
+    """Train up to this step instead of the recorded one; 0 = as recorded."""
+    max_hours: float = -1.0
+    """Stop in time to save, with exit status 75; 0 = no limit, -1 = as recorded."""
+    checkpoint: str = ""
+    """Go on from this one, as step-000050; empty = the newest. Later ones are kept under other names."""
+    allow_changes: bool = False
+    """Go on although run.json differs from what the checkpoint was trained with."""
+    json: bool = False
+    """Print the run's summary as JSON on stdout."""
+    plugin: tuple[str, ...] = ()
+    """Your own files whose classes the run names; each is executed."""
+
+
+def resume_command(argv: list[str]) -> None:
+    from leapalign.recipe_files import load_plugins, read_run
+
+    flags = tyro.cli(ResumeFlags, args=argv, prog="leapalign resume")
+    run = read_run(flags.run / "run.json", load_plugins(flags.plugin))
+    hours = flags.max_hours if flags.max_hours >= 0 else run.max_hours
+    run = replace(run, out=str(flags.run), steps=flags.steps or run.steps, max_hours=hours)
+    _run(run, as_json=flags.json, resume=True, checkpoint=flags.checkpoint, allow_changes=flags.allow_changes)
+
+
+def _run(run: Run, *, as_json: bool, **how: Any) -> None:
+    from leapalign.training.loop import train
+
+    summary = train(run, **how).summary
+    if not summary:  # rank 0 of several has it
+        return
+    answer(
+        summary, as_json, f"{summary['steps']} steps in {summary['seconds']:.0f} s; tuned: {summary[run.tuning.output]}"
+    )
