@@ -1,8 +1,9 @@
 # Everything starts from nothing: each goal makes .venv first; a second call finds the stamp and installs nothing.
-# PYTHON chooses the interpreter (3.10 or later): make test PYTHON=python3.12
+# PYTHON chooses the interpreter (3.10 or later), PROCESSES how many test at a time: make test PYTHON=python3.12 PROCESSES=4
 
 PYTHON ?= python3
 VENV ?= .venv
+PROCESSES ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
@@ -25,10 +26,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 test: venv
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile
 
 test-slow: venv
-	$(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(PROCESSES) --dist loadfile
 
 test-ocr: venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[ocr]"

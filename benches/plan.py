@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from leapalign.methods.refl import ReFL
 from leapalign.models import flux, flux2, qwen_image, z_image
 from leapalign.models.base import Conditioning
 from leapalign.models.decode import Decoder
+from leapalign.models.folder import PipelineFolder
 from leapalign.models.pipeline import Guidance, PipelineModel, parse_dtype
 from leapalign.planning.activations import GRAPHS, GraphBytes, count_forwards, draw, graph_bytes, latent_bytes
 from leapalign.planning.counting import LiveBytes, Saved
@@ -151,7 +153,7 @@ def model_of(bench: Bench, family: str, dtype: str) -> PipelineModel:
     absent: Any = None  # what only prompts and saving need
     return PipelineModel(
         policy=SHAPES[family].policy(bench).eval(),
-        folder=absent,
+        folder=PipelineFolder(Path("scaled-down"), {}),
         prompts=absent,
         decoder=Decoder(vae.eval().requires_grad_(False), 1.0, 0.0, 1),
         latent_shape=SHAPES[family].latent(bench),

@@ -46,7 +46,7 @@ class PipelineModel:
         place, remedy = self.folder.path, "its configurations are not those of its weights: copy the folder again"
         self.predict = first_time(self.predict, f"{place}: the transformer does not run", remedy)
         self.grid = first_time(self.grid, f"{place}: the scheduler does not run", remedy)
-        self._pixels = first_time(self.decoder, f"{place}: the VAE does not run", remedy)
+        self._pixels = first_time(lambda latents: self.decoder(latents), f"{place}: the VAE does not run", remedy)
 
     def prepare(self, prompts: Sequence[str]) -> None:
         self.prompts.prepare([*prompts, *self._negative])
