@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def flux_shaped(bench: Bench, dtype: str) -> PipelineModel:
     absent: Any = None  # what only prompts and saving need
     return PipelineModel(
         policy=policy.eval(),
-        folder=absent,
+        folder=PipelineFolder(Path("flux-shaped"), {}),
         prompts=absent,
         decoder=Decoder(vae.eval().requires_grad_(False), 1.0, 0.0, 1),
         latent_shape=(4, bench.side, bench.side),

@@ -115,7 +115,8 @@ def test_no_command_is_said_on_stderr(capsys):
         (["sample", "sd3", "--prompt", "x", "--steps", "-1"], "num_steps is -1; it must be at least 1 and at most"),
         (["sample", "sd3", "--prompt", "x", "--num", "99999999999"], "images_per_prompt is 99999999999"),
         (["sample", "sd3", "--prompt", "x" * 10_001], "--prompt: a prompt of 10001 letters; expected at most 10000"),
-        (["sample", "sd3", "--prompt", "a\0b"], "'a\\x00b' has a NUL character"),
+        (["sample", "sd3", "--prompt", "a\0b"], "'a\\x00b' has a control character"),
+        (["list", "--json", "\x1b[31m"], "'\\x1b[31m' has a control character, which no name and no prompt needs"),
         (["evaluate", "sd3", "--per-task", "0"], "shapeworld prompts: num 0, seed 0; expected 1 to"),
         (
             ["train", "shapeworld-refl", "--steps", "99999999999"],
@@ -269,6 +270,16 @@ def test_a_header_that_lies(folder, entry, message):
         read_header(file)
     with pytest.raises(UserError, match="has no weights that CLIPModel can read"):
         PickScore(path=str(folder / "clip")).load()
+
+
+def test_a_link_to_nothing(folder):
+    file = folder / "sd3" / "text_encoder_2" / "model.safetensors"
+    file.unlink()
+    file.symlink_to("nowhere")
+    with pytest.raises(
+        UserError, match=r"model.safetensors cannot be read \(No such file or directory\); copy it again"
+    ):
+        SD3(path=str(folder / "sd3"), **CONFIG).load("cpu", "float32")
 
 
 def test_a_folder_in_the_place_of_a_file(folder):
