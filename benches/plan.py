@@ -29,6 +29,7 @@ from leapalign.methods.refl import ReFL
 from leapalign.models.base import Conditioning, Text
 from leapalign.models.decode import Decoder
 from leapalign.models.flux import predict
+from leapalign.models.folder import PipelineFolder
 from leapalign.models.pipeline import Guidance, PipelineModel, parse_dtype
 from leapalign.planning.activations import GRAPHS, GraphBytes, count_forwards, draw, graph_bytes, latent_bytes
 from leapalign.planning.counting import LiveBytes, Saved

@@ -150,6 +150,7 @@ def restore(origin: Checkpoint | None, parameters: Named, ema: EMA, optimizer: t
     tensors = {group: load_file(origin.folder / f"{group}.safetensors") for group in GROUPS}
     _check_shapes(origin.folder, tensors["weights"], parameters)
     _check_shapes(origin.folder, tensors["ema"], ema.shadow)
+    _check_moments(origin.folder, tensors["optimizer"], parameters)
     copy_into(parameters, tensors["weights"])
     copy_into(ema.shadow, tensors["ema"])
     _restore_optimizer(parameters, optimizer, tensors["optimizer"])
@@ -289,6 +290,17 @@ def _check_shapes(folder: Path, saved: Named, expected: Named) -> None:
         if saved[name].shape != tensor.shape:
             shapes = f"{list(saved[name].shape)} in the checkpoint, {list(tensor.shape)} in the model"
             raise UserError(f"{folder}: {name} is {shapes}; this is another model")
+
+
+def _check_moments(folder: Path, saved: Named, parameters: Named) -> None:
+    """AdamW's: two of a parameter's own shape, and a count."""
+    for full_name, tensor in saved.items():
+        name, _, key = full_name.rpartition(".")
+        shape = parameters[name].shape if name in parameters else None
+        expected = {"exp_avg": shape, "exp_avg_sq": shape, "step": torch.Size()}.get(key)
+        if shape is None or expected != tensor.shape or not tensor.is_floating_point():
+            said = f"optimizer.safetensors has {full_name} {list(tensor.shape)}"
+            raise UserError(f"{folder}: {said}, which is no state of what the model trains; this is another model")
 
 
 def _digest(state: dict[str, Any]) -> str:
