@@ -361,6 +361,30 @@ def test_a_vae_without_numbers(folder):
         SD3(path="sd3", **CONFIG).load("cpu", "float32")
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("tokenizer/tokenizer_config.json", {"tokenizer_class": [1]}, "files of a [1]"),
+        ("text_encoder/config.json", {"vocab_size": [1]}, "at most [1], as text_encoder has"),
+        ("text_encoder/config.json", {"text_config": 1, "vocab_size": None}, ""),
+        ("scheduler/scheduler_config.json", {"shift": "x"}, ""),
+    ],
+)
+def test_verify_names_what_is_no_number(folder, capsys, file, change, said):
+    edit(folder / "sd3" / file, **change)
+    assert main(["verify", "sd3", "--steps", "1", "--size", "16", "--device", "cpu", "--json"]) == 1
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    assert any(said in check["came"] + check["expected"] for check in checks if check["state"] == "different")
+
+
+def test_verify_passes_over_an_index_that_is_none(folder, capsys):
+    (folder / "sd3" / "vae" / "x.safetensors.index.json").write_text('{"weight_map": {"a": ["b"]}}')
+    assert main(["verify", "sd3", "--steps", "1", "--size", "16", "--device", "cpu", "--json"]) == 1
+    assert "has no weight_map" in capsys.readouterr().out
+    edit(folder / "clip" / "config.json", architectures=[1])
+    assert main(["verify", f"pickscore={folder / 'clip'}", "--device", "cpu", "--json"]) in (0, 1)
+
+
 def test_layers_of_a_text_encoder_that_does_not_say_how_many(tmp_path):
     tiny_pipelines.save(tiny_pipelines.flux2_pipeline(), tmp_path / "flux2")
     edit(tmp_path / "flux2" / "text_encoder" / "config.json", hidden_size=None)
