@@ -115,7 +115,8 @@ def test_no_command_is_said_on_stderr(capsys):
         (["sample", "sd3", "--prompt", "x", "--steps", "-1"], "num_steps is -1; it must be at least 1 and at most"),
         (["sample", "sd3", "--prompt", "x", "--num", "99999999999"], "images_per_prompt is 99999999999"),
         (["sample", "sd3", "--prompt", "x" * 10_001], "--prompt: a prompt of 10001 letters; expected at most 10000"),
-        (["sample", "sd3", "--prompt", "a\0b"], "'a\\x00b' has a NUL character"),
+        (["sample", "sd3", "--prompt", "a\0b"], "'a\\x00b' has a control character"),
+        (["list", "--json", "\x1b[31m"], "'\\x1b[31m' has a control character, which no name and no prompt needs"),
         (["evaluate", "sd3", "--per-task", "0"], "shapeworld prompts: num 0, seed 0; expected 1 to"),
         (
             ["train", "shapeworld-refl", "--steps", "99999999999"],
@@ -271,6 +272,16 @@ def test_a_header_that_lies(folder, entry, message):
         PickScore(path=str(folder / "clip")).load()
 
 
+def test_a_link_to_nothing(folder):
+    file = folder / "sd3" / "text_encoder_2" / "model.safetensors"
+    file.unlink()
+    file.symlink_to("nowhere")
+    with pytest.raises(
+        UserError, match=r"model.safetensors cannot be read \(No such file or directory\); copy it again"
+    ):
+        SD3(path=str(folder / "sd3"), **CONFIG).load("cpu", "float32")
+
+
 def test_a_folder_in_the_place_of_a_file(folder):
     for file in (folder / "sd3" / "vae" / "config.json", folder / "clip" / "model.safetensors"):
         file.unlink()
@@ -328,8 +339,8 @@ def test_a_plan_of_a_configuration_that_makes_no_model(folder, capsys):
 
 
 def test_a_scheduler_that_makes_no_grid(folder, capsys):
-    edit(folder / "sd3" / "scheduler" / "scheduler_config.json", shift_terminal=1.0)  # a division by zero
-    with pytest.raises(UserError, match=r"sd3: its scheduler makes \[0.0, .* of 3 sampling steps; expected numbers"):
+    edit(folder / "sd3" / "scheduler" / "scheduler_config.json", shift=0)  # zero by zero
+    with pytest.raises(UserError, match=r"sd3: its scheduler makes \[.*nan.* of 3 sampling steps; expected numbers"):
         SD3(path="sd3", **CONFIG).load("cpu", "float32").sigmas(3)
     edit(folder / "sd3" / "scheduler" / "scheduler_config.json", shift_terminal=[1])
     with pytest.raises(UserError, match="sd3: the scheduler does not run"):
@@ -347,6 +358,30 @@ def test_a_vae_without_numbers(folder):
     edit(folder / "sd3" / "vae" / "config.json", scaling_factor="x")
     with pytest.raises(UserError, match="sd3/vae: its scaling_factor and shift_factor are no numbers"):
         SD3(path="sd3", **CONFIG).load("cpu", "float32")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("tokenizer/tokenizer_config.json", {"tokenizer_class": [1]}, "files of a [1]"),
+        ("text_encoder/config.json", {"vocab_size": [1]}, "at most [1], as text_encoder has"),
+        ("text_encoder/config.json", {"text_config": 1, "vocab_size": None}, ""),
+        ("scheduler/scheduler_config.json", {"shift": "x"}, ""),
+    ],
+)
+def test_verify_names_what_is_no_number(folder, capsys, file, change, said):
+    edit(folder / "sd3" / file, **change)
+    assert main(["verify", "sd3", "--steps", "1", "--size", "16", "--device", "cpu", "--json"]) == 1
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    assert any(said in check["came"] + check["expected"] for check in checks if check["state"] == "different")
+
+
+def test_verify_passes_over_an_index_that_is_none(folder, capsys):
+    (folder / "sd3" / "vae" / "x.safetensors.index.json").write_text('{"weight_map": {"a": ["b"]}}')
+    assert main(["verify", "sd3", "--steps", "1", "--size", "16", "--device", "cpu", "--json"]) == 1
+    assert "has no weight_map" in capsys.readouterr().out
+    edit(folder / "clip" / "config.json", architectures=[1])
+    assert main(["verify", f"pickscore={folder / 'clip'}", "--device", "cpu", "--json"]) in (0, 1)
 
 
 def test_layers_of_a_text_encoder_that_does_not_say_how_many(tmp_path):

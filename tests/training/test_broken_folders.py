@@ -169,6 +169,23 @@ def test_a_forged_checkpoint_whose_sums_are_right(trained):
 
 
 @pytest.mark.parametrize(
+    ("old", "new"), [(b"0.bias.exp_avg_sq", b"9.bias.exp_avg_sq"), (b"0.bias.exp_avg_sq", b"0.bias.exp_avg_xx")]
+)
+def test_a_forged_optimizer_is_named(trained, old, new):
+    folder = Path(trained.out) / "checkpoints" / "step-000004"
+    file = folder / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes().replace(old, new))
+    state = json.loads((folder / "state.json").read_text())
+    del state["self"]
+    state["files"][file.name] = sha256(file)
+    (folder / "state.json").write_text(json.dumps(state | {"self": checkpoints._digest(state)}))
+    before = contents(Path(trained.out))
+    with pytest.raises(UserError, match=rf"has {new.decode()} \[16\], which is no state of what the model trains"):
+        loop.train(replace(trained, steps=6), resume=True)
+    assert contents(Path(trained.out)) == before
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"step": 3},

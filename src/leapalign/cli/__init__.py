@@ -11,6 +11,7 @@ A recipe's flags come from its own dataclasses. Help imports no torch.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from io import TextIOWrapper
@@ -28,6 +29,7 @@ from leapalign.codec import suggestion
 from leapalign.errors import RunInterrupted, RunStopped, UserError, is_out_of_memory, readable, reason
 from leapalign.training.files import DISK_PROBLEMS
 
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab and the ends of lines
 USAGE = """usage: leapalign COMMAND ...
 
   train RECIPE [--flags]   train; RECIPE is a name (leapalign list recipes), file.py:name, or a run.json
@@ -96,8 +98,8 @@ def _say(error: UserError | RunStopped | RunInterrupted, text: str) -> None:
 
 
 def _dispatch(argv: list[str]) -> int:
-    if odd := [word for word in argv if "\0" in word]:  # from a program: no shell can pass it
-        raise UserError(f"{odd[0]!r} has a NUL character, which no name on a disk can have; leave it out")
+    if odd := [word for word in argv if CONTROL.search(word)]:  # a terminal would obey them in every message
+        raise UserError(f"{odd[0]!r} has a control character, which no name and no prompt needs; leave it out")
     if not argv:
         raise UserError(f"give a command\n\n{USAGE}")
     if argv[0] in ("-h", "--help"):

@@ -246,6 +246,8 @@ def check_safetensors(file: Path) -> None:
     """Header sound, and exactly as many bytes behind it as it announces: finds every truncated copy."""
     try:
         read_header(file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); copy it again") from error
     except ValueError as error:
         raise UserError(f"{file} {error}; copy it again") from error
 

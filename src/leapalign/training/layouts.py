@@ -65,6 +65,7 @@ def read(folder: Path, layout: str, parameters: Named, ema: EMA, optimizer: torc
     saved = parts.listed(folder) if layout == "sharded" else {g: load_file(_file(folder, g)) for g in GROUPS}
     _check_shapes(folder, saved["weights"], parameters)
     _check_shapes(folder, saved["ema"], ema.shadow)
+    _check_moments(folder, saved.get("optimizer", {}), parameters)
     moments = _moments(saved.get("optimizer", {}), parameters)
     groups = dict[str, Named](zip(GROUPS, (parameters, ema.shadow, moments)))
     if layout == "sharded":
@@ -94,6 +95,17 @@ def _check_shapes(folder: Path, saved: Named, expected: Named) -> None:
         if saved[name].shape != tensor.shape:
             shapes = f"{list(saved[name].shape)} in the checkpoint, {list(tensor.shape)} in the model"
             raise UserError(f"{folder}: {name} is {shapes}; this is another model")
+
+
+def _check_moments(folder: Path, saved: Named, parameters: Named) -> None:
+    """AdamW's: two of a parameter's own shape, and a count."""
+    for full_name, tensor in saved.items():
+        name, _, key = full_name.rpartition(".")
+        shape = parameters[name].shape if name in parameters else None
+        expected = {"exp_avg": shape, "exp_avg_sq": shape, "step": torch.Size()}.get(key)
+        if shape is None or expected != tensor.shape or not tensor.is_floating_point():
+            said = f"the optimizer's state has {full_name} {list(tensor.shape)}"
+            raise UserError(f"{folder}: {said}, which is no state of what the model trains; this is another model")
 
 
 def _file(folder: Path, group: str) -> Path:

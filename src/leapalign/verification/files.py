@@ -6,7 +6,6 @@ The class is built on the meta device from its config.json, so nothing here need
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from leapalign.errors import UserError
-from leapalign.models.folder import VARIANTS
+from leapalign.models.folder import VARIANTS, read_json
 from leapalign.tensor_files import Header, read_header
 from leapalign.training.files import sha256
 from leapalign.verification.checks import Check, different, good, note, some
@@ -234,10 +233,13 @@ def _git_hash(file: Path) -> str:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
+    """Weight -> file; empty where the index is none (which check_part has said)."""
     try:
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError):
+        named = read_json(index).get("weight_map")
+    except UserError:
         return {}
+    pairs = named.items() if isinstance(named, dict) else ()
+    return {key: file for key, file in pairs if isinstance(file, str)}
 
 
 def _tensors(headers: Iterable[Header]) -> Iterator[tuple[str, dict[str, Any]]]:

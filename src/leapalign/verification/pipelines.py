@@ -75,7 +75,7 @@ def _check_scheduler(folder: Path, parts: dict[str, tuple[str, str]]) -> list[Ch
     except UserError as error:
         remedy = "use the scheduler's folder, and its entry in model_index.json, of this very model"
         return [different("scheduler", "kind", str(error), "a plain FlowMatchEulerDiscreteScheduler", remedy)]
-    return [good("scheduler", "kind", f"{type(scheduler).__name__}, shift {scheduler.config.shift:g}")]
+    return [good("scheduler", "kind", f"{type(scheduler).__name__}, shift {scheduler.config.shift}")]
 
 
 def _check_tokenizer(folder: Path, name: str, parts: dict[str, tuple[str, str]], trial: Trial) -> list[Check]:
@@ -83,7 +83,7 @@ def _check_tokenizer(folder: Path, name: str, parts: dict[str, tuple[str, str]],
     library, class_name = parts[name]
     encoder, remedy = name.replace("tokenizer", "text_encoder"), "copy the tokenizer of this very model again"
     told = _json(folder / name / "tokenizer_config.json").get("tokenizer_class") or class_name
-    if told.removesuffix("Fast") != class_name.removesuffix("Fast"):
+    if not isinstance(told, str) or told.removesuffix("Fast") != class_name.removesuffix("Fast"):
         return [different(name, "tokenizer", f"files of a {told}", class_name, remedy)]
     try:
         kind = getattr(importlib.import_module(library), class_name)
@@ -92,8 +92,9 @@ def _check_tokenizer(folder: Path, name: str, parts: dict[str, tuple[str, str]],
     except Exception as error:  # whatever files of another tokenizer make transformers raise
         return [different(name, "tokenizer", f"{type(error).__name__}: {error}", class_name, remedy)]
     config = _json(folder / encoder / "config.json")
-    rows = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size") or len(tokenizer)
-    if len(tokenizer) > rows:
+    inner = config.get("text_config")
+    rows = config.get("vocab_size") or (inner.get("vocab_size") if isinstance(inner, dict) else 0) or len(tokenizer)
+    if type(rows) is not int or len(tokenizer) > rows:
         return [different(name, "tokenizer", f"{len(tokenizer)} entries", f"at most {rows}, as {encoder} has", remedy)]
     if _letters(again) != _letters(trial.prompt):
         if _is_shortened(again, trial.prompt):  # a small vocabulary, as the embedded model's

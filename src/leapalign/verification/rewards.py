@@ -119,7 +119,7 @@ def _class_of(place: Path) -> Any:
     except UserError:
         return None  # said by what opens it
     named = told.get("architectures") if isinstance(told, dict) else None
-    kind = getattr(transformers, named[0], None) if isinstance(named, list) and named else None
+    kind = getattr(transformers, str(named[0]), None) if isinstance(named, list) and named else None
     return kind if kind is not None and any(place.glob("*.safetensors")) else None
 
 
