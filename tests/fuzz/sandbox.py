@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import leapalign
+
 LOCK = "/.lock"
 SECONDS = 60  # that an input may take
 RUNS = ("run", "lora")  # folders that `resume` may write into
@@ -131,8 +133,9 @@ class Sandbox:
 
     def _as_process(self, argv: Sequence[str]) -> Outcome:
         words = [sys.executable, "-m", "leapalign", *argv]
+        here = os.environ | {"PYTHONPATH": str(Path(leapalign.__file__).parents[1])}  # whatever is installed
         try:
-            ended = subprocess.run(words, cwd=self.work, capture_output=True, timeout=2 * SECONDS)
+            ended = subprocess.run(words, cwd=self.work, env=here, capture_output=True, timeout=2 * SECONDS)
         except subprocess.TimeoutExpired:
             return Outcome(-1, "", "", f"no end after {2 * SECONDS} s")
         out, err = (stream.decode("utf-8", "backslashreplace") for stream in (ended.stdout, ended.stderr))
