@@ -37,7 +37,7 @@ test-ocr: venv
 
 test-quantization: venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quantization]"
-	$(BIN)/python -m pytest tests/tuning/test_quantization.py
+	$(BIN)/python -m pytest tests/tuning/test_quantization.py tests/recipes/test_small_gpu.py
 
 lint: venv
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""A base in 8 or 4 bits, run on the CPU: int8 everywhere, nf4 where bitsandbytes is (`make test-quantization`).
+"""A base in 8 or 4 bits, run on the CPU where torchao and bitsandbytes are (`make test-quantization`).
 
 What is exact is asked exactly: velocity and gradients are those of a bfloat16 base that holds the rounded weights. How
 far the rounding itself leads away is a bound: on the weights, and on the velocity.
@@ -34,8 +34,9 @@ def has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+needs_torchao = pytest.mark.skipif(not has("torchao"), reason="make test-quantization installs torchao")
 needs_bitsandbytes = pytest.mark.skipif(not has("bitsandbytes"), reason="make test-quantization installs bitsandbytes")
-KINDS = ["int8", pytest.param("nf4", marks=needs_bitsandbytes)]
+KINDS = [pytest.param("int8", marks=needs_torchao), pytest.param("nf4", marks=needs_bitsandbytes)]
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +68,7 @@ def test_a_missing_package_is_named(kind, package, monkeypatch):
         quantization.quantization_config(kind)
 
 
+@needs_torchao
 def test_a_package_that_lacks_something_is_a_sentence(monkeypatch):
     def old() -> Any:
         raise ImportError("cannot import name 'Int8WeightOnlyConfig'")
@@ -267,6 +269,7 @@ def test_the_plan_counts_its_bytes(quantised_run, kind):
     assert make_plan(run).memory["transformer"] == pytest.approx(real, rel=1e-9)
 
 
+@needs_torchao
 def test_a_single_file_is_not_quantised(quantised_run, wide):
     file = Path(wide) / "transformer" / "diffusion_pytorch_model.safetensors"
     model = replace(quantised_run.model, transformer_file=str(file))
