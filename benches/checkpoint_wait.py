@@ -33,7 +33,8 @@ from shared import facts
 from leapalign.recipes import shapeworld_leapalign
 from leapalign.training import checkpoints
 from leapalign.training.checkpoints import Progress
-from leapalign.training.loop import Engine, build, update
+from leapalign.training.engine import Engine, build
+from leapalign.training.loop import update
 from leapalign.training.saver import Saver
 from leapalign.training.weights import EMA
 

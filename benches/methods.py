@@ -2,13 +2,15 @@
 
     python benches/methods.py > methods.json                   # the demo's recipe, three seeds
     python benches/methods.py --recipes shapeworld-leapalign shapeworld-refl --seeds 0 1 > methods.json
-    python benches/methods.py --guidance 1 1.5 2 3 4 6 > guidance.json             # against the base at its best scale
+    python benches/methods.py --guidance 1 1.5 2 3 4 > guidance.json            # base and tuned, each at its best
 
 Training, evaluation and tables are the demo's own (leapalign.demo). All seeds are evaluated over the same prompts and
 noises, which no training seed touches; the base is therefore evaluated once. Standard errors: `over_pictures` of one
 run's paired differences (their mean over the seeds, since the seeds share pictures), `over_seeds` of the seeds' means.
-With `--guidance`, the base is drawn at each scale over the same noises too, and each run is compared with the base at
-the scale where its overall is highest: chosen on these very pictures, in the base's favour.
+With `--guidance`, base and tuned models are drawn at each scale over the same noises too, and each run is compared with
+the base at the scale where its overall is highest, chosen on these very pictures: as trained (in the base's favour) and
+at its own best scale (in no one's).
+A finished run that lies under --out already is evaluated, not trained again.
 Equal updates are not equal compute: ReFL and DRTune stop their rollouts early. `training_seconds` says what each cost.
 """
 
@@ -25,11 +27,14 @@ from typing import Any
 import tyro
 from shared import facts, with_folders
 
+from leapalign.codec import encode
 from leapalign.demo import HELD_OUT, Study, evaluate_model, summarize
+from leapalign.errors import UserError
 from leapalign.evaluation.evaluate import Evaluation, compare, report
 from leapalign.prompts import ShapeWorldPrompts
-from leapalign.recipe_files import load_recipe
+from leapalign.recipe_files import load_recipe, read_run
 from leapalign.rewards.clip import PickScore
+from leapalign.run import Run, differences, trajectory
 from leapalign.shapeworld.detector import detect
 from leapalign.training.loop import train
 
@@ -51,7 +56,7 @@ class Methods:
     batch_size: int = 0
     """Samples an update; 0 = as in the recipes."""
     guidance: tuple[float, ...] = ()
-    """Guidance scales at which the base is drawn as well."""
+    """Guidance scales at which base and tuned models are drawn as well."""
     generator: str = "embedded:generator"
     reward: str = "embedded:reward"
     judge: str = "embedded:judge"
@@ -59,49 +64,77 @@ class Methods:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bases:
-    """Evaluations of models before training, each made once: recipes and seeds share their base."""
+class Drawn:
+    """Evaluations of models, each made once: recipes and seeds share their base."""
 
     known: dict[Any, Evaluation] = field(default_factory=dict)
 
-    def at(self, study: Study, scale: float) -> Evaluation:
-        model = replace(study.run.model, guidance_scale=scale)
+    def at(self, study: Study, model: Any, scale: float) -> Evaluation:
+        model = replace(model, guidance_scale=scale)
         key = (model, study.run.num_sampling_steps, study.run.rewards)
         if key not in self.known:
-            self.known[key] = evaluate_model(study, model, f"the base at guidance {scale}")
+            self.known[key] = evaluate_model(study, model.load, f"{model.path} at guidance {scale}")
         return self.known[key]
 
-    def best(self, study: Study, scales: Sequence[float]) -> tuple[float, Evaluation]:
+    def best(self, study: Study, model: Any, scales: Sequence[float]) -> tuple[float, Evaluation]:
         """The scale at which the overall is highest, and the pictures there."""
-        found = {scale: self.at(study, scale) for scale in scales}
-        best = max(found, key=lambda scale: report(found[scale])["geneval"]["overall"]["accuracy"])
+        found = {scale: self.at(study, model, scale) for scale in scales}
+        best = max(found, key=lambda scale: overall(found[scale]))
         return best, found[best]
+
+
+def overall(evaluation: Evaluation) -> float:
+    return report(evaluation)["geneval"]["overall"]["accuracy"]
 
 
 def main(bench: Methods) -> dict[str, Any]:
     """recipe -> its runs and their mean; guidance scale -> the base's table."""
-    bases, recipes = Bases(), {}
+    drawn, recipes = Drawn(), {}
     base = study_of(bench, bench.recipes[0], bench.seeds[0])
-    sweep = {str(scale): report(bases.at(base, scale)) for scale in bench.guidance}
+    sweep = {str(scale): report(drawn.at(base, base.run.model, scale)) for scale in bench.guidance}
     for name in bench.recipes:
-        runs = [one_run(bench, study_of(bench, name, seed), bases) for seed in bench.seeds]
+        runs = [one_run(bench, study_of(bench, name, seed), drawn) for seed in bench.seeds]
         recipes[name] = {"mean": averages(runs), "runs": runs}
+        if bench.guidance:
+            recipes[name]["at_best_guidance"] = best_guidance(runs)
     return {"targets": TARGETS, "recipes": recipes, "base_by_guidance": sweep} | facts(bench)
 
 
-def one_run(bench: Methods, study: Study, bases: Bases) -> dict[str, Any]:
+def one_run(bench: Methods, study: Study, drawn: Drawn) -> dict[str, Any]:
     """Train one recipe with one seed and compare it with the base."""
     run = study.run
-    before = bases.at(study, run.model.guidance_scale)
-    print(f"training {run.name}", file=sys.stderr, flush=True)
-    result = train(run)
-    after = evaluate_model(study, replace(run.model, path=str(result.pipeline)).load, run.name)
-    seconds = result.summary["seconds"]
-    answer = {"seed": run.seed} | summarize(result.summary, compare(before, after), {"training": seconds}, seconds)
+    before = drawn.at(study, run.model, run.model.guidance_scale)
+    summary = trained(run)
+    tuned = replace(run.model, path=summary["pipeline"])
+    after = drawn.at(study, tuned, run.model.guidance_scale)
+    seconds = summary["seconds"]
+    answer = {"seed": run.seed} | summarize(summary, compare(before, after), {"training": seconds}, seconds)
     if bench.guidance:
-        scale, best = bases.best(study, bench.guidance)
+        scale, best = drawn.best(study, run.model, bench.guidance)
+        own_scale, own_best = drawn.best(study, tuned, bench.guidance)
+        answer["overall_by_guidance"] = {str(s): overall(drawn.at(study, tuned, s)) for s in bench.guidance}
         answer["against_best_guidance"] = {"scale": scale, **compare(best, after)}
+        answer["best_against_best"] = {"scales": [scale, own_scale], **compare(best, own_best)}
     return answer
+
+
+def trained(run: Run) -> dict[str, Any]:
+    """The run's summary.json; of a finished one that is there already, if it is this very run."""
+    done = Path(run.out) / "summary.json"
+    if not done.is_file():
+        print(f"training {run.name}", file=sys.stderr, flush=True)
+        return train(run).summary
+    if changes := differences(trajectory(encode(read_run(done.parent / "run.json", {}))), trajectory(encode(run))):
+        raise UserError(f"{done.parent} is another run ({'; '.join(changes)}); give another --out")
+    return json.loads(done.read_text()) | {"out": run.out, "pipeline": str(done.parent / "pipeline")}
+
+
+def best_guidance(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Over the seeds: GenEval overall of the base at its best scale, the tuned models at the recipe's and at theirs."""
+    rows = {
+        key: [run[key]["geneval"]["overall"] for run in runs] for key in ("against_best_guidance", "best_against_best")
+    }
+    return {key: _average(key, row) for key, row in rows.items()}
 
 
 def study_of(bench: Methods, recipe: str, seed: int) -> Study:

@@ -1,18 +1,22 @@
-"""The planner's bytes against bytes measured in a real run, on a FLUX-shaped model of a few blocks: within 10 %.
+"""The planner's bytes against bytes measured in a real run, on small models of each family's shape: within 10 %.
 
     python benches/plan.py > plan.json
+    python benches/plan.py --families flux2 qwen-image z-image --methods leapalign > plan_families.json
 
-For each method, precision and setting of the graph: what the planner says without weights (`leapalign.planning`), and
-what the same update keeps and needs on the CPU, all sampling steps included, counted as in memory.py. The planner
-measures one and two blocks of each kind and multiplies; here all blocks are there. `decode` compares the gradient of a
-decoded latent. Bytes, not times: equal on every machine with the same versions.
+For each family, method, precision and setting of the graph: what the planner says without weights
+(`leapalign.planning`), and what the same update keeps and needs on the CPU, all sampling steps included, counted as in
+memory.py. The planner measures one and two blocks of each kind and multiplies; here all blocks are there. `decode`
+compares the gradient of a decoded latent. Bytes, not times: equal on every machine with the same versions.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +30,14 @@ from leapalign.methods.draft_lv import DRaFTLV
 from leapalign.methods.drtune import DRTune
 from leapalign.methods.leapalign import LeapAlign
 from leapalign.methods.refl import ReFL
-from leapalign.models.base import Conditioning, Text
+from leapalign.models import flux, flux2, qwen_image, z_image
+from leapalign.models.base import Conditioning
 from leapalign.models.decode import Decoder
-from leapalign.models.flux import predict
 from leapalign.models.folder import PipelineFolder
 from leapalign.models.pipeline import Guidance, PipelineModel, parse_dtype
 from leapalign.planning.activations import GRAPHS, GraphBytes, count_forwards, draw, graph_bytes, latent_bytes
 from leapalign.planning.counting import LiveBytes, Saved
+from leapalign.planning.texts import TextShape
 from leapalign.planning.weightless import META, fake, fake_mode
 from leapalign.prompts import PromptFile
 from leapalign.rewards.clip import PickScore
@@ -55,19 +60,91 @@ class Bench:
     text_tokens: int = 64
     sampling_steps: int = 6
     micro_batch_size: int = 2
+    families: tuple[str, ...] = ("flux",)
+    """Of flux, flux2, qwen-image and z-image."""
     methods: tuple[str, ...] = tuple(METHODS)
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
 
 
-def flux_shaped(bench: Bench, dtype: str) -> PipelineModel:
-    """A model of FLUX's blocks and VAE's, on torch's default device."""
-    from diffusers import AutoencoderKL, FluxTransformer2DModel
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A family's transformer and what goes into it."""
 
-    policy = FluxTransformer2DModel(
-        patch_size=1, in_channels=16, num_layers=bench.double_blocks, num_single_layers=bench.single_blocks,
-        attention_head_dim=32, num_attention_heads=bench.width // 32, joint_attention_dim=bench.width,
-        pooled_projection_dim=32, guidance_embeds=True, axes_dims_rope=(8, 12, 12),
+    policy: Callable[[Bench], Any]
+    predict: Callable[..., Tensor]  # policy, x, sigma, text -> v
+    latent: Callable[[Bench], tuple[int, int, int]] = lambda bench: (4, bench.side, bench.side)
+    pooled: int = 0
+    masked: bool = False
+
+
+def sizes(bench: Bench) -> dict[str, Any]:
+    """What diffusers calls the same in most families."""
+    heads = {"attention_head_dim": 32, "num_attention_heads": bench.width // 32}
+    return {"num_layers": bench.double_blocks, "joint_attention_dim": bench.width, **heads}
+
+
+def flux_policy(bench: Bench) -> Any:
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_single_layers=bench.single_blocks, pooled_projection_dim=32,
+        guidance_embeds=True, axes_dims_rope=(8, 12, 12), **sizes(bench),
     )  # fmt: skip
+
+
+def flux2_policy(bench: Bench) -> Any:
+    from diffusers import Flux2Transformer2DModel
+
+    return Flux2Transformer2DModel(
+        in_channels=16, num_single_layers=bench.single_blocks, timestep_guidance_channels=32, guidance_embeds=False,
+        axes_dims_rope=(8, 8, 8, 8), **sizes(bench),
+    )  # fmt: skip
+
+
+def qwen_image_policy(bench: Bench) -> Any:
+    from diffusers import QwenImageTransformer2DModel
+
+    return QwenImageTransformer2DModel(in_channels=16, out_channels=4, axes_dims_rope=(8, 12, 12), **sizes(bench))
+
+
+def z_image_policy(bench: Bench) -> Any:
+    from diffusers import ZImageTransformer2DModel
+
+    heads = bench.width // 32
+    return ZImageTransformer2DModel(
+        in_channels=4, dim=bench.width, n_layers=bench.double_blocks, n_refiner_layers=2, n_heads=heads,
+        n_kv_heads=heads, cap_feat_dim=bench.width, axes_dims=[8, 12, 12], axes_lens=[1024, 128, 128],
+    )  # fmt: skip
+
+
+SHAPES = {
+    "flux": Shape(
+        policy=flux_policy,
+        predict=lambda policy, x, sigma, text: flux.predict(policy, x, sigma * 1000, text, 3.5),
+        pooled=32,
+    ),
+    "flux2": Shape(
+        policy=flux2_policy,
+        predict=lambda policy, x, sigma, text: flux2.predict(policy, x, sigma * 1000, text),
+        latent=lambda bench: (16, bench.side // 2, bench.side // 2),
+    ),
+    "qwen-image": Shape(
+        policy=qwen_image_policy,
+        predict=lambda policy, x, sigma, text: qwen_image.predict(policy, x, sigma * 1000, text),
+        masked=True,
+    ),
+    "z-image": Shape(
+        policy=z_image_policy,
+        predict=lambda policy, x, sigma, text: z_image.predict(policy, x, sigma * 1000, text),
+        masked=True,
+    ),
+}
+
+
+def model_of(bench: Bench, family: str, dtype: str) -> PipelineModel:
+    """A model of the family's blocks and FLUX's VAE, on torch's default device."""
+    from diffusers import AutoencoderKL
+
     vae = AutoencoderKL(
         latent_channels=4, block_out_channels=(16, 32), down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=2, norm_num_groups=8, use_quant_conv=False,
@@ -75,23 +152,23 @@ def flux_shaped(bench: Bench, dtype: str) -> PipelineModel:
     )  # fmt: skip
     absent: Any = None  # what only prompts and saving need
     return PipelineModel(
-        policy=policy.eval(),
-        folder=PipelineFolder(Path("flux-shaped"), {}),
+        policy=SHAPES[family].policy(bench).eval(),
+        folder=PipelineFolder(Path("scaled-down"), {}),
         prompts=absent,
         decoder=Decoder(vae.eval().requires_grad_(False), 1.0, 0.0, 1),
-        latent_shape=(4, bench.side, bench.side),
+        latent_shape=SHAPES[family].latent(bench),
         guidance=Guidance(1.0, True, ""),
-        predict=lambda module, x, sigma, text: predict(module, x, sigma * 1000, text, 3.5),
+        predict=SHAPES[family].predict,
         grid=absent,
         device="cpu",
         dtype=parse_dtype(dtype),
     )
 
 
-def conditioning(bench: Bench, dtype: str) -> Conditioning:
-    rows, precision = bench.micro_batch_size, parse_dtype(dtype)
-    tokens = torch.zeros(rows, bench.text_tokens, bench.width, dtype=precision)
-    return Conditioning(Text(tokens, torch.zeros(rows, 32, dtype=precision)))
+def conditioning(bench: Bench, family: str, dtype: str, mode: AbstractContextManager[Any]) -> Conditioning:
+    shape = SHAPES[family]
+    text = TextShape(tokens=(bench.text_tokens, bench.width), pooled=shape.pooled, masked=shape.masked)
+    return Conditioning(text.empty(bench.micro_batch_size, parse_dtype(dtype), mode))
 
 
 def run_of(bench: Bench, method: str, dtype: Any) -> Run:
@@ -110,23 +187,22 @@ def run_of(bench: Bench, method: str, dtype: Any) -> Run:
     )
 
 
-def estimated(bench: Bench, method: str, dtype: str, graph: str, seed: int) -> GraphBytes:
+def estimated(bench: Bench, family: str, method: str, dtype: str, graph: str, seed: int) -> GraphBytes:
     """By the planner, without weights."""
     mode = fake_mode()
     with torch.device(META):
-        model = flux_shaped(bench, dtype)
+        model = model_of(bench, family, dtype)
     fake(model.policy, mode)
-    with mode:
-        texts = conditioning(bench, dtype)
+    texts = conditioning(bench, family, dtype, mode)
     return graph_bytes(run_of(bench, method, dtype), model, texts, mode, graph, seed)
 
 
-def measured(bench: Bench, method: str, dtype: str, graph: str, seed: int) -> GraphBytes:
+def measured(bench: Bench, family: str, method: str, dtype: str, graph: str, seed: int) -> GraphBytes:
     """The same update with weights: rollout of all steps, gradient at the latent left out, backward."""
-    run, model = run_of(bench, method, dtype), flux_shaped(bench, dtype)
+    run, model = run_of(bench, method, dtype), model_of(bench, family, dtype)
     if graph == "blocks":
         model.policy.enable_gradient_checkpointing()  # pyright: ignore
-    velocity = model.velocity(conditioning(bench, dtype))
+    velocity = model.velocity(conditioning(bench, family, dtype, nullcontext()))
     velocity = inputs_only(velocity) if graph == "inputs" else velocity
     x = torch.randn(bench.micro_batch_size, *model.latent_shape)
     draws = draw(run, seed, lambda n: torch.randn(n, *x.shape))
@@ -146,10 +222,10 @@ def decode(bench: Bench) -> dict[str, int]:
     """Most alive while a latent is decoded and its gradient taken, estimated and measured."""
     mode = fake_mode()
     with torch.device(META):
-        empty = flux_shaped(bench, "float32")
+        empty = model_of(bench, "flux", "float32")
     fake(empty.decoder.vae, mode)
     guess = latent_bytes(empty, mode, bench.micro_batch_size, lambda images: [images])
-    model = flux_shaped(bench, "float32")
+    model = model_of(bench, "flux", "float32")
     latents = torch.randn(bench.micro_batch_size, *model.latent_shape, requires_grad=True)
     with LiveBytes() as live:
         live.begin("reward")
@@ -159,15 +235,15 @@ def decode(bench: Bench) -> dict[str, int]:
 
 
 def compare(bench: Bench) -> dict[str, Any]:
-    """method/dtype/graph -> estimated and measured bytes."""
+    """family/method/dtype/graph -> estimated and measured bytes."""
     rows: dict[str, Any] = {}
-    for method in bench.methods:
+    for family, method in product(bench.families, bench.methods):
         seed = count_forwards(run_of(bench, method, "float32")).seed
-        for dtype in bench.dtypes:
-            for graph in GRAPHS:
-                guess, real = (each(bench, method, dtype, graph, seed) for each in (estimated, measured))
-                rows[f"{method}/{dtype}/{graph}"] = {"estimated": asdict(guess), "measured": asdict(real)}
-                print(f"{method}/{dtype}/{graph}", file=sys.stderr, flush=True)
+        for dtype, graph in product(bench.dtypes, GRAPHS):
+            guess, real = (each(bench, family, method, dtype, graph, seed) for each in (estimated, measured))
+            name = f"{family}/{method}/{dtype}/{graph}"
+            rows[name] = {"estimated": asdict(guess), "measured": asdict(real)}
+            print(name, file=sys.stderr, flush=True)
     return rows
 
 

@@ -20,7 +20,7 @@ from leapalign.methods.base import Surrogate
 from leapalign.methods.objective import LatentGradient, latent_gradient
 from leapalign.run import Run
 from leapalign.training.batches import micro_batches, noise_generators
-from leapalign.training.loop import Engine
+from leapalign.training.engine import Engine
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -200,6 +200,8 @@ def sd3_pipeline(
     joint_width: int = 32,
     dual: tuple[int, ...] = (0,),
     qk_norm: str | None = "rms_norm",
+    head_dim: int = 8,
+    clip_widths: tuple[int, int] = (8, 16),
     seed: int = 0,
 ) -> StableDiffusion3Pipeline:
     """CLIP + CLIP + T5 (or none), patch 2, shift 3.
@@ -210,17 +212,17 @@ def sd3_pipeline(
     tokenizer = clip_tokenizer()
     tokenizer_3 = t5_tokenizer() if with_t5 else None
     transformer = SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=layers, attention_head_dim=8,
-        num_attention_heads=2, joint_attention_dim=joint_width, caption_projection_dim=16, pooled_projection_dim=24,
-        pos_embed_max_size=16, dual_attention_layers=dual, qk_norm=qk_norm,
+        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=layers, attention_head_dim=head_dim,
+        num_attention_heads=2, joint_attention_dim=joint_width, caption_projection_dim=2 * head_dim,
+        pooled_projection_dim=sum(clip_widths), pos_embed_max_size=16, dual_attention_layers=dual, qk_norm=qk_norm,
     )  # fmt: skip
     return StableDiffusion3Pipeline(
         transformer=randomise(transformer, seed + 1, gain=1.5),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae(seed + 2),
-        text_encoder=clip_text(tokenizer, CLIPTextModelWithProjection, 8, seed + 3),
+        text_encoder=clip_text(tokenizer, CLIPTextModelWithProjection, clip_widths[0], seed + 3),
         tokenizer=tokenizer,
-        text_encoder_2=clip_text(tokenizer, CLIPTextModelWithProjection, 16, seed + 4),
+        text_encoder_2=clip_text(tokenizer, CLIPTextModelWithProjection, clip_widths[1], seed + 4),
         tokenizer_2=clip_tokenizer(),
         text_encoder_3=t5(tokenizer_3, joint_width, seed + 5) if tokenizer_3 is not None else None,
         tokenizer_3=tokenizer_3,

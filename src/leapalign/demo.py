@@ -97,7 +97,7 @@ def evaluate_model(study: Study, load: Callable[[str, str], Any], words: str) ->
     """A model's evaluation with its rewards by the names of summary.json; says so on stderr."""
     from leapalign.evaluation.evaluate import evaluate
     from leapalign.evaluation.sampling import Sampling
-    from leapalign.training.loop import resolve_device
+    from leapalign.training.engine import resolve_device
 
     run, begun = study.run, time.monotonic()
     _say(f"evaluating {words}: {len(study.prompts)} pictures")

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import importlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from leapalign.codec import suggestion
+from leapalign.errors import UserError
 from leapalign.evaluation.evaluate import Detector, Evaluation, Scorers, compare, evaluate, report
 from leapalign.evaluation.folders import picture_paths, refuse_existing, write_pictures
 from leapalign.evaluation.geneval import check_metadata
 from leapalign.evaluation.sampling import Sampling
-from leapalign.prompts import Prompt, PromptFile, ShapeWorldPrompts
+from leapalign.listing import listing
+from leapalign.prompts import Prompt, PromptFile, Prompts, ShapeWorldPrompts
 from leapalign.recipe_files import load_plugins, read_run
 from leapalign.sampling import Source, find_source
 from leapalign.scoring import reward_config
+from leapalign.training.engine import resolve_device, reward_names
 from leapalign.training.files import disk_errors
-from leapalign.training.loop import resolve_device, reward_names
 
 if TYPE_CHECKING:
     from leapalign.cli.evaluate import EvaluateFlags
@@ -66,9 +71,33 @@ def _line(name: str, row: dict[str, Any]) -> str:
 
 
 def _read_prompts(flags: EvaluateFlags) -> list[Prompt]:
-    if flags.prompts:
-        return PromptFile(path=flags.prompts).load()
-    return ShapeWorldPrompts(split="test", num=flags.per_task).load()
+    return prompts_of(flags.prompts or ShapeWorldPrompts.name, flags.per_task).load()
+
+
+def prompts_of(word: str, per_task: int) -> Prompts:
+    """A file, or the test prompts of NAME (`leapalign list prompts`), or of NAME=PATH, a copy on disk. UserError."""
+    name, given, path = word.partition("=")
+    known = {cls.name: cls for cls in _prompt_sets()}
+    if name not in known:
+        if not os.path.exists(word) and (given or not Path(word).suffix):
+            raise UserError(
+                f"--prompts {word}: there is no prompt set {name!r}{suggestion(name, known)}; give one of "
+                f"{', '.join(known)}, or a .txt, .jsonl or .csv file"
+            )
+        return PromptFile(path=word)
+    takes = {field.name for field in fields(known[name])}
+    if given and ("path" not in takes or not path):
+        raise UserError(f"--prompts {word}: " + (f"{name} is read from no file" if path else "a path is missing"))
+    settings = {"split": "test", "path": path} | ({"num": per_task} if name == ShapeWorldPrompts.name else {})
+    return known[name](**{key: value for key, value in settings.items() if key in takes})
+
+
+def _prompt_sets() -> Iterator[Any]:
+    """All sources of prompts but files."""
+    for entry in listing(("prompts",))["prompts"]:
+        module, _, cls = entry["type"].rpartition(".")
+        if entry["name"] != PromptFile.name:
+            yield getattr(importlib.import_module(module), cls)
 
 
 def _subject(source: str, flags: EvaluateFlags, plugins: dict[str, ModuleType]) -> Subject:

@@ -64,6 +64,8 @@ class Run:
     sharding: Literal["auto", "replicate", "full", "hybrid"] = "auto"  # of the weights over ranks (docs/distributed.md)
     shard_ranks: int = 0  # hybrid: ranks that share one copy of the weights; 0 = those of a machine
     gather_in_rollout: bool = False  # sharded weights stay whole between forwards without graph: memory for traffic
+    shard_rewards: tuple[str, ...] = ()  # names of rewards whose weights are spread over the ranks too: hpsv3, ...
+    shard_text_encoders: bool = False  # spread them over the ranks while prompts are encoded
     probe_every: int = 10  # steps between two scores of the averaged weights on fixed prompts and noise; 0 = never
     probe_size: int = 32  # samples of that fixed set
     probe_seed: int = 0  # of that fixed set: not of the run, so that runs compare
@@ -82,6 +84,7 @@ class Run:
 FREE_FIELDS = frozenset(
     {"name", "out", "steps", "checkpoint_every", "keep_checkpoints", "async_checkpoints"}
     | {"max_hours", "max_bad_batches", "self_checks", "sharding", "shard_ranks", "gather_in_rollout"}
+    | {"shard_rewards", "shard_text_encoders"}
 )
 MOST = 10**9  # of anything that is counted: beyond it is a slip of the hand, or a file that lies
 _LEAST = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "num_sampling_steps": 1, "checkpoint_every": 1}

@@ -16,8 +16,8 @@ from leapalign.prompts import Prompt
 from leapalign.prompts.base import check_text
 from leapalign.recipe_files import load_plugins, read_run
 from leapalign.run import Run
+from leapalign.training.engine import resolve_device
 from leapalign.training.files import disk_errors
-from leapalign.training.loop import resolve_device
 from leapalign.tuning.full import FULL
 
 if TYPE_CHECKING:

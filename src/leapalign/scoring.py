@@ -13,7 +13,7 @@ from leapalign.errors import RunStopped, UserError
 from leapalign.prompts import PromptFile
 from leapalign.prompts.base import check_text
 from leapalign.recipe_files import load_file
-from leapalign.training.loop import resolve_device
+from leapalign.training.engine import resolve_device
 
 if TYPE_CHECKING:
     from PIL.Image import Image

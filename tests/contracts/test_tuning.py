@@ -21,7 +21,7 @@ from leapalign.codec import encode, loads
 from leapalign.errors import UserError
 from leapalign.models.flux import Flux
 from leapalign.run import Run
-from leapalign.training.loop import build
+from leapalign.training.engine import build
 from leapalign.training.weights import trained_parameters
 from leapalign.tuning.full import FullFineTuning
 from leapalign.tuning.lora import LoRA

@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 import torch
 
+from leapalign.cli import main
 from leapalign.errors import RunStopped, UserError
+from leapalign.evaluating import prompts_of
 from leapalign.evaluation.evaluate import Evaluation, compare, evaluate, report, score
 from leapalign.evaluation.folders import read_pictures, write_pictures
 from leapalign.evaluation.sampling import Sampling, draw_images
-from leapalign.prompts import Prompt
+from leapalign.prompts import Prompt, PromptFile, ShapeWorldPrompts
+from leapalign.prompts.geneval import GenEvalPrompts
+from leapalign.prompts.sets import DrawBench, HPDv2, MJHQ30k
 from leapalign.seeds import generator
 from leapalign.shapeworld.captions import TASKS, evaluation_prompts, near_misses, scene_of
 from leapalign.shapeworld.detector import detect
@@ -105,6 +109,51 @@ def test_report_of_true_pictures_is_perfect() -> None:
     assert set(table) == {"overall", *TASKS}
     for tag in TASKS[1:]:
         assert table[tag] == {"accuracy": 1.0, "standard_error": 0.0, "correct": 4, "num": 4}
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("geneval", GenEvalPrompts(split="test")),
+        ("hpdv2", HPDv2(split="test")),
+        ("hpdv2=a=b.json", HPDv2(split="test", path="a=b.json")),
+        ("mjhq-30k", MJHQ30k(split="test")),
+        ("drawbench=x.json", DrawBench(path="x.json")),
+        ("shapeworld", ShapeWorldPrompts(split="test", num=7)),
+        ("some/file.txt", PromptFile(path="some/file.txt")),
+        ("geneval.jsonl", PromptFile(path="geneval.jsonl")),
+    ],
+)
+def test_prompts_are_a_file_or_the_test_prompts_of_a_set(word, expected) -> None:
+    assert prompts_of(word, per_task=7) == expected
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("genevall", r"no prompt set 'genevall'; did you mean 'geneval'\?; give one of .*drawbench.*, or a .txt"),
+        ("hpdv3=test.json", "no prompt set 'hpdv3'; did you mean 'hpdv2'"),
+        ("file", "no prompt set 'file'"),
+        ("geneval=x.jsonl", "geneval is read from no file"),
+        ("hpdv2=", "a path is missing"),
+        ("a\0b", "no prompt set"),
+    ],
+)
+def test_a_prompt_set_that_is_none(word, message) -> None:
+    with pytest.raises(UserError, match=message):
+        prompts_of(word, per_task=7)
+
+
+def test_the_command_takes_a_set(tmp_path, capsys) -> None:
+    (tmp_path / "drawbench.json").write_text(json.dumps(["a red circle", "two blue stars"]))
+    words = ["evaluate", "embedded:generator", "--steps", "1", "--device", "cpu", "--json"]
+    assert main([*words, "--prompts", f"drawbench={tmp_path}/drawbench.json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["images"] == 2 and "geneval" not in answer and answer["rewards"]["pickscore"]["num"] == 2
+    assert main([*words, "--prompts", "drawbensh"]) == 2
+    assert "did you mean 'drawbench'" in capsys.readouterr().err
+    assert main([*words, "--prompts", "shapeworld", "--per-task", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["geneval"]["overall"]["num"] == 6
 
 
 def test_compare_is_paired() -> None:

@@ -94,12 +94,45 @@ def test_inputs_only_runs_again_in_backward_and_nowhere_else():
     (plain,) = torch.autograd.grad(velocity(x, sigma).sum(), weight)
     calls.clear()
     v = inputs_only(velocity)(x, sigma)
-    assert len(calls) == 1 and v.requires_grad
-    (recomputed,) = torch.autograd.grad(v.sum(), weight)
-    assert len(calls) == 2 and torch.equal(plain, recomputed)
+    assert calls == [False] and v.requires_grad
+    v.sum().backward()
+    assert calls == [False, True] and weight.grad is not None and torch.equal(plain, weight.grad)
     with torch.no_grad():
         assert not inputs_only(velocity)(x, sigma).requires_grad
     assert len(calls) == 3
+    with pytest.raises(RuntimeError, match="not have been used in the graph"):  # said
+        torch.autograd.grad(inputs_only(velocity)(x, sigma).sum(), weight)
+
+
+def test_inputs_only_gives_each_forward_a_backward_of_its_own():
+    """So that a weight's gradient is in .grad before the next forward's graph is made."""
+    weight = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    seen = []
+
+    def forward(x, sigma):
+        if torch.is_grad_enabled():
+            seen.append(None if weight.grad is None else weight.grad.clone())
+        return torch.tanh(x @ weight) * sigma
+
+    class TwoForwards:
+        wrap = staticmethod(lambda v: v)
+
+        def __call__(self, x, sigma):
+            forwards = self.wrap(forward)
+            return forwards(x, sigma) - 3 * forwards(-2 * x, sigma)
+
+        def by_forward(self, wrap):
+            other = TwoForwards()
+            other.wrap = wrap
+            return other
+
+    x, sigma = torch.randn(2, 3, dtype=torch.float64, requires_grad=True), torch.tensor(0.5, dtype=torch.float64)
+    plain = torch.autograd.grad(TwoForwards()(x, sigma).sum(), (x, weight))
+    seen.clear()
+    inputs_only(TwoForwards())(x, sigma).sum().backward()
+    assert seen[0] is None and seen[1].abs().sum() > 0 and len(seen) == 2
+    for leaf, expected in zip((x, weight), plain):
+        assert leaf.grad is not None and torch.allclose(leaf.grad, expected, atol=1e-14)
 
 
 def test_inputs_only_saves_only_inputs():

@@ -2,56 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 import tiny_pipelines as tiny
 
 
-@pytest.fixture(scope="session")
-def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.save(tiny.sd3_pipeline(), tmp_path_factory.mktemp("sd3"))
+def folder_of(build: Callable[[], Any]) -> Any:
+    """A fixture: the path of a folder with this pipeline."""
+
+    @pytest.fixture(scope="session")
+    def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+        return tiny.save(build(), tmp_path_factory.mktemp("pipeline"))
+
+    return folder
 
 
-@pytest.fixture(scope="session")
-def sd3_without_t5_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.save(tiny.sd3_pipeline(with_t5=False), tmp_path_factory.mktemp("sd3-without-t5"))
-
-
-@pytest.fixture(scope="session")
-def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.save(tiny.flux_pipeline(), tmp_path_factory.mktemp("flux"))
-
-
-@pytest.fixture(scope="session")
-def schnell_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.save(tiny.flux_pipeline(guidance_embeds=False), tmp_path_factory.mktemp("schnell"))
-
-
-@pytest.fixture(scope="session")
-def sd3_m_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.save(tiny.sd3_pipeline(dual=(), qk_norm=None), tmp_path_factory.mktemp("sd3-m"))
-
-
-@pytest.fixture(scope="session")
-def sd35_l_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.save(tiny.sd3_pipeline(dual=()), tmp_path_factory.mktemp("sd35-l"))
-
-
-@pytest.fixture(scope="session")
-def flux2_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.save(tiny.flux2_pipeline(), tmp_path_factory.mktemp("flux2"))
-
-
-@pytest.fixture(scope="session")
-def flux2_distilled_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.save(tiny.flux2_pipeline(distilled=True), tmp_path_factory.mktemp("flux2-distilled"))
-
-
-@pytest.fixture(scope="session")
-def qwen_image_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.save(tiny.qwen_image_pipeline(), tmp_path_factory.mktemp("qwen-image"))
-
-
-@pytest.fixture(scope="session")
-def z_image_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return tiny.save(tiny.z_image_pipeline(), tmp_path_factory.mktemp("z-image"))
+sd3_folder = folder_of(tiny.sd3_pipeline)
+sd3_without_t5_folder = folder_of(lambda: tiny.sd3_pipeline(with_t5=False))
+sd3_m_folder = folder_of(lambda: tiny.sd3_pipeline(dual=(), qk_norm=None))
+sd35_l_folder = folder_of(lambda: tiny.sd3_pipeline(dual=()))
+flux_folder = folder_of(tiny.flux_pipeline)
+schnell_folder = folder_of(lambda: tiny.flux_pipeline(guidance_embeds=False))
+flux2_folder = folder_of(tiny.flux2_pipeline)
+flux2_distilled_folder = folder_of(lambda: tiny.flux2_pipeline(distilled=True))
+qwen_image_folder = folder_of(tiny.qwen_image_pipeline)
+z_image_folder = folder_of(tiny.z_image_pipeline)

@@ -18,7 +18,7 @@ from leapalign.flow.rollout import rollout
 from leapalign.models.base import Conditioning, Text
 from leapalign.models.families import config_for
 from leapalign.models.flux2 import Flux2Klein
-from leapalign.models.guidance import Guidance, guided, linear
+from leapalign.models.guidance import Guidance, GuidedVelocity, linear
 from leapalign.models.pipeline import PipelineModel
 from leapalign.models.qwen_image import QwenImage, renormalised
 from leapalign.models.sd3 import SD3
@@ -116,7 +116,7 @@ def test_guided_gradient_against_finite_differences(through_both: bool) -> None:
 
     sigma, step = torch.tensor(0.5), 1e-6
     guidance = Guidance(3.5, through_both, "", combine=renormalised)
-    v = guided(predict, Conditioning(text(2.0), text(-1.0)), guidance)(x, sigma)
+    v = GuidedVelocity(predict, Conditioning(text(2.0), text(-1.0)), guidance)(x, sigma)
     (gradient,) = torch.autograd.grad(v, w, g)
 
     def moved(by: float) -> float:

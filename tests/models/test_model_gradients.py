@@ -13,7 +13,7 @@ from leapalign.flow.graph import inputs_only
 from leapalign.flow.rollout import rollout
 from leapalign.models.decode import Decoder, straight_through_clamp
 from leapalign.models.flux import Flux
-from leapalign.models.guidance import Guidance, guided
+from leapalign.models.guidance import Guidance, GuidedVelocity
 from leapalign.models.pipeline import PipelineModel
 from leapalign.models.sd3 import SD3
 
@@ -94,7 +94,7 @@ def test_guidance_by_hand() -> None:
             return w * x * text.tokens[:, 0]
 
         guidance = Guidance(s, through_both, "")
-        v = guided(predict, Conditioning(text(2.0), text(1.0)), guidance)(x, torch.tensor(1.0))
+        v = GuidedVelocity(predict, Conditioning(text(2.0), text(1.0)), guidance)(x, torch.tensor(1.0))
         v.sum().backward()
         assert v.item() == pytest.approx((1 + s) * 1.5 * 5) and w.grad is not None
         assert w.grad.item() == pytest.approx(expected)

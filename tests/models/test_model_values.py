@@ -19,6 +19,7 @@ from leapalign.models.flux import Flux
 from leapalign.models.flux2 import Flux2Klein
 from leapalign.models.pipeline import PipelineModel
 from leapalign.models.qwen_image import QwenImage
+from leapalign.models.reference import pipeline_latents
 from leapalign.models.sd3 import SD3
 from leapalign.models.z_image import ZImage
 
@@ -148,6 +149,14 @@ def sample(case: Case, model: PipelineModel, rows: slice = slice(None)) -> Tenso
         return rollout(velocity, model.noise(generators()[rows]), model.sigmas(NUM_STEPS))
 
 
+def around_our_parts(case: Case, folder: str, model: PipelineModel) -> Tensor:
+    """The pipeline's call with our encoded prompts and noise: what a run compares itself with as it starts."""
+    config = case.config(path=folder, **(SIZE | case.settings))
+    theirs = pipeline_latents(model, config, model.encode(case.prompts), model.noise(generators()), NUM_STEPS)
+    assert theirs is not None
+    return theirs
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_sampler_equals_the_pipelines_own_call(name: str, request: pytest.FixtureRequest) -> None:
     case = CASES[name]
@@ -163,6 +172,8 @@ def test_sampler_equals_the_pipelines_own_call(name: str, request: pytest.Fixtur
     )
     # not exactly 0 where the pipeline joins the two branches in one batch (SD3, Z-Image) or pads prompts (Qwen-Image)
     assert differences[0] < 1e-5 * expected.abs().max() and differences[1] < 1e-5
+    theirs = around_our_parts(case, folder, model)
+    assert theirs.shape == x_0.shape and (theirs - x_0).abs().max() < 2e-5 * x_0.abs().max()
     assert expected.std() > 1 and (images[0] - images[1]).abs().max() > 0.1  # the comparison is not of constants
 
 
@@ -222,6 +233,14 @@ def test_grids_follow_the_shift_of_their_family(sd3_folder: str, flux_folder: st
     flux = Flux(path=flux_folder, **SIZE).load("cpu", "float32").sigmas(num_steps)
     torch.testing.assert_close(flux.double(), expected, atol=1e-6, rtol=0)
     assert flux.dtype == sd3.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["sd3 guided", "flux", "flux schnell", "flux2 guided", "z-image guided"])
+def test_the_grid_of_one_step_is_the_schedulers_where_that_is_a_number(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    model = load(CASES[name], request.getfixturevalue(CASES[name].folder))
+    torch.testing.assert_close(model.grid(1).flip(0), model.sigmas(1), rtol=0, atol=1e-6)
 
 
 def test_noise_of_a_row_is_its_generators_alone(flux_folder: str) -> None:

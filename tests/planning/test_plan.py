@@ -6,16 +6,24 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import tiny_pipelines
 from leapalign.cli import main
+from leapalign.codec import dumps
 from leapalign.errors import UserError
 from leapalign.methods.leapalign import LeapAlign
+from leapalign.models.z_image import ZImage
+from leapalign.planning import activations
+from leapalign.planning import plan as planning
+from leapalign.planning.activations import GRAPHS, GraphBytes
 from leapalign.planning.plan import make_plan
 from leapalign.recipe_files import load_file
 from leapalign.recipes import RECIPES
 from leapalign.training import loop
+from lora_families import FAMILIES
 from tiny_recipes import tiny, write_folders
 
 BENCHES = Path(__file__).parents[2] / "benches"
@@ -55,6 +63,24 @@ def test_the_parts_are_those_of_the_loaded_run(run):
     assert not Path(run.out).exists()
 
 
+@pytest.mark.parametrize("family", ["flux2", "qwen-image", "z-image"])
+def test_a_local_folder_of_the_other_families(run, family, tmp_path, capsys):
+    """By its own configurations, from a run.json."""
+    case = FAMILIES[family]
+    model = replace(case.config(tiny_pipelines.save(case.build(), tmp_path / family)), height=16, width=16)
+    (tmp_path / "run.json").write_text(dumps(replace(run, model=model)))
+    assert main(["train", str(tmp_path / "run.json"), "--dry-run", "--json"]) == 0
+    plan, engine = json.loads(capsys.readouterr().out), loop.build(replace(run, model=model))
+    assert plan["memory"]["transformer"] == tensor_bytes(engine.model.policy.parameters())
+    assert plan["parameters"]["trained"] == sum(p.numel() for p in engine.model.policy.parameters())
+    assert plan["memory"]["VAE (float32)"] == tensor_bytes(engine.model.decoder.vae.parameters())
+    row = next(iter(engine.model.prompts._rows.values()))
+    each = tensor_bytes([row.tokens]) + (row.mask.numel() if row.mask is not None else 0)
+    length = model.max_sequence_length / row.tokens.shape[1]  # planned as the longest that a text may be
+    assert plan["prompts"]["bytes_each"] == length * each and (length > 1) == (row.mask is not None)
+    assert not any("compared with its published files" in note for note in plan["notes"])
+
+
 def test_the_disk_is_that_of_a_finished_run(run):
     plan, result = make_plan(run), loop.train(run)
     checkpoints = bytes_in(result.out / "checkpoints") / run.keep_checkpoints * (run.keep_checkpoints + 1)
@@ -67,25 +93,65 @@ def test_the_geometry_counts_forwards(run):
     geometry = plan.geometry
     assert (geometry["accumulations"], geometry["forwards"]) == (2, 2 * 5)
     assert geometry["forwards_with_graph_at_most"] == 2 * 3
-    assert plan.graphs["inputs"].kept < plan.graphs["blocks"].kept < plan.graphs["all"].kept
+    assert list(plan.graphs) == [run.graph] == ["blocks"]
 
 
-def test_estimates_are_near_what_a_real_run_needs():
+def test_where_the_graph_does_not_fit_the_smaller_settings_are_measured(run, monkeypatch):
+    GB = 10**9
+    sizes = {g: GraphBytes(kept=n * GB, rollout=n * GB, backward=n * GB) for g, n in (("all", 40), ("blocks", 20))}
+    sizes["inputs"] = GraphBytes(kept=0, rollout=12 * GB, backward=10 * GB)
+    monkeypatch.setattr(planning, "graph_bytes", lambda *args: sizes[args[4]])
+    monkeypatch.setattr(planning, "_capacity", lambda device: 24 * GB)
+    plan = make_plan(replace(run, graph="all"))
+    assert plan.graphs == sizes and 40 * GB < plan.peak < 41 * GB  # what all is planned with stays
+    (note,) = (note for note in plan.notes if "does not fit" in note)
+    assert (
+        note
+        == "the peak does not fit: cpu has 24.0 GB; graph blocks would need 20.0 GB; graph inputs would need 12.0 GB"
+    )
+    plan = make_plan(replace(run, graph="blocks"))
+    assert list(plan.graphs) == ["blocks"] and not any("does not fit" in note for note in plan.notes)
+    monkeypatch.setattr(planning, "_capacity", lambda device: plan.phases["optimiser step"] - 1)  # without any graph
+    (note,) = (note for note in make_plan(run).notes if "does not fit" in note)
+    assert "see tuning (LoRA, quantization), micro_batch_size" in note
+
+
+def load_bench() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHES))
-        bench = load_file(str(BENCHES / "plan.py"))
+        return load_file(str(BENCHES / "plan.py"))
+
+
+def test_equal_blocks_are_multiplied_exactly(monkeypatch):
+    """One and two blocks of each kind, and the rest by multiplication, against all of them."""
+    bench, kept = load_bench(), []
+    small = bench.Bench(double_blocks=2, single_blocks=3, width=64, side=16, text_tokens=16, sampling_steps=4)
+    for graph in GRAPHS:
+        monkeypatch.setattr(activations, "ENOUGH", 1)
+        short = bench.estimated(small, "flux", "leapalign", "bfloat16", graph, 0)
+        monkeypatch.setattr(activations, "ENOUGH", 3)
+        assert bench.estimated(small, "flux", "leapalign", "bfloat16", graph, 0) == short
+        kept.append(short.kept)
+    assert kept[0] > kept[1] > kept[2]
+
+
+@pytest.mark.parametrize("family", ["flux", "flux2", "qwen-image", "z-image"])
+def test_estimates_are_near_what_a_real_run_needs(family):
+    bench = load_bench()
     sizes = {"double_blocks": 2, "single_blocks": 3, "width": 64, "side": 16, "text_tokens": 16, "sampling_steps": 4}
-    small = bench.Bench(**sizes, methods=("leapalign",), dtypes=("bfloat16",))
+    small = bench.Bench(**sizes, families=(family,), methods=("leapalign",), dtypes=("bfloat16",))
     for name, row in bench.errors(bench.compare(small)).items():
         assert max(map(abs, row.values())) < bench.BOUND, name
-    decoded = bench.decode(small)
-    assert decoded["estimated"] == pytest.approx(decoded["measured"], rel=bench.BOUND)
+    if family == "flux":
+        decoded = bench.decode(small)
+        assert decoded["estimated"] == pytest.approx(decoded["measured"], rel=bench.BOUND)
 
 
 def test_flux_before_any_download(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LEAPALIGN_CACHE_GB", "50")
-    assert main(["train", "flux-leapalign-hpsv21", "--dry-run", "--json", "--device", "cuda"]) == 0
+    words = ["train", "flux-leapalign-hpsv21", "--dry-run", "--json", "--device", "cuda", "--graph", "all"]
+    assert main(words) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["prompts"]["bytes_each"] == (512 * 4096 + 768) * 2
     assert plan["parameters"]["trained"] == 11_901_408_320
@@ -98,9 +164,25 @@ def test_flux_before_any_download(capsys, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_plan_as_text(run, capsys, tmp_path):
-    from leapalign.codec import dumps
+def test_numbers_that_could_not_be_checked_are_called_so(run, monkeypatch):
+    """Z-Image before any download; its blocks are not measured here."""
+    nothing = GraphBytes(kept=0, rollout=0, backward=0)
+    monkeypatch.setattr(planning, "graph_bytes", lambda *args: nothing)
+    monkeypatch.setattr(planning, "forward_bytes", lambda *args: 0)
+    plan = make_plan(
+        replace(run, model=ZImage(path="Tongyi-MAI/Z-Image-Turbo", guidance_scale=0.0, height=64, width=64))
+    )
+    (note,) = (note for note in plan.notes if "published files" in note)
+    assert note.startswith("the numbers of Tongyi-MAI/Z-Image-Turbo that ship could not be compared")
+    assert plan.prompts["bytes_each"] == 512 * (2 * 2560 + 1) and plan.geometry["branches"] == 1
+    assert {d.what: round(d.bytes / 1e9, 1) for d in plan.downloads if d.repo.startswith("Tongyi")} == {
+        "transformer": 12.3,
+        "vae": 0.2,
+        "text_encoder": 8.0,
+    }
 
+
+def test_the_plan_as_text(run, capsys, tmp_path):
     (tmp_path / "run.json").write_text(dumps(run))
     assert main(["train", str(tmp_path / "run.json"), "--dry-run"]) == 0
     text = capsys.readouterr().out

@@ -73,20 +73,26 @@ def test_nothing_on_blank_images() -> None:
     assert seen(np.concatenate([GROUND_IMAGE * np.ones((1, 1, 32, 32)), paints, plain])) == 0
 
 
-@pytest.mark.parametrize("grain", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("grain", [0.0, 1.0, 2.0, 3.0])
 def test_nothing_in_noise(grain: float) -> None:
     rng = np.random.default_rng(4)
-    uniform = blurred(rng.random((200, 3, 32, 32)), grain)
-    on_ground = GROUND_IMAGE + blurred(rng.normal(0, 1, (200, 3, 32, 32)), grain) * max(2 * grain, 0.4)
+    uniform = blurred(rng.random((500, 3, 32, 32)), grain)
+    on_ground = GROUND_IMAGE + blurred(rng.normal(0, 1, (500, 3, 32, 32)), grain) * max(2 * grain, 0.4)
     assert seen(uniform) < 0.03
     assert seen(np.clip(on_ground, 0, 1)) < 0.03
 
 
-@pytest.mark.parametrize("sigma", [1.5, 2.0, 3.0])
-def test_nothing_in_heavily_blurred_images(sigma: float) -> None:
+@pytest.mark.parametrize("sigma", [1.0, 1.2, 1.5, 2.0, 3.0, 4.0])
+def test_nothing_in_blurred_images(sigma: float) -> None:
     rng = np.random.default_rng(5)
     images = render([scene_of(single(SHAPES[i % 6]), rng) for i in range(300)])
     assert seen(blurred(images, sigma)) < 0.03
+
+
+def test_a_patch_smaller_than_any_shape_is_none() -> None:
+    images = render([(Object(shape, "blue", 9.0, 9.0, radius),) for radius in (3.9, 4.8) for shape in SHAPES])
+    found = [len(each) for each in detect(images)]
+    assert found == [0] * len(SHAPES) + [1] * len(SHAPES)
 
 
 def halves(a: str, b: str | None, sideways: bool, two_colors: bool, num: int = 20) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -22,23 +23,32 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file as load_tensors
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import tiny_pipelines
-from leapalign.errors import NotFinite, RunInterrupted
+from leapalign.errors import NotFinite, RunInterrupted, RunStopped, UserError
 from leapalign.methods import AlignProp, DRaFT, DRaFTLV, DRTune, LeapAlign, ReFL
 from leapalign.models.base import Conditioning, Text
-from leapalign.models.guidance import Guidance, guided
+from leapalign.models.guidance import Guidance, GuidedVelocity
 from leapalign.models.sd3 import SD3, predict
 from leapalign.recipe_files import load_file
+from leapalign.rewards.clip import PickScore
+from leapalign.rewards.hpsv3 import HPSv3
+from leapalign.rewards.imagereward import ImageReward
 from leapalign.run import RewardTerm, Run
-from leapalign.training import loop
+from leapalign.training import broadcast, checkpoints, frozen, loop, parts
+from leapalign.training.checkpoints import Progress
 from leapalign.training.distributed import World, joined
+from leapalign.training.saver import Copies
 from leapalign.training.weights import whole
 from leapalign.tuning.adapter import attach
+from leapalign.tuning.full import FULL
 from leapalign.tuning.lora import LoRA
 from leapalign.tuning.targets import find_targets
+from tiny_checkpoints import write_tiny_imagereward
+from tiny_qwen import write_tiny_hpsv3
 
 TINY = load_file(str(Path(__file__).with_name("tiny_recipe.py")))
 PROMPTS, Tiny, TinyModel, TinyReward, tiny = (
@@ -79,7 +89,41 @@ class Guided(Tiny):
         return torch.stack([torch.randn(4, 4, 4, generator=g, dtype=torch.float64) for g in generators])
 
     def velocity(self, conditioning: Conditioning) -> Any:
-        return guided(lambda x, t, text: predict(self.policy, x, 1000 * t, text), conditioning, Guidance(3.0, True, ""))
+        return GuidedVelocity(
+            lambda x, t, text: predict(self.policy, x, 1000 * t, text), conditioning, Guidance(3.0, True, "")
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Double:
+    """A reward in float64, which a run's dtype does not offer."""
+
+    differentiable: ClassVar[bool] = True
+
+    reward: Any
+
+    @property
+    def name(self) -> str:
+        return self.reward.name
+
+    def load(self, device: str, dtype: str) -> Any:
+        return self.reward.load(device, "float64")
+
+
+def networks(folder: Path, world: World) -> tuple[RewardTerm, ...]:
+    """Rewards with all that is peculiar: kept text features, cross-attention, a forward a sample of its own length."""
+    if world.main:
+        write_tiny_imagereward(folder / "imagereward")
+        (folder / "hpsv3").mkdir()
+        write_tiny_hpsv3(folder / "hpsv3")
+    dist.barrier()
+    large = str(folder / "hpsv3")
+    rewards = (
+        PickScore(path="embedded:reward"),
+        ImageReward(path=str(folder / "imagereward"), processor=str(folder / "imagereward")),
+        HPSv3(path=large, processor=large),
+    )
+    return tuple(RewardTerm(reward=Double(reward=reward), threshold=9.0, weight=9.0) for reward in rewards)
 
 
 def _text(prompt: str) -> Text:
@@ -112,12 +156,15 @@ def deviation(found: dict[str, Any], expected: dict[str, Any]) -> float:
     return worst
 
 
-def compared(run: Run, world: World, steps: int = 2) -> dict[str, Any]:
+def compared(
+    run: Run, world: World, steps: int = 2, note: Callable[[loop.Engine], dict[str, Any]] = lambda _: {}
+) -> dict[str, Any]:
     """The run on all ranks against the same on one; every rank compares for itself."""
     expected = numbers(loop.build(run, World()), steps)
-    found = numbers(loop.build(run, world), steps)
+    engine = loop.build(run, world)
+    found = numbers(engine, steps)
     moved = max(float(t.abs().max()) for n, t in expected["tensors"].items() if n.startswith("gradient"))
-    return {"deviation": max(world.gather(deviation(found, expected))), "gradient": moved}
+    return {"deviation": max(world.gather(deviation(found, expected))), "gradient": moved} | note(engine)
 
 
 def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -151,10 +198,27 @@ def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]
     named["full, inputs"] = lambda: compared(replace(full, graph="inputs"), world, 1)
     named["full, blocks"] = lambda: compared(replace(full, graph="blocks"), world, 1)
     named["hybrid"] = lambda: compared(replace(real, sharding="hybrid", shard_ranks=max(1, world.size // 2)), world)
-    for sharding in ("replicate", "full"):
-        run = replace(small, sharding=sharding, out=str(folder / f"run-{sharding}"), steps=2)
+    halves = {"shard_ranks": max(1, world.size // 2), "async_checkpoints": False}
+    for sharding, changes in {"replicate": {}, "full": {}, "hybrid": halves}.items():
+        run = replace(small, sharding=sharding, out=str(folder / f"run-{sharding}"), **changes)
+        run = replace(run, steps=2, checkpoint_every=1)
         named[f"{sharding}, trained"] = lambda r=run: trained(r, world)
         named[f"{sharding}, NaN on one rank"] = lambda r=run: spoilt(r, world)
+    killed = replace(small, sharding="full", out=str(folder / "run-killed"))
+    named["full, killed in a save"] = lambda: killed_in_a_save(killed, world)
+    terms = networks(folder, world)
+    large = tuple(term.reward.name for term in terms)
+    judged = replace(small, rewards=terms, shard_rewards=large, micro_batch_size=2, reward_chunk=1, probe_size=3)
+    judged = replace(judged, batch_size=2 * world.size)
+    named["sharded rewards"] = lambda: compared(judged, world, 1, shares)
+    units = tuple(replace(term, unit_gradient=True) for term in terms[:2])
+    both = replace(judged, rewards=units, sharding="full", shard_rewards=large[1:2])
+    named["full, sharded rewards"] = lambda: compared(both, world)
+    named["sharded text encoders"] = lambda: encoded(folder, world)
+    for way in ("full", "hybrid", "auto"):
+        named[f"read by rank 0, {way}"] = lambda w=way: read_by_rank_0(folder, world, FULL, "float32", w)
+    named["read by rank 0, lora"] = lambda: read_by_rank_0(folder, world, LoRA(rank=2), "bfloat16", "full")
+    named["another model on rank 0"] = lambda: another_model(world)
     stopping = replace(small, out=str(folder / "run-stopped"))
     named["a signal to the last rank"] = lambda: stopped(stopping, world)
     named["saved"] = lambda: saved(folder, full, world)
@@ -166,6 +230,67 @@ def trained(run: Run, world: World) -> dict[str, Any]:
     found = (Path(run.out) / "run.json").exists()
     result = loop.train(replace(run, steps=4) if found else run, resume=found, allow_changes=found)
     return {"step": result.summary["steps"] if world.main else 0, "silent": world.main or not result.summary}
+
+
+def killed_in_a_save(run: Run, world: World) -> dict[str, Any]:
+    """All ranks save in children, one of which is killed at its n-th fsync or rename; then the newest is restored."""
+    engine = loop.build(run, world)
+    state = (engine.parameters, engine.ema, engine.optimizer)
+    writers = parts.writers_of(engine.parameters, world)
+    Path(run.out, "checkpoints").mkdir(parents=True, exist_ok=True)
+    taken = {}
+    for step in (1, 2):
+        loop.update(engine, step)
+        snapshot = checkpoints.take(run, Progress(step=step), *state, writers)
+        taken[step] = replace(snapshot, tensors=Copies().of(snapshot.tensors))
+    checkpoints.save(taken[1])
+    dist.barrier()
+    steps, equal = [], True
+    for victim, stride in {1: 2, 0: 5}.items():
+        for moment in range(0, 100, stride):
+            copied = replace(run, out=str(Path(run.out).with_name(f"killed-{victim}-{moment}")))
+            if world.main:
+                shutil.copytree(run.out, copied.out)
+            dist.barrier()
+            status = save_and_die(replace(taken[2], run=copied), moment if world.rank == victim else -1)
+            killed = any(world.gather(status))
+            origin = world.from_main(checkpoints.find(copied) if world.main else None)
+            assert origin, (victim, moment)
+            progress = checkpoints.restore(origin, *state)
+            expected = taken[progress.step].tensors
+            for group, named in checkpoints.take(copied, progress, *state, writers).tensors.items():
+                equal = equal and all(torch.equal(t, expected[group][name]) for name, t in named.items())
+            steps.append((victim, killed, progress.step))
+            dist.barrier()
+            if not killed:
+                break
+    return {"steps": steps, "equal": all(world.gather(equal))}
+
+
+def save_and_die(snapshot: checkpoints.Snapshot, moment: int) -> int:
+    """The child's status: not 0 where it was killed, or gave up because another one was."""
+    pid = os.fork()
+    if pid == 0:
+        left = [moment]
+
+        def counted(call: Any) -> Any:
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                left[0] -= 1
+                return call(*args, **kwargs)
+
+            return wrapper
+
+        for name in ("fsync", "replace"):
+            setattr(os, name, counted(getattr(os, name)))
+        parts.PATIENCE = 1.0
+        try:
+            checkpoints.save(snapshot)
+        except RunStopped:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(pid, 0)[1]
 
 
 def spoilt(run: Run, world: World) -> dict[str, Any]:
@@ -217,11 +342,91 @@ def saved(folder: Path, run: Run, world: World) -> dict[str, Any]:
     return {"equal": equal, "share": parts / sum(t.numel() for t in shadow.values())}
 
 
+def share(network: torch.nn.Module) -> float:
+    """Of a network's weights, what this rank holds."""
+    ps = list(network.parameters())
+    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in ps) / sum(p.numel() for p in ps)
+
+
+def shares(engine: loop.Engine) -> dict[str, Any]:
+    """Of each reward's blocks, and of all of it."""
+    networks = {name: reward.reward.model for name, reward in engine.rewards.items()}  # type: ignore[attr-defined]
+    blocks = {name: [share(block) for block in frozen.blocks_of(network, name)] for name, network in networks.items()}
+    return {"blocks": blocks, "whole": {name: share(network) for name, network in networks.items()}}
+
+
+def sd3_with_t5(folder: Path, world: World) -> SD3:
+    if world.main and not (folder / "sd3-t5").exists():
+        tiny_pipelines.save(tiny_pipelines.sd3_pipeline(with_t5=True), folder / "sd3-t5")
+    dist.barrier()
+    return SD3(path=str(folder / "sd3-t5"), height=8, width=8, guidance_scale=3.0, max_sequence_length=12)
+
+
+def read_by_rank_0(folder: Path, world: World, tuning: Any, dtype: str, sharding: str) -> dict[str, Any]:
+    """Against the same model, read by this rank itself. `auto`: sharding is possible, but the policy is small."""
+    config = sd3_with_t5(folder, world)
+    run = replace(tiny(), model=config, sharding=sharding, tuning=tuning, shard_ranks=max(1, world.size // 2))
+    alone = config.load("cpu", dtype, tuning)
+    tuning.initialise(alone.policy, run.seed)
+    device = "cuda" if sharding == "auto" else "cpu"
+    with broadcast.loading(run, world, device):
+        model = config.load("cpu", dtype, tuning)
+    tuning.initialise(model.policy, run.seed)
+    empty = all(p.is_meta for n, p in model.policy.named_parameters() if "lora" not in n)
+    shards = broadcast.spread(run, model.policy, world, "cpu")
+    equal = model.policy.state_dict().keys() == alone.policy.state_dict().keys()
+    ours, theirs = (dict(m.policy.named_parameters()) | dict(m.policy.named_buffers()) for m in (model, alone))
+    for name, t in theirs.items():
+        mine = ours[name]
+        equal = equal and mine.dtype == t.dtype and mine.requires_grad == t.requires_grad
+        equal = equal and torch.equal(whole(mine.detach()), t.detach())
+    noise = model.noise([torch.Generator().manual_seed(0)])
+    text = alone.encode(["red"])
+    v, expected = (m.velocity(text)(noise, torch.tensor(0.5)).detach() for m in (model, alone))
+    return {
+        "equal": all(world.gather(equal)),
+        "velocity": float((v - expected).abs().max()),
+        "empty": world.gather(empty),
+        "sharded": shards is not None,
+    }
+
+
+def another_model(world: World) -> dict[str, Any]:
+    """Rank 0 has read other shapes than the others expect."""
+    with torch.device("cpu" if world.main else "meta"):
+        policy = torch.nn.Linear(2, 2 if world.main else 3)
+    try:
+        broadcast.spread(replace(tiny(), sharding="full"), policy, world, "cpu")
+    except UserError as error:
+        return {"says": world.gather(str(error))}
+    return {"says": []}
+
+
+def encoded(folder: Path, world: World) -> dict[str, Any]:
+    """CLIP and T5 with sharded blocks, where rank 0 has two of the prompts already; and encoders loaded afterwards."""
+    config = sd3_with_t5(folder, world)
+    model, alone = config.load("cpu", "float32"), config.load("cpu", "float32")
+    if world.main:
+        model.prepare(PROMPTS[:2])
+    held, spread = [], frozen.shard_blocks
+    frozen.shard_blocks = lambda blocks, mesh: (spread(blocks, mesh), held.append(blocks))
+    frozen.prepare(replace(tiny(), shard_text_encoders=True), model, PROMPTS, world, "cpu")
+    frozen.shard_blocks = spread
+    alone.prepare(PROMPTS)
+    ours, theirs = model.encode(PROMPTS).prompts, alone.encode(PROMPTS).prompts
+    assert ours.pooled is not None and theirs.pooled is not None
+    equal = torch.equal(ours.tokens, theirs.tokens) and torch.equal(ours.pooled, theirs.pooled)
+    if world.main:
+        model.encode(["a prompt that was not foreseen"])  # by rank 0 alone: its encoders are whole
+    blocks = {str(i): [share(block) for block in encoder] for i, encoder in enumerate(held)}
+    return {"equal": all(world.gather(equal)), "blocks": blocks}
+
+
 def _between(run: Run) -> float:
     """A threshold above some of the first batch's rewards and below others."""
     engine = loop.build(run, World())
     micros = loop.batches.micro_batches(run, engine.prompts, 0)
-    rewards = sorted(float(loop._surrogate_and_gradient(engine, m)[1].reward[0]) for m in micros)
+    rewards = sorted(float(loop._gradient_at_latent(engine, m, loop._surrogate(engine, m)).reward[0]) for m in micros)
     return (rewards[0] + rewards[1]) / 2  # one sample of one rank trains
 
 

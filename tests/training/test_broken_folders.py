@@ -13,7 +13,7 @@ import pytest
 from leapalign.cli import main
 from leapalign.codec import dumps
 from leapalign.errors import UserError
-from leapalign.training import checkpoints, loop
+from leapalign.training import checkpoints, layouts, loop
 from leapalign.training.files import disk_errors, refuse_links_out, sha256
 from leapalign.training.tracking import read_metrics
 
@@ -26,7 +26,7 @@ def contents(folder: Path) -> dict[str, str]:
 def weights(run) -> list[str]:
     newest = checkpoints.find(run)
     assert newest
-    return [newest.folder.name, *(newest.state["files"][f"{group}.safetensors"] for group in checkpoints.GROUPS)]
+    return [newest.folder.name, *(newest.state["files"][f"{group}.safetensors"] for group in layouts.GROUPS)]
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def damage(run, kind: str) -> None:
         del state["files"]["ema.safetensors"], state["self"]
         (folder / "state.json").write_text(json.dumps(state | {"self": checkpoints._digest(state)}))
     elif kind == "layout":
-        state = json.loads((folder / "state.json").read_text()) | {"layout": "sharded"}
+        state = json.loads((folder / "state.json").read_text()) | {"layout": "striped"}
         del state["self"]
         (folder / "state.json").write_text(json.dumps(state | {"self": checkpoints._digest(state)}))
 
@@ -72,7 +72,7 @@ KINDS = {
     "step changed": "state.json has other bytes than were written",
     "deleted": "this checkpoint was there and is gone",
     "unlisted": "ema.safetensors is missing or unknown",
-    "layout": "its layout is 'sharded', and this version reads 'whole'",
+    "layout": "its layout is 'striped', and this version reads whole, sharded",
 }
 
 

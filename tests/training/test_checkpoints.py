@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from leapalign.errors import UserError
-from leapalign.training import checkpoints, files, loop
+from leapalign.training import checkpoints, files, layouts, loop
 from leapalign.training.files import sha256
 from leapalign.training.tracking import read_metrics, truncate_metrics
 
@@ -171,7 +171,7 @@ def test_adamw_goes_on_exactly(tiny_run):
     engine = loop.train(run).engine
     fresh = loop.build(run)
     checkpoints.restore(checkpoints.find(run), fresh.parameters, fresh.ema, fresh.optimizer)
-    saved, restored = (checkpoints.optimizer_tensors(e.parameters, e.optimizer) for e in (engine, fresh))
+    saved, restored = (layouts.optimizer_tensors(e.parameters, e.optimizer) for e in (engine, fresh))
     assert len(saved) == 3 * len(engine.parameters) and float(saved["0.weight.step"]) == 2
     assert saved.keys() == restored.keys() and all(torch.equal(saved[k], restored[k]) for k in saved)
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,9 +20,12 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 
-from leapalign.errors import UserError
+import lora_families
+import tiny_pipelines
+from leapalign.errors import RunStopped, UserError
+from leapalign.models.folder import read_once
 from leapalign.run import Run
-from leapalign.training import batches, loop
+from leapalign.training import batches, checkpoints, frozen, layouts, loop, parts
 from leapalign.training.distributed import (
     VARIABLES,
     World,
@@ -36,6 +40,7 @@ from leapalign.training.tracking import read_metrics
 
 CASES = Path(__file__).with_name("distributed_cases.py")
 SOURCES = str(Path(loop.__file__).parents[2])
+LAYOUT = {"replicate": "whole", "full": "sharded", "hybrid": "sharded"}  # of the checkpoints of several ranks
 METHODS = ("leapalign", "refl", "draft-k", "draft-lv", "drtune", "alignprop")
 
 
@@ -67,14 +72,32 @@ def check(answers: dict[str, Any], ranks: int) -> None:
     """What every launch must have found."""
     compared = {name: answer for name, answer in answers.items() if "deviation" in answer}
     assert {f"{way} {method}" for way in ("replicate", "full") for method in METHODS} <= compared.keys()
-    assert len(compared) == 2 * len(METHODS) + 10
+    assert len(compared) == 2 * len(METHODS) + 12
     for name, answer in compared.items():
         assert answer["deviation"] < 1e-10 and answer["gradient"] > 1e-4, (name, answer)
-    for way in ("replicate", "full"):
+    kills = answers["full, killed in a save"]
+    assert kills["equal"]
+    for victim in (0, 1):  # killed early: the older one; killed late, or not at all: the newer one
+        assert {step for who, _, step in kills["steps"] if who == victim} == {1, 2}
+        assert not all(killed for who, killed, _ in kills["steps"] if who == victim)
+    assert all(killed for _, killed, step in kills["steps"] if step == 1)
+    for way in LAYOUT:
         assert answers[f"{way}, trained"]["silent"]
         bad = answers[f"{way}, NaN on one rank"]
         assert bad["texts"] == ["step 1: the reward tiny-reward is nan for the prompt 'red'"] and bad["said by"] >= 1
     assert answers["replicate, NaN on one rank"]["said by"] < ranks
+    encoded = answers["sharded text encoders"]
+    assert encoded["equal"] and len(encoded["blocks"]) == 3  # two CLIPs and T5
+    for blocks in (*encoded["blocks"].values(), *answers["sharded rewards"]["blocks"].values()):
+        assert len(blocks) >= 1 and all(0.9 / ranks < share < 1.2 / ranks for share in blocks)
+    assert answers["sharded rewards"]["whole"].keys() == {"pickscore", "imagereward", "hpsv3"}
+    assert max(answers["sharded rewards"]["whole"].values()) < 0.99
+    for way in ("full", "hybrid", "auto", "lora"):
+        answer = answers[f"read by rank 0, {way}"]
+        assert answer["equal"] and answer["empty"] == [False] + [True] * (ranks - 1), (way, answer)
+        assert answer["velocity"] < 1e-5 and answer["sharded"] == (way != "auto"), (way, answer)
+    said = answers["another model on rank 0"]["says"]
+    assert len(said) == ranks and all("has another model than rank 0" in words for words in said)
     signalled = answers["a signal to the last rank"]
     assert signalled["status"] == [143] * ranks and signalled["saved"] and signalled["said by"] == 1
     assert answers["saved"]["equal"] and answers["saved"]["share"] < 1.2 / ranks
@@ -91,12 +114,24 @@ def alone(tiny_run: Callable[..., Run], tiny_module: Any, prompts: Path, out: Pa
     return replace(run, prompts=replace(run.prompts, path=str(prompts)), out=str(out), steps=4)
 
 
-def same_end(first: Path, second: Path) -> None:
-    """Checkpoints and metrics of two runs, up to the order of sums."""
-    for group in ("weights", "ema", "optimizer"):
-        ours, theirs = (
-            load_file(out / "checkpoints" / "step-000004" / f"{group}.safetensors") for out in (first, second)
-        )
+def saved_tensors(folder: Path, layout: str) -> dict[str, dict[str, torch.Tensor]]:
+    """All tensors of a checkpoint, by group, whole."""
+    assert json.loads((folder / "state.json").read_text())["layout"] == layout
+    if layout == "whole":
+        return {group: load_file(folder / f"{group}.safetensors") for group in layouts.GROUPS}
+    groups = {
+        g: {n: torch.empty_like(t, device="cpu") for n, t in ts.items()} for g, ts in parts.listed(folder).items()
+    }
+    parts.read(folder, groups)
+    return groups
+
+
+def same_end(first: Path, second: Path, layout: str = "whole") -> None:
+    """Checkpoints and metrics of two runs, up to the order of sums; `layout`: of the first."""
+    steps = [out / "checkpoints" / "step-000004" for out in (first, second)]
+    groups = [saved_tensors(*each) for each in zip(steps, (layout, "whole"))]
+    for group in layouts.GROUPS:
+        ours, theirs = (each[group] for each in groups)
         assert ours.keys() == theirs.keys()
         for name, tensor in ours.items():
             torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-10)
@@ -108,14 +143,90 @@ def same_end(first: Path, second: Path) -> None:
         assert a == pytest.approx(b, abs=1e-10)
 
 
-@pytest.mark.parametrize("way", ["replicate", "full"])
+@pytest.mark.parametrize("way", LAYOUT)
 def test_one_process_goes_on_with_the_checkpoint_of_two(two, two_folder, tiny_run, tiny_module, tmp_path, way):
     assert two[f"{way}, trained"]["step"] == 2
     prompts = two_folder / "prompts.txt"
+    saved_tensors(two_folder / f"run-{way}" / "checkpoints" / "step-000002", LAYOUT[way])
     shutil.copytree(two_folder / f"run-{way}", tmp_path / "resumed")
     loop.train(alone(tiny_run, tiny_module, prompts, tmp_path / "resumed"), resume=True)
     loop.train(alone(tiny_run, tiny_module, prompts, tmp_path / "whole"))
     same_end(tmp_path / "resumed", tmp_path / "whole")
+
+
+def damaged(out: Path, kind: str) -> None:
+    """The newest sharded checkpoint of two ranks."""
+    folder = out / "checkpoints" / "step-000002"
+    path = folder / "shard-00002-model-00003-of-00003.safetensors"
+    if kind == "flipped":
+        data = bytearray(path.read_bytes())
+        data[-3] ^= 16
+        path.write_bytes(data)
+        return
+    path.unlink()
+    if kind == "unlisted":
+        state = json.loads((folder / "state.json").read_text())
+        del state["files"][path.name], state["self"]
+        (folder / "state.json").write_text(json.dumps(state | {"self": checkpoints._digest(state)}))
+
+
+DAMAGE = {
+    "flipped": "shard-00002-model-00003-of-00003.safetensors has other bytes than were written",
+    "missing": "shard-00002-model-00003-of-00003.safetensors is missing or unknown",
+    "unlisted": "shard-00002-model-00003-of-00003.safetensors is missing or unknown",
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_part_is_named_and_the_older_checkpoint_offered(two, two_folder, tiny_run, tmp_path, kind):
+    shutil.copytree(two_folder / "run-full", tmp_path / "run")
+    damaged(tmp_path / "run", kind)
+    with pytest.raises(UserError, match=rf"damaged \({DAMAGE[kind]}.*--checkpoint step-000001` goes on"):
+        checkpoints.find(tiny_run(out=str(tmp_path / "run")))
+
+
+def test_parts_need_a_torch_that_reads_them(two_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.distributed.checkpoint.hf_storage", None)
+    with pytest.raises(UserError, match="a sharded checkpoint needs a newer torch than"):
+        parts.listed(two_folder / "run-full" / "checkpoints" / "step-000002")
+
+
+def test_rank_0_waits_for_parts_but_not_for_ever(tmp_path, monkeypatch):
+    writers = parts.Writers(rank=0, ranks=(0, 2), token="")
+    note = tmp_path / "rank-00002.json"
+    (tmp_path / "rank-00000.json").write_text('{"files": {"a": "1"}}')
+    monkeypatch.setattr(parts, "PATIENCE", 0.1)
+    with pytest.raises(RunStopped, match="rank 2 has written nothing of its part of the checkpoint for 0"):
+        parts.collect(tmp_path, writers)
+    monkeypatch.setattr(parts, "PATIENCE", 60)
+    threading.Timer(0.2, note.write_text, ['{"error": "No space left"}']).start()
+    (tmp_path / "rank-00000.json").write_text('{"files": {"a": "1"}}')
+    with pytest.raises(RunStopped, match="rank 2 could not write its part of the checkpoint: No space left"):
+        parts.collect(tmp_path, writers)
+    (tmp_path / "rank-00000.json").write_text('{"files": {"a": "1"}}')
+    note.write_text('{"files": {"b": "2"}}')
+    assert parts.collect(tmp_path, writers) == {"a": "1", "b": "2"} and not list(tmp_path.iterdir())
+    monkeypatch.setattr(parts, "PATIENCE_AT_END", 0.1)
+    writers.ending.set()
+    with pytest.raises(RunStopped, match="rank 0 has written nothing"):
+        parts.collect(tmp_path, writers)
+
+
+def test_a_rank_that_cannot_write_its_part_says_so_to_rank_0(tmp_path, monkeypatch):
+    part = parts.part_of({"weights": {}}, parts.Writers(rank=0, ranks=(0, 1), token=""))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(parts, "_write_files", full)
+    with pytest.raises(OSError, match="No space left"):
+        parts.write(tmp_path / "part", {}, part)
+    assert json.loads((tmp_path / "part" / "rank-00000.json").read_text()) == {
+        "error": "[Errno 28] No space left on device"
+    }
+    monkeypatch.setattr(parts, "_write_files", lambda folder, *_: shutil.rmtree(folder) or full())
+    with pytest.raises(RunStopped, match="rank 0 has given up the checkpoint"):
+        parts.write(tmp_path / "part", {}, part)
 
 
 @pytest.mark.slow
@@ -124,33 +235,79 @@ def test_four_ranks_equal_one_and_go_on_with_the_checkpoint_of_two(two, two_fold
     four = tmp_path / "four"
     four.mkdir()
     shutil.copy(two_folder / "prompts.txt", four)
-    for way in ("replicate", "full"):
+    for way in LAYOUT:
         shutil.copytree(two_folder / f"run-{way}", four / f"run-{way}")
     check(launch(4, four), 4)
     loop.train(alone(tiny_run, tiny_module, four / "prompts.txt", tmp_path / "whole"))
-    for way in ("replicate", "full"):
-        same_end(four / f"run-{way}", tmp_path / "whole")
+    for way, layout in LAYOUT.items():
+        same_end(four / f"run-{way}", tmp_path / "whole", layout)
+        files = list((four / f"run-{way}" / "checkpoints" / "step-000004").glob("shard-*"))
+        assert len(files) == 3 * {"replicate": 0, "full": 4, "hybrid": 2}[way]  # a copy of a part is written once
+
+
+FAILURES = {
+    "an error": ('raise ValueError("a bug of rank 1")', "a bug of rank 1"),
+    "killed": ("os.kill(os.getpid(), 9)", "Signal 9 (SIGKILL)"),  # it says nothing: torchrun's report does
+}
 
 
 @pytest.mark.slow
-def test_a_rank_that_fails_ends_the_job_with_its_own_message(tmp_path: Path, tiny_module: Any) -> None:
-    """The command line under torchrun; rank 1's reward meets a bug in the second step."""
+@pytest.mark.parametrize("ranks, failure", [(2, "an error"), (4, "an error"), (2, "killed"), (4, "killed")])
+def test_a_rank_that_fails_ends_the_job_within_a_minute(
+    tmp_path: Path, tiny_module: Any, ranks: int, failure: str
+) -> None:
+    """The command line under torchrun; rank 1's reward fails in the second step, and says why where it can."""
     (tmp_path / "prompts.txt").write_text("\n".join(tiny_module.PROMPTS))
     recipe = tmp_path / "failing.py"
-    bug = """import os
+    action, message = FAILURES[failure]
+    bug = f"""import os, time
                 self.calls.append(1)
                 if os.environ["RANK"] == "1" and len(self.calls) > 6:
-                    raise ValueError("a bug of rank 1")
+                    Path("failed").write_text(str(time.time()))
+                    {action}
                 r = image.mean()"""
     text = Path(tiny_module.__file__).read_text().replace("r = image.mean()", bug, 1)
     text = text.replace('    spoil: str = ""', '    calls: ClassVar[list] = []\n    spoil: str = ""', 1)
     recipe.write_text(text)
-    begun = time.monotonic()
-    words = ("--device", "cpu", "--steps", "500", "--probe-every", "0", "--no-self-checks")
+    words = ("--device", "cpu", "--steps", "500", "--probe-every", "0", "--no-self-checks", "--batch-size", "8")
+    done = torchrun(ranks, "-m", "leapalign", "train", f"{recipe}:tiny", *words, folder=tmp_path)
+    assert time.time() - float((tmp_path / "failed").read_text()) < 60
+    assert done.returncode == 1 and message in done.stderr, done.stderr
+    assert "the exchange with another rank broke off" in done.stderr or "SIGTERM" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+def test_a_job_killed_in_a_sharded_save_goes_on_from_the_older_checkpoint(tmp_path: Path, tiny_module: Any) -> None:
+    """The command line: rank 1 dies with half of its files on the disk; one process resumes."""
+    (tmp_path / "prompts.txt").write_text("\n".join(tiny_module.PROMPTS))
+    recipe = tmp_path / "killed.py"
+    killed = """
+
+import os
+from leapalign.training import parts
+
+sha256 = parts.sha256
+
+
+def killed(path):
+    if path.name.startswith("shard-00002") and "step-000002" in path.parent.name:
+        path.unlink()
+        os.kill(os.getpid(), 9)
+    return sha256(path)
+
+
+parts.sha256 = killed
+"""
+    recipe.write_text(Path(tiny_module.__file__).read_text() + killed)
+    words = ("--device", "cpu", "--sharding", "full", "--checkpoint-every", "1", "--no-self-checks", "--out", "run")
+    begun = time.time()
     done = torchrun(2, "-m", "leapalign", "train", f"{recipe}:tiny", *words, folder=tmp_path)
-    assert done.returncode == 1 and time.monotonic() - begun < 180  # starting on busy cores takes most of it
-    assert "a bug of rank 1" in done.stderr, done.stderr
-    assert "rank 0: the exchange with another rank broke off" in done.stderr or "SIGTERM" in done.stderr
+    assert done.returncode == 1 and "Signal 9 (SIGKILL)" in done.stderr and time.time() - begun < 120, done.stderr
+    assert [path.name for path in sorted((tmp_path / "run" / "checkpoints").glob("step-*"))] == ["step-000001"]
+    again = torchrun(1, "-m", "leapalign", "resume", "run", "--plugin", str(recipe), folder=tmp_path)
+    assert again.returncode == 0 and "resuming from step-000001" in again.stderr, again.stderr
+    assert [m["step"] for m in read_metrics(tmp_path / "run")] == [0, 1, 2, 3, 4]
+    assert not list((tmp_path / "run" / "checkpoints").glob(".tmp-*"))
 
 
 def test_a_batch_that_does_not_fit_names_the_nearest_that_do(tiny_run: Callable[..., Run]) -> None:
@@ -221,39 +378,70 @@ def test_ranks_have_a_device_each(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_cannot_be_sharded_is_refused(tiny_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     run, two_ranks = tiny_run(sharding="full"), World(size=2, local_size=2)
     policy = torch.nn.Linear(2, 2)
-    assert shard(replace(run, sharding="auto"), policy, two_ranks) is None  # small, and on the CPU
+    assert shard(replace(run, sharding="auto"), policy, two_ranks, "cpu") is None  # small, and on the CPU
     with monkeypatch.context() as old, pytest.raises(UserError, match="newer torch"):
         old.delattr(FSDPModule, "set_force_sum_reduction_for_comms")
-        shard(run, policy, two_ranks)
+        shard(run, policy, two_ranks, "cpu")
     policy.hf_quantizer = object()  # pyright: ignore
     with pytest.raises(UserError, match="a quantised base cannot be sharded"):
-        shard(run, policy, two_ranks)
+        shard(run, policy, two_ranks, "cpu")
+
+
+def test_frozen_networks_that_cannot_be_sharded_are_refused(tiny_run: Callable[..., Run], tiny_module: Any) -> None:
+    """Unknown names and devices before anything is loaded; the rest before anything is sharded."""
+    two_ranks, name = World(size=2, local_size=2), "tiny-reward"
+    with pytest.raises(UserError, match="there is no reward 'hpsv3'; the run has tiny-reward"):
+        loop.build(tiny_run(model=None, shard_rewards=("hpsv3",)))
+    run = tiny_run(shard_rewards=(name,), shard_text_encoders=True)
+    elsewhere = (replace(run.rewards[0], device="cpu"),)
+    with pytest.raises(UserError, match=r"tiny-reward has a device of its own \(cpu\)"):
+        loop.build(replace(run, model=None, rewards=elsewhere))
+    with pytest.raises(UserError, match="tiny-reward has no network"):
+        frozen.shard_rewards(run, {name: lambda images, prompts: images.mean()}, two_ranks, "cpu")
+    plain = SimpleNamespace(model=torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    with pytest.raises(UserError, match="tiny-reward has no repeated blocks"):
+        frozen.shard_rewards(run, {name: plain}, two_ranks, "cpu")  # type: ignore[dict-item]
+    layer = torch.nn.Linear(2, 2)
+    tied = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([layer, torch.nn.Sequential(layer)])})
+    with pytest.raises(UserError, match="blocks that share weights"):
+        frozen.shard_rewards(run, {name: SimpleNamespace(model=tied)}, two_ranks, "cpu")  # type: ignore[dict-item]
+    with pytest.raises(UserError, match="TinyModel encodes its prompts in a way of its own"):
+        frozen.prepare(run, run.model.load("cpu", "float32"), ["red"], two_ranks, "cpu")
 
 
 def test_a_large_policy_on_cuda_is_sharded_by_itself(tiny_run, monkeypatch):
     """20 bytes a trained weight against 40 % of a device's memory; draws that differ between ranks forbid it."""
     policy = torch.nn.Linear(999, 1000)  # 10 ** 6 weights
     small, large = (SimpleNamespace(total_memory=memory) for memory in (49_000_000, 51_000_000))
-    monkeypatch.setattr(torch.nn.Linear, "parameters", lambda self: iter([OnCuda()]))
     run = tiny_run(batch_size=8, micro_batch_size=2)
     for properties, expected in ((small, True), (large, False)):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, p=properties: p)
-        assert is_sharded(run, policy, World(size=2)) is expected
+        assert is_sharded(run, policy, World(size=2), "cuda:0") is expected
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: small)
-    assert not is_sharded(replace(run, samples_per_draw=2), policy, World(size=2))
-    assert not is_sharded(run, policy, World()) and not is_sharded(
-        replace(run, sharding="replicate"), policy, World(size=2)
+    assert not is_sharded(replace(run, samples_per_draw=2), policy, World(size=2), "cuda:0")
+    assert not is_sharded(run, policy, World(), "cuda:0") and not is_sharded(
+        replace(run, sharding="replicate"), policy, World(size=2), "cuda:0"
     )
 
 
-class OnCuda:
-    """A trained weight on a device that the machine need not have."""
-
-    device = torch.device("cuda")
-    requires_grad = True
-
-    def numel(self) -> int:
-        return 10**6
+@pytest.mark.parametrize("family", lora_families.FAMILIES)
+def test_a_policy_without_values_lacks_its_weights_and_nothing_else(tmp_path: Path, family: str) -> None:
+    """Whatever else a family's class computes when it is made (rotations, tables) is there: filled, it is the model."""
+    built = lora_families.FAMILIES[family]
+    tiny_pipelines.save(built.build(), tmp_path)
+    config = built.config(str(tmp_path))
+    alone = config.load("cpu", "float32")
+    with read_once(False):
+        model = config.load("cpu", "float32")
+    assert all(p.is_meta for p in model.policy.parameters())
+    buffers = dict(alone.policy.named_buffers())
+    for name, buffer in model.policy.named_buffers():
+        buffer.copy_(buffers[name])
+    model.policy.load_state_dict(alone.policy.state_dict(), assign=True)
+    text, noise = alone.encode(["a red circle"]), alone.noise([torch.Generator().manual_seed(1)])
+    with torch.no_grad():
+        ours, theirs = (m.velocity(text)(noise, torch.tensor(0.5)) for m in (model, alone))
+    assert torch.equal(ours, theirs)
 
 
 def test_a_single_changed_bit_changes_the_fingerprint() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from leapalign.errors import RunStopped, UserError
-from leapalign.training import checkpoints, loop
+from leapalign.training import checkpoints, layouts, loop
 from leapalign.training.checkpoints import Progress
 from leapalign.training.saver import Copies, Saver
 
@@ -132,7 +132,7 @@ def test_a_failed_save_ends_the_run_with_a_sentence(tiny_run, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(layouts, "save_file", full)
     run = tiny_run()
     with pytest.raises(UserError, match=r"the disk is full \(\d+ MiB are free\); make room, then `leapalign resume"):
         loop.train(run)

@@ -21,6 +21,9 @@ from leapalign.prompts import PromptFile
 from leapalign.rewards.clip import PickScore
 from leapalign.run import RewardTerm, Run
 from leapalign.training import loop, self_checks
+from leapalign.tuning.full import FULL
+from leapalign.tuning.lora import LoRA
+from lora_families import FAMILIES
 from tiny_clip import write_tiny_clip
 
 
@@ -66,21 +69,27 @@ def test_a_reward_that_cannot_train_is_found_before_the_first_step(tiny_run, fla
         assert loop.train(replace(run, self_checks=False)).summary["steps"] == 4
 
 
+OTHERS = ("flux2", "qwen-image", "z-image")  # FLUX.2 distilled, the others guided
+
+
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("parts")
     tiny_pipelines.save(tiny_pipelines.sd3_pipeline(with_t5=False), folder / "sd3")
     tiny_pipelines.save(tiny_pipelines.flux_pipeline(), folder / "flux")
+    for family in OTHERS:
+        tiny_pipelines.save(FAMILIES[family].build(), folder / family)
     write_tiny_clip(folder / "clip")
     (folder / "prompts.txt").write_text("a red circle\na blue square\n")
     return folder
 
 
-@pytest.fixture(params=["sd3", "sd3 without guidance", "flux", "flux with true guidance"])
+@pytest.fixture(params=["sd3", "sd3 without guidance", "flux", "flux with true guidance", *OTHERS])
 def run(request, parts, tmp_path) -> Run:
     model = {
         "sd3": SD3(path=str(parts / "sd3"), height=16, width=24, guidance_scale=3.0, max_sequence_length=0),
         "flux": Flux(path=str(parts / "flux"), height=16, width=24, max_sequence_length=8),
+        **{family: FAMILIES[family].config(str(parts / family)) for family in OTHERS},
     }[request.param.split()[0]]
     if request.param == "sd3 without guidance":
         model = replace(model, guidance_scale=1.0)
@@ -101,9 +110,11 @@ def run(request, parts, tmp_path) -> Run:
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_our_sampler_agrees_and_a_wrong_one_is_found(run, monkeypatch, dtype):
-    engine = loop.build(replace(run, dtype=dtype))
+@pytest.mark.parametrize(
+    ("dtype", "tuning"), [("float32", FULL), ("bfloat16", FULL), ("bfloat16", LoRA(rank=2))], ids=str
+)
+def test_our_sampler_agrees_and_a_wrong_one_is_found(run, monkeypatch, dtype, tuning):
+    engine = loop.build(replace(run, dtype=dtype, tuning=tuning))
     state = torch.random.get_rng_state()
     self_checks.at_start(engine)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -112,7 +123,9 @@ def test_our_sampler_agrees_and_a_wrong_one_is_found(run, monkeypatch, dtype):
     monkeypatch.setattr(self_checks, "_compare", lambda _, ours, expected, __: compared.append((ours, expected)))
     self_checks.at_start(engine)
     (pair,) = compared
+    assert pair[0].shape == pair[1].shape == (1, *engine.model.latent_shape)
     difference = (pair[0] - pair[1]).abs().max() / pair[1].abs().max()
+    print(f"{run.model.name} {dtype} {tuning.name}: {difference:.1e}")
     assert difference < (1e-5 if dtype == "float32" else 0.05)
     monkeypatch.undo()
     grid = engine.model.grid

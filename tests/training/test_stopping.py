@@ -16,7 +16,7 @@ from leapalign.cli import main
 from leapalign.codec import dumps
 from leapalign.errors import RunInterrupted, UserError
 from leapalign.recipe_files import load_file
-from leapalign.training import checkpoints, loop, saver, stopping
+from leapalign.training import checkpoints, layouts, loop, saver, stopping
 from leapalign.training.lock import run_lock
 from leapalign.training.stopping import Stop, on_signals
 from leapalign.training.tracking import read_metrics
@@ -31,7 +31,7 @@ def trace(out: Path | str) -> list[dict]:
 def weights(run) -> list[str]:
     newest = checkpoints.find(run)
     assert newest
-    return [newest.folder.name, *(newest.state["files"][f"{group}.safetensors"] for group in checkpoints.GROUPS)]
+    return [newest.folder.name, *(newest.state["files"][f"{group}.safetensors"] for group in layouts.GROUPS)]
 
 
 @pytest.fixture

@@ -6,11 +6,13 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
@@ -18,13 +20,14 @@ from transformers import CLIPTokenizer
 import tiny_pipelines as tiny
 from hub_cache import lay_out
 from leapalign.cli import main
-from leapalign.models import sd3
+from leapalign.models import reference, sd3
 from leapalign.models.flux import Flux
 from leapalign.models.sd3 import SD3
-from leapalign.verification import known
+from leapalign.verification import known, pipelines
 from leapalign.verification.checks import Check
 from leapalign.verification.files import read_hashes
 from leapalign.verification.pipelines import Trial, check_architecture, check_pipeline
+from lora_families import FAMILIES
 
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -276,6 +279,21 @@ def test_hubs_cache_knows_the_hashes(sd3_folder: Path, tmp_path: Path, monkeypat
         ]
         assert any(c.state == "different" and str(file.relative_to(snapshot)) in c.came for c in wrong)
         blob.write_bytes(before)
+
+
+@pytest.mark.parametrize("family", ["flux2", "qwen-image", "z-image"])
+def test_a_good_folder_of_the_other_families(family: str, tmp_path: Path) -> None:
+    """Latents are compared too, in our layout, whatever the pipeline returns."""
+    config = FAMILIES[family].config(tiny.save(FAMILIES[family].build(), tmp_path / family))
+    checks = check_pipeline(config, TRIAL, None)
+    assert differing(checks) == {}
+    (latents,) = (c for c in checks if c.check.startswith("latents"))
+    assert latents.state == "good" and float(latents.came) < float(latents.expected.split()[-1]) / 10
+    wrong = replace(config, guidance_scale=1.0) if family != "flux2" else replace(config, text_layers=(2, 1, 4))
+    settings = reference.call_settings(config, DiffusionPipeline.from_pretrained(config.path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipelines, "call_settings", lambda *_: settings)
+        assert ("sampler", "latents, ours and the pipeline's own") in differing(check_pipeline(wrong, TRIAL, None))
 
 
 def test_another_sampler_is_found(sd3_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ class EvaluateFlags:
     reward: tuple[str, ...] = ()
     """More rewards than the run's own: NAME, NAME=PATH, or file.py:name of your own, which is executed."""
     prompts: str = ""
-    """A .txt, .jsonl or .csv file; empty = ShapeWorld's test prompts. GenEval needs .jsonl with its metadata."""
+    """A .txt, .jsonl or .csv file; NAME (leapalign list prompts) or NAME=PATH: its test prompts; empty = shapeworld."""
     per_task: int = 60
     """ShapeWorld test prompts of each task."""
     num: int = 1

@@ -10,6 +10,7 @@ and the Euler sum stay in float32 under bfloat16.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from leapalign.errors import UserError
@@ -53,33 +54,24 @@ class Flux:
         precision = pipe.parse_dtype(dtype)
         if not 1 <= self.max_sequence_length <= 512:
             raise UserError(f"max_sequence_length {self.max_sequence_length}: expected 1 to 512")
-        parts = ("transformer", "vae", "scheduler", *TEXT_PARTS)
-        folder = open_folder(self.path, self.pipeline, parts, self.transformer_file)
-        policy, scheduler = tuning.load_policy(folder, device, precision), pipe.load_scheduler(folder)
+        needed = ("transformer", "vae", "scheduler", *TEXT_PARTS)
+        folder = open_folder(self.path, self.pipeline, needed, self.transformer_file)
+        parts = pipe.open_parts(folder, device, precision, tuning)
+        policy = parts.policy
         decoder = pipe.load_decoder(folder, device, self.decode_chunk)
         factor = pipe.vae_factor(decoder.vae)
         pipe.check_size(self.height, self.width, factor * PATCH)
         shape = (policy.config.in_channels // PATCH**2, self.height // factor, self.width // factor)
-        return pipe.PipelineModel(
-            policy=policy,
-            folder=folder,
-            prompts=pipe.prompt_cache(
-                lambda: _text_encoder(folder, policy, self.max_sequence_length, precision),
-                folder,
-                TEXT_PARTS,
-                device,
-                precision,
-                max_sequence_length=self.max_sequence_length,
-            ),
+        return pipe.put_together(
+            parts,
             decoder=decoder,
             latent_shape=shape,
             guidance=pipe.Guidance(self.true_cfg_scale, self.cfg_grad == "both", self.negative_prompt),
-            predict=lambda module, x, sigma, text: predict(
-                module, x, sigma * scheduler.config.num_train_timesteps, text, self.guidance_scale
-            ),
-            grid=lambda num_steps: sigma_grid(scheduler, num_steps, shape),
-            device=device,
-            dtype=precision,
+            encoder=lambda: _text_encoder(folder, policy, self.max_sequence_length, parts.dtype),
+            text_parts=TEXT_PARTS,
+            text_settings={"max_sequence_length": self.max_sequence_length},
+            predict=partial(predict, guidance_scale=self.guidance_scale),
+            grid=lambda num_steps: sigma_grid(parts.scheduler, num_steps, shape),
         )
 
 

@@ -60,33 +60,23 @@ class Flux2Klein:
         if not 1 <= self.max_sequence_length <= 512:
             raise UserError(f"max_sequence_length {self.max_sequence_length}: expected 1 to 512")
         folder = open_folder(self.path, self.pipeline, ("transformer", "vae", "scheduler", *TEXT_PARTS))
-        policy, scheduler = tuning.load_policy(folder, device, precision), pipe.load_scheduler(folder)
+        parts = pipe.open_parts(folder, device, precision, tuning)
+        policy = parts.policy
         _check_layers(self.text_layers, folder, policy.config.joint_attention_dim)
         decoder = load_decoder(folder, device, self.decode_chunk)
         factor = pipe.vae_factor(decoder.vae) * PATCH
         pipe.check_size(self.height, self.width, factor)
         shape = (policy.config.in_channels, self.height // factor, self.width // factor)
-        return pipe.PipelineModel(
-            policy=policy,
-            folder=folder,
-            prompts=pipe.prompt_cache(
-                lambda: _text_encoder(self, folder, device, precision),
-                folder,
-                TEXT_PARTS,
-                device,
-                precision,
-                max_sequence_length=self.max_sequence_length,
-                text_layers=self.text_layers,
-            ),
+        return pipe.put_together(
+            parts,
             decoder=decoder,
             latent_shape=shape,
             guidance=pipe.Guidance(_scale(self, folder), self.cfg_grad == "both", self.negative_prompt),
-            predict=lambda module, x, sigma, text: predict(
-                module, x, sigma * scheduler.config.num_train_timesteps, text
-            ),
-            grid=lambda num_steps: sigma_grid(scheduler, num_steps, shape),
-            device=device,
-            dtype=precision,
+            encoder=lambda: _text_encoder(self, folder, device, parts.dtype),
+            text_parts=TEXT_PARTS,
+            text_settings={"max_sequence_length": self.max_sequence_length, "text_layers": self.text_layers},
+            predict=predict,
+            grid=lambda num_steps: sigma_grid(parts.scheduler, num_steps, shape),
         )
 
 

@@ -43,16 +43,27 @@ class PipelineFolder:
 
 
 _LOADER: ContextVar[Callable[..., Any] | None] = ContextVar("loader", default=None)
+_READS: ContextVar[bool | None] = ContextVar("reads", default=None)
 
 
 @contextmanager
-def parts_from(loader: Callable[..., Any]) -> Iterator[None]:
-    """Inside, `load_part` asks `loader` with its own arguments: a plan's models have no weights."""
+def parts_from(loader: Callable[..., Any] | None) -> Iterator[None]:
+    """Inside, `load_part` asks `loader` (None: nobody) with its own arguments: a plan's models have no weights."""
     token = _LOADER.set(loader)
     try:
         yield
     finally:
         _LOADER.reset(token)
+
+
+@contextmanager
+def read_once(reads: bool) -> Iterator[None]:
+    """Inside, `load_policy` reads weights to the CPU in the process where `reads` is true, and none elsewhere."""
+    token = _READS.set(reads)
+    try:
+        yield
+    finally:
+        _READS.reset(token)
 
 
 def open_folder(
@@ -109,6 +120,25 @@ def load_part(folder: PipelineFolder, name: str, dtype: Any = None, quantization
     if missing:  # the libraries would fill these with random numbers and go on
         raise UserError(f"{folder.path / name} lacks {len(missing)} weights of {class_name}: {', '.join(missing[:3])}")
     return _own_memory(part) if name == TRANSFORMER and quantization is None else part
+
+
+def load_policy(folder: PipelineFolder, device: str, dtype: Any, quantization: Any = None) -> Any:
+    """The transformer on the device; inside `read_once` on the CPU, or without values. Quantised, always the former."""
+    reads = _READS.get()
+    if reads is None or quantization is not None:
+        return load_part(folder, TRANSFORMER, dtype, quantization).to(device)
+    return load_part(folder, TRANSFORMER, dtype) if reads else _without_values(folder)
+
+
+def _without_values(folder: PipelineFolder) -> Any:
+    """The transformer of its configuration: parameters on the meta device, everything else made for real."""
+    from accelerate import init_empty_weights
+
+    library, class_name = folder.parts[TRANSFORMER]
+    kind = getattr(importlib.import_module(library), class_name)
+    with init_empty_weights(include_buffers=False):
+        model = kind.from_config(kind.load_config(folder.path / TRANSFORMER))
+    return model.eval().requires_grad_(False)
 
 
 def _own_memory(model: Any) -> Any:

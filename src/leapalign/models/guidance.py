@@ -8,7 +8,7 @@ the graph of the negative branch without changing a bit of the value.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -47,21 +47,32 @@ class Guidance:
         return self.scale > self.neutral
 
 
-def guided(predict: Predict, conditioning: Conditioning, guidance: Guidance) -> Velocity:
-    """Velocity after guidance; without a negative prompt, one forward."""
-    prompts, negative = conditioning.prompts, conditioning.negative
+@dataclass(frozen=True)
+class GuidedVelocity:
+    """Velocity after guidance, of one forward or two; `wrap` is put around each of them."""
 
-    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+    predict: Predict
+    conditioning: Conditioning
+    guidance: Guidance
+    wrap: Callable[[Velocity], Velocity] = lambda forward: forward
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        prompts, negative, guidance = self.conditioning.prompts, self.conditioning.negative, self.guidance
         _check_rows(x, prompts)
-        v = predict(x, sigma, prompts)
+        v = self._forward(x, sigma, prompts)
         if negative is None or not guidance.applies(sigma):
             return v
         # without this graph, all that depends on v_negative alone is a constant; the value stays the same
         with torch.set_grad_enabled(torch.is_grad_enabled() and guidance.through_both):
-            v_negative = predict(x, sigma, negative.expand(len(x)))
+            v_negative = self._forward(x, sigma, negative.expand(len(x)))
         return guidance.combine(v, v_negative, guidance.scale)
 
-    return velocity
+    def by_forward(self, wrap: Callable[[Velocity], Velocity]) -> Velocity:
+        """The same velocity, of wrapped forwards."""
+        return replace(self, wrap=wrap)
+
+    def _forward(self, x: Tensor, sigma: Tensor, text: Text) -> Tensor:
+        return self.wrap(lambda x, sigma: self.predict(x, sigma, text))(x, sigma)
 
 
 def in_precision(predict: Predict, dtype: torch.dtype) -> Predict:

@@ -15,13 +15,14 @@ from leapalign.errors import UserError, first_time, opening
 from leapalign.models.base import Conditioning, Text
 from leapalign.models.decode import Decoder
 from leapalign.models.folder import PipelineFolder, load_part, save_with
-from leapalign.models.guidance import Guidance, guided, in_precision
+from leapalign.models.guidance import Guidance, GuidedVelocity, in_precision
 from leapalign.models.prompt_store import PromptStore
 from leapalign.models.text import Encoder, PromptCache
 from leapalign.tuning.adapter import merged, switched_off
 
 if TYPE_CHECKING:
     from leapalign.flow.rollout import Velocity
+    from leapalign.tuning.base import Tuning
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -45,7 +46,7 @@ class PipelineModel:
         place, remedy = self.folder.path, "its configurations are not those of its weights: copy the folder again"
         self.predict = first_time(self.predict, f"{place}: the transformer does not run", remedy)
         self.grid = first_time(self.grid, f"{place}: the scheduler does not run", remedy)
-        self._pixels = first_time(self.decoder, f"{place}: the VAE does not run", remedy)
+        self._pixels = first_time(lambda latents: self.decoder(latents), f"{place}: the VAE does not run", remedy)
 
     def prepare(self, prompts: Sequence[str]) -> None:
         self.prompts.prepare([*prompts, *self._negative])
@@ -63,17 +64,19 @@ class PipelineModel:
         return torch.stack([row.to(self.device) for row in rows])  # [B, C, h, w]
 
     def sigmas(self, num_steps: int) -> Tensor:
+        if num_steps == 1:  # whatever the shift; and a scheduler that stretches its last sigma divides zero by zero
+            return torch.tensor([0.0, 1.0], device=self.device)
         sigmas = self.grid(num_steps).flip(0).to(self.device, torch.float32)
-        if not bool(sigmas.isfinite().all()):  # a spoilt configuration; and some schedulers divide by zero at one step
+        if not bool(sigmas.isfinite().all()):  # a spoilt configuration
             raise UserError(
                 f"{self.folder.path}: its scheduler makes {sigmas.tolist()[:5]} of {num_steps} sampling steps; "
-                "expected numbers from 0 to 1: use more steps, or the scheduler_config.json of this model"
+                "expected numbers from 0 to 1: use the scheduler_config.json of this model"
             )
         return sigmas
 
     def velocity(self, conditioning: Conditioning) -> Velocity:
         predict = in_precision(lambda x, sigma, text: self.predict(self.policy, x, sigma, text), self.dtype)
-        return guided(predict, conditioning, self.guidance)
+        return GuidedVelocity(predict, conditioning, self.guidance)
 
     def decode(self, latents: Tensor) -> Tensor:
         return self._pixels(latents)
@@ -88,22 +91,68 @@ class PipelineModel:
             yield
 
 
-def prompt_cache(
-    load_encoder: Callable[[], Encoder],
-    folder: PipelineFolder,
-    parts: tuple[str, ...],
-    device: str,
-    dtype: torch.dtype,
-    **settings: Any,
+@dataclass(frozen=True)
+class Opened:
+    """What every family has of its folder, before it looks at sizes."""
+
+    folder: PipelineFolder
+    policy: Any
+    scheduler: Any
+    device: str
+    dtype: torch.dtype
+
+    @property
+    def train_steps(self) -> int:
+        """The scheduler's units of time: 1 is so many."""
+        return self.scheduler.config.num_train_timesteps
+
+
+def open_parts(folder: PipelineFolder, device: str, dtype: torch.dtype, tuning: Tuning) -> Opened:
+    """Raises UserError on a policy or a scheduler that cannot work."""
+    return Opened(folder, tuning.load_policy(folder, device, dtype), load_scheduler(folder), device, dtype)
+
+
+def put_together(
+    parts: Opened,
+    *,
+    decoder: Decoder,
+    latent_shape: tuple[int, int, int],
+    guidance: Guidance,
+    encoder: Callable[[], Encoder],
+    text_parts: tuple[str, ...],
+    text_settings: dict[str, Any],
+    predict: Callable[..., Tensor],
+    grid: Callable[[int], Tensor],
+) -> PipelineModel:
+    """The model. `predict(policy, x, time, text)` takes time in the scheduler's units.
+
+    `encoder` loads the text encoders; `text_parts` and `text_settings` are all that decides an embedding.
+    """
+    return PipelineModel(
+        policy=parts.policy,
+        folder=parts.folder,
+        prompts=_prompt_cache(encoder, parts, text_parts, text_settings),
+        decoder=decoder,
+        latent_shape=latent_shape,
+        guidance=guidance,
+        predict=lambda policy, x, sigma, text: predict(policy, x, sigma * parts.train_steps, text),
+        grid=grid,
+        device=parts.device,
+        dtype=parts.dtype,
+    )
+
+
+def _prompt_cache(
+    load_encoder: Callable[[], Encoder], parts: Opened, text_parts: tuple[str, ...], settings: dict[str, Any]
 ) -> PromptCache:
-    """The cache of a family's prompts, on disk too. `parts` and `settings` are all that decides an embedding."""
+    """On disk too."""
 
     def load() -> Encoder:
         remedy = "tokenizers and text encoders are not of one model: copy the folder again"
-        return first_time(load_encoder(), f"{folder.path}: the text encoders do not run", remedy)
+        return first_time(load_encoder(), f"{parts.folder.path}: the text encoders do not run", remedy)
 
-    decisive = {"device": torch.device(device).type, "dtype": str(dtype).removeprefix("torch."), **settings}
-    return PromptCache(load, device, PromptStore.of(folder, parts, decisive))
+    decisive = {"device": torch.device(parts.device).type, "dtype": str(parts.dtype).removeprefix("torch."), **settings}
+    return PromptCache(load, parts.device, PromptStore.of(parts.folder, text_parts, decisive))
 
 
 def load_decoder(folder: PipelineFolder, device: str, chunk: int) -> Decoder:

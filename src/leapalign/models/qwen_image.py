@@ -9,8 +9,7 @@ forward during backward would have to be trusted to reset it) nor its last clamp
 here its decoder is called without both, which gives the same pixels and is a function of the latents alone.
 
 Departures from the pipeline's `__call__`: sizes that do not fit are refused instead of rounded; latents, times,
-guidance and the Euler sum stay in float32 under bfloat16; a prompt is encoded without its neighbours' padding; one step
-has the grid 1, 0, where the pipeline's is not a number.
+guidance and the Euler sum stay in float32 under bfloat16; a prompt is encoded without its neighbours' padding.
 
 By construction the last block's text stream has no gradient after its keys and values (`add_q_proj`, `norm_added_q`,
 `to_add_out`, `txt_mlp`): what they make is thrown away.
@@ -65,33 +64,24 @@ class QwenImage:
         if not 1 <= self.max_sequence_length <= 1024:
             raise UserError(f"max_sequence_length {self.max_sequence_length}: expected 1 to 1024")
         folder = open_folder(self.path, self.pipeline, ("transformer", "vae", "scheduler", *TEXT_PARTS))
-        policy, scheduler = tuning.load_policy(folder, device, precision), pipe.load_scheduler(folder)
+        parts = pipe.open_parts(folder, device, precision, tuning)
+        policy = parts.policy
         decoder = load_decoder(folder, device, self.decode_chunk)
         factor = decoder.vae.spatial_compression_ratio
         pipe.check_size(self.height, self.width, factor * PATCH)
         shape = (policy.config.in_channels // PATCH**2, self.height // factor, self.width // factor)
-        return pipe.PipelineModel(
-            policy=policy,
-            folder=folder,
-            prompts=pipe.prompt_cache(
-                lambda: _text_encoder(folder, device, self.max_sequence_length, precision),
-                folder,
-                TEXT_PARTS,
-                device,
-                precision,
-                max_sequence_length=self.max_sequence_length,
-            ),
+        return pipe.put_together(
+            parts,
             decoder=decoder,
             latent_shape=shape,
             guidance=pipe.Guidance(
                 self.guidance_scale, self.cfg_grad == "both", self.negative_prompt, combine=renormalised
             ),
-            predict=lambda module, x, sigma, text: predict(
-                module, x, sigma * scheduler.config.num_train_timesteps, text
-            ),
-            grid=lambda num_steps: sigma_grid(scheduler, num_steps, shape),
-            device=device,
-            dtype=precision,
+            encoder=lambda: _text_encoder(folder, device, self.max_sequence_length, parts.dtype),
+            text_parts=TEXT_PARTS,
+            text_settings={"max_sequence_length": self.max_sequence_length},
+            predict=predict,
+            grid=lambda num_steps: sigma_grid(parts.scheduler, num_steps, shape),
         )
 
 
@@ -131,13 +121,9 @@ def predict(policy: nn.Module, x: Tensor, time: Tensor, text: Text) -> Tensor:
 
 
 def sigma_grid(scheduler: Any, num_steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
-    """As the pipeline asks for it, but for one step, where stretching to the last sigma divides zero by zero."""
-    import torch
-
+    """As the pipeline asks for it: explicit sigmas 1 ... 1/T, shifted by mu of the number of image tokens."""
     from leapalign.models.pipeline import shift_mu, spaced_grid
 
-    if num_steps == 1:
-        return torch.tensor([1.0, 0.0])
     image_tokens = (latent_shape[1] // PATCH) * (latent_shape[2] // PATCH)
     return spaced_grid(scheduler, num_steps, shift_mu(scheduler, image_tokens))
 

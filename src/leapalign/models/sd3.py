@@ -50,31 +50,26 @@ class SD3:
         from leapalign.models.folder import open_folder
 
         precision = pipe.parse_dtype(dtype)
-        parts = ("transformer", "vae", "scheduler", *TEXT_PARTS[:4])
-        folder = open_folder(self.path, self.pipeline, parts, self.transformer_file)
+        needed = ("transformer", "vae", "scheduler", *TEXT_PARTS[:4])
+        folder = open_folder(self.path, self.pipeline, needed, self.transformer_file)
         _check_sequence_length(self.max_sequence_length, "text_encoder_3" in folder.parts)
-        policy, scheduler = tuning.load_policy(folder, device, precision), pipe.load_scheduler(folder)
+        parts = pipe.open_parts(folder, device, precision, tuning)
+        policy = parts.policy
         decoder = pipe.load_decoder(folder, device, self.decode_chunk)
         shape = _latent_shape(self, policy.config, pipe.vae_factor(decoder.vae))
-        return pipe.PipelineModel(
-            policy=policy,
-            folder=folder,
-            prompts=pipe.prompt_cache(
-                lambda: _text_encoder(folder, policy, self.max_sequence_length, precision),
-                folder,
-                TEXT_PARTS,
-                device,
-                precision,
-                max_sequence_length=self.max_sequence_length,
-                joint_attention_dim=policy.config.joint_attention_dim,  # the width of the zeros in place of T5
-            ),
+        return pipe.put_together(
+            parts,
             decoder=decoder,
             latent_shape=shape,
             guidance=pipe.Guidance(self.guidance_scale, self.cfg_grad == "both", self.negative_prompt),
-            predict=lambda module, x, sigma, text: predict(module, x, sigma * _train_steps(scheduler), text),
-            grid=lambda num_steps: sigma_grid(scheduler, num_steps, shape, policy.config.patch_size),
-            device=device,
-            dtype=precision,
+            encoder=lambda: _text_encoder(folder, policy, self.max_sequence_length, parts.dtype),
+            text_parts=TEXT_PARTS,
+            text_settings={
+                "max_sequence_length": self.max_sequence_length,
+                "joint_attention_dim": policy.config.joint_attention_dim,  # the width of the zeros in place of T5
+            },
+            predict=predict,
+            grid=lambda num_steps: sigma_grid(parts.scheduler, num_steps, shape, policy.config.patch_size),
         )
 
 
@@ -96,10 +91,6 @@ def sigma_grid(scheduler: Any, num_steps: int, latent_shape: tuple[int, int, int
     image_tokens = (latent_shape[1] // patch) * (latent_shape[2] // patch)
     scheduler.set_timesteps(num_steps, mu=shift_mu(scheduler, image_tokens, max_shift=1.16))  # mu: if it is dynamic
     return scheduler.sigmas
-
-
-def _train_steps(scheduler: Any) -> int:
-    return scheduler.config.num_train_timesteps
 
 
 def _latent_shape(config: SD3, policy: Any, factor: int) -> tuple[int, int, int]:

@@ -34,6 +34,7 @@ class PromptCache:
         self._device = device
         self._store = store
         self._memory = memory
+        self.agree: Callable[[list[str]], list[str]] = list  # new prompts of this process -> those that it encodes
 
     @property
     def holds_encoders(self) -> bool:
@@ -54,7 +55,7 @@ class PromptCache:
         asked = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
         on_disk = [prompt for prompt in asked if self._store and self._store.has(prompt)]
         self._known.update(on_disk)
-        new = [prompt for prompt in asked if prompt not in self._known]
+        new = self.agree([prompt for prompt in asked if prompt not in self._known])
         for start in range(0, len(new), BATCH):
             self._encode(new[start : start + BATCH], of=len(new) if start == 0 else 0)
 

@@ -59,31 +59,23 @@ class ZImage:
         precision = pipe.parse_dtype(dtype)
         _check_guidance(self)
         folder = open_folder(self.path, self.pipeline, ("transformer", "vae", "scheduler", *TEXT_PARTS))
-        policy, scheduler = tuning.load_policy(folder, device, precision), pipe.load_scheduler(folder)
+        parts = pipe.open_parts(folder, device, precision, tuning)
+        policy = parts.policy
         decoder = pipe.load_decoder(folder, device, self.decode_chunk)
         factor = pipe.vae_factor(decoder.vae)
         pipe.check_size(self.height, self.width, factor * PATCH)
         shape = (policy.config.in_channels, self.height // factor, self.width // factor)
         _check_positions(self.max_sequence_length, shape, policy.config.axes_lens)
-        steps = scheduler.config.num_train_timesteps
-        return pipe.PipelineModel(
-            policy=policy,
-            folder=folder,
-            prompts=pipe.prompt_cache(
-                lambda: _text_encoder(folder, device, self.max_sequence_length, precision),
-                folder,
-                TEXT_PARTS,
-                device,
-                precision,
-                max_sequence_length=self.max_sequence_length,
-            ),
+        return pipe.put_together(
+            parts,
             decoder=decoder,
             latent_shape=shape,
-            guidance=guidance(self, steps),
-            predict=lambda module, x, sigma, text: predict(module, x, sigma * steps, text),
-            grid=lambda num_steps: sigma_grid(scheduler, num_steps, shape),
-            device=device,
-            dtype=precision,
+            guidance=guidance(self, parts.train_steps),
+            encoder=lambda: _text_encoder(folder, device, self.max_sequence_length, parts.dtype),
+            text_parts=TEXT_PARTS,
+            text_settings={"max_sequence_length": self.max_sequence_length},
+            predict=predict,
+            grid=lambda num_steps: sigma_grid(parts.scheduler, num_steps, shape),
         )
 
 

@@ -94,22 +94,51 @@ def graph_bytes(
     run: Run, model: Any, conditioning: Conditioning, mode: FakeTensorMode, graph: str, seed: int
 ) -> GraphBytes:
     """Of one micro-batch with this setting of the graph; the draws are those of `seed`."""
-
-    def measured() -> GraphBytes:
-        return _measure(run, model, conditioning, mode, graph, seed)
-
-    groups = equal_blocks(model.policy)
+    _fill_tables(run, model, conditioning, mode)
     if graph == "blocks":
         model.policy.enable_gradient_checkpointing()
     try:
-        with shortened(groups, [ENOUGH] * len(groups)):
-            total = base = measured()
-        for i, group in enumerate(groups):
-            with shortened(groups, [ENOUGH + (i == j) for j in range(len(groups))]):
-                total = total.plus(measured().plus(base, -1), len(group.places) - ENOUGH)
+        return _over_blocks(model.policy, lambda: _measure(run, model, conditioning, mode, graph, seed))
     finally:
         if graph == "blocks":
             model.policy.disable_gradient_checkpointing()
+
+
+def forward_bytes(run: Run, model: Any, conditioning: Conditioning, mode: FakeTensorMode) -> int:
+    """Most alive in one call of the velocity without graph."""
+
+    def measured() -> GraphBytes:
+        with LiveBytes() as live:
+            live.begin("forward")
+            _forward(run, model, conditioning, mode)
+        return GraphBytes(kept=0, rollout=live.peaks()["forward"], backward=0)
+
+    _fill_tables(run, model, conditioning, mode)
+    return _over_blocks(model.policy, measured).rollout
+
+
+@torch.no_grad()
+def _forward(run: Run, model: Any, conditioning: Conditioning, mode: FakeTensorMode) -> None:
+    with mode:
+        x, sigma = torch.zeros(run.micro_batch_size, *model.latent_shape), torch.ones(())
+    model.velocity(conditioning)(x, sigma)
+
+
+def _fill_tables(run: Run, model: Any, conditioning: Conditioning, mode: FakeTensorMode) -> None:
+    """Tables of positions that a family makes once and keeps would count in the first of several measurements only."""
+    groups = equal_blocks(model.policy)
+    with shortened(groups, [ENOUGH] * len(groups)):
+        _forward(run, model, conditioning, mode)
+
+
+def _over_blocks(policy: nn.Module, measured: Callable[[], GraphBytes]) -> GraphBytes:
+    """What would be measured with all blocks, from one of each kind and once more with a second."""
+    groups = equal_blocks(policy)
+    with shortened(groups, [ENOUGH] * len(groups)):
+        total = base = measured()
+    for i, group in enumerate(groups):
+        with shortened(groups, [ENOUGH + (i == j) for j in range(len(groups))]):
+            total = total.plus(measured().plus(base, -1), len(group.places) - ENOUGH)
     return total
 
 

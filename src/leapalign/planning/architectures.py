@@ -2,7 +2,8 @@
 
 A hub id -> what its folder holds: model_index.json, and each part's configuration. Nothing of the published files is
 copied; keys that equal the classes' own defaults are left out. FLUX.1's and SD3's parameter counts are compared with
-the published sizes in tests/planning/test_architectures.py.
+the published sizes in tests/planning/test_architectures.py. Those of FLUX.2 [klein], Qwen-Image and Z-Image are
+`unchecked`: only their totals agree with what their names say.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class Pipeline:
     parts: dict[str, tuple[str, Config]]  # part -> (library.class, configuration)
     gated: bool = False  # its licence must be accepted on its page first
     licence: str = ""
+    unchecked: bool = False  # the numbers could not be compared with the published files or their sizes
     bytes_per_weight: int = 2  # as published
     index: Config = field(default_factory=dict)  # what else model_index.json says
 
@@ -112,6 +114,37 @@ def t5_xxl() -> tuple[str, Config]:
     return "transformers.T5EncoderModel", config
 
 
+def qwen3(*, kind: str, width: int, feed_forward: int, tied: bool) -> tuple[str, Config]:
+    """36 layers: Qwen3-4B (width 2560, output and word embedding tied) or 8B (width 4096)."""
+    config = {
+        "model_type": "qwen3",
+        "hidden_size": width,
+        "intermediate_size": feed_forward,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "tie_word_embeddings": tied,
+    }
+    return f"transformers.{kind}", config
+
+
+def qwen2_5_vl() -> tuple[str, Config]:
+    """Qwen2.5-VL-7B, its eyes included: the whole of it lies in the folder."""
+    text = {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    }
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584}
+    config = {"model_type": "qwen2_5_vl", "tie_word_embeddings": False, "text_config": text, "vision_config": vision}
+    return "transformers.Qwen2_5_VLForConditionalGeneration", config
+
+
 def scheduler(**changes: Any) -> tuple[str, Config]:
     return "diffusers.FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 1000, "shift": 3.0} | changes
 
@@ -153,6 +186,67 @@ def sd3(transformer: tuple[str, Config], **facts: Any) -> Pipeline:
     return Pipeline(kind="StableDiffusion3Pipeline", parts=parts, gated=True, licence=STABILITY, **facts)
 
 
+def flux2_klein(*, large: bool, distilled: bool) -> Pipeline:
+    """5 double and 20 single blocks of width 3072 (4B), or 8 and 24 of 4096 (9B); three layers of Qwen3 as text."""
+    width, feed_forward = (4096, 12288) if large else (2560, 9728)
+    sizes = (8, 24, 32) if large else (5, 20, 24)
+    transformer = dict(zip(("num_layers", "num_single_layers", "num_attention_heads"), sizes))
+    transformer |= {"joint_attention_dim": 3 * width, "guidance_embeds": False}
+    return Pipeline(
+        kind="Flux2KleinPipeline",
+        parts={
+            "transformer": ("diffusers.Flux2Transformer2DModel", transformer),
+            "vae": ("diffusers.AutoencoderKLFlux2", FLUX2_VAE),
+            "scheduler": scheduler(use_dynamic_shifting=True),
+            "text_encoder": qwen3(kind="Qwen3ForCausalLM", width=width, feed_forward=feed_forward, tied=not large),
+            "tokenizer": ("transformers.Qwen2TokenizerFast", {}),
+        },
+        gated=large,
+        licence="FLUX Non-Commercial License" if large else "Apache-2.0",
+        unchecked=True,
+        index={"is_distilled": distilled},
+    )
+
+
+def qwen_image() -> Pipeline:
+    """60 blocks of width 3072: the classes' own defaults."""
+    dynamic = {"base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
+    return Pipeline(
+        kind="QwenImagePipeline",
+        parts={
+            "transformer": ("diffusers.QwenImageTransformer2DModel", {"num_layers": 60}),
+            "vae": ("diffusers.AutoencoderKLQwenImage", {"z_dim": 16}),
+            "scheduler": scheduler(shift=1.0, use_dynamic_shifting=True, **dynamic),
+            "text_encoder": qwen2_5_vl(),
+            "tokenizer": ("transformers.Qwen2Tokenizer", {}),
+        },
+        licence="Apache-2.0",
+        unchecked=True,
+    )
+
+
+def z_image(shift: float) -> Pipeline:
+    """30 blocks of width 3840, and two that refine each of noise and text: the class's own defaults; FLUX.1's VAE."""
+    return Pipeline(
+        kind="ZImagePipeline",
+        parts={
+            "transformer": ("diffusers.ZImageTransformer2DModel", {"n_layers": 30}),
+            "vae": vae(0.3611, 0.1159),
+            "scheduler": scheduler(shift=shift),
+            "text_encoder": qwen3(kind="Qwen3Model", width=2560, feed_forward=9728, tied=True),
+            "tokenizer": ("transformers.Qwen2Tokenizer", {}),
+        },
+        licence="Apache-2.0",
+        unchecked=True,
+    )
+
+
+FLUX2_VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "latent_channels": 32,
+}
 BFL = "FLUX.1 [dev] Non-Commercial License"
 STABILITY = "Stability AI Community License"
 SD35_LARGE = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm"}
@@ -168,4 +262,11 @@ PIPELINES: dict[str, Pipeline] = {
         sd3_transformer(pos_embed_max_size=384, dual_attention_layers=list(range(13)), qk_norm="rms_norm")
     ),
     "stabilityai/stable-diffusion-3.5-large": sd3(sd3_transformer(**SD35_LARGE)),
+    "black-forest-labs/FLUX.2-klein-4B": flux2_klein(large=False, distilled=True),
+    "black-forest-labs/FLUX.2-klein-9B": flux2_klein(large=True, distilled=True),
+    "black-forest-labs/FLUX.2-klein-base-4B": flux2_klein(large=False, distilled=False),
+    "black-forest-labs/FLUX.2-klein-base-9B": flux2_klein(large=True, distilled=False),
+    "Qwen/Qwen-Image": qwen_image(),
+    "Tongyi-MAI/Z-Image": z_image(shift=6.0),
+    "Tongyi-MAI/Z-Image-Turbo": z_image(shift=3.0),
 }

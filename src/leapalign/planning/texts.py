@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,16 +22,23 @@ from leapalign.models.folder import PipelineFolder
 class TextShape:
     """Of one prompt."""
 
-    tokens: tuple[int, int]  # length, width
+    tokens: tuple[int, int]  # length, width; where texts have their own lengths, the longest
     pooled: int = 0  # width; 0 = none
     masked: bool = False  # one more byte a token
 
-    def empty(self, rows: int, dtype: torch.dtype) -> Text:
-        return Text(
-            torch.zeros(rows, *self.tokens, dtype=dtype),
-            torch.zeros(rows, self.pooled, dtype=dtype) if self.pooled else None,
-            torch.ones(rows, self.tokens[0], dtype=torch.bool) if self.masked else None,
-        )
+    def empty(self, rows: int, dtype: torch.dtype, mode: AbstractContextManager[Any]) -> Text:
+        """Tokens and pooled features made in `mode`, so that they may be fake, and a real mask, which families read.
+
+        With several rows the texts are of different lengths.
+        """
+        with mode:
+            tokens = torch.zeros(rows, *self.tokens, dtype=dtype)
+            pooled = torch.zeros(rows, self.pooled, dtype=dtype) if self.pooled else None
+        if not self.masked:
+            return Text(tokens, pooled)
+        mask = torch.ones(rows, self.tokens[0], dtype=torch.bool)
+        mask[1:, -1] = False
+        return Text(tokens, pooled, mask)
 
     def bytes(self, dtype: torch.dtype) -> int:
         length, width = self.tokens
@@ -58,7 +66,23 @@ def _sd3(config: Any, folder: PipelineFolder, policy: Any) -> TextShape:
     return TextShape(tokens=(length, policy.joint_attention_dim), pooled=policy.pooled_projection_dim)
 
 
+def _flux2(config: Any, folder: PipelineFolder, policy: Any) -> TextShape:
+    """Several layers of a language model side by side, always filled up."""
+    return TextShape(tokens=(config.max_sequence_length, policy.joint_attention_dim))
+
+
+def _qwen_image(config: Any, folder: PipelineFolder, policy: Any) -> TextShape:
+    return TextShape(tokens=(config.max_sequence_length, policy.joint_attention_dim), masked=True)
+
+
+def _z_image(config: Any, folder: PipelineFolder, policy: Any) -> TextShape:
+    return TextShape(tokens=(config.max_sequence_length, policy.cap_feat_dim), masked=True)
+
+
 TEXTS: dict[str, Callable[[Any, PipelineFolder, Any], TextShape]] = {
     "FluxPipeline": _flux,
     "StableDiffusion3Pipeline": _sd3,
+    "Flux2KleinPipeline": _flux2,
+    "QwenImagePipeline": _qwen_image,
+    "ZImagePipeline": _z_image,
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,26 +31,32 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def load_weightless(model: Any, dtype: str, tuning: Any) -> Any:
-    """The model of a configuration, by its own `load`, on the meta device."""
-    with parts_from(build_part):
+def load_weightless(model: Any, dtype: str, tuning: Any, build: Callable[..., Any]) -> Any:
+    """The model of a configuration, by its own `load`, on the meta device; `build` makes its parts, as `build_part`."""
+    with parts_from(build):
         return model.load(META, dtype, tuning)
 
 
 def fake(module: nn.Module, mode: FakeTensorMode) -> None:
     """Put fake tensors in the place of the module's own, each for each (tied weights stay tied)."""
     made: dict[int, torch.Tensor] = {}
-
-    def twin(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in made:
-            with mode:
-                empty = torch.empty(tensor.shape, dtype=tensor.dtype)
-            made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-        return made[id(tensor)]
-
     for part in module.modules():
         for table in (part._parameters, part._buffers):
-            table.update({name: twin(tensor) for name, tensor in table.items() if tensor is not None})  # pyright: ignore
+            for name, tensor in table.items():
+                if tensor is not None:
+                    made.setdefault(id(tensor), twin(tensor, mode))
+                    table[name] = made[id(tensor)]  # pyright: ignore[reportArgumentType]
+        tables = {name: twin(value, mode) for name, value in vars(part).items() if isinstance(value, torch.Tensor)}
+        vars(part).update(tables)  # what is neither weight nor buffer, as Qwen-Image's rotary tables
+
+
+def twin(value: Any, mode: FakeTensorMode) -> Any:
+    """A fake tensor for a tensor; another value is its own."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    with mode:
+        empty = torch.empty(value.shape, dtype=value.dtype)
+    return nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
 
 
 def build_part(folder: PipelineFolder, name: str, dtype: torch.dtype | None = None) -> Any:

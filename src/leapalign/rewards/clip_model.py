@@ -78,11 +78,15 @@ class ClipReward:
         features = project(self.model.vision_model, self.model.visual_projection, pixel_values)
         return unit_length(features).to(pixel_values.device)
 
-    def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts to [B, D] of length 1, on the model's device."""
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Compute what is kept of these prompts, where it is not there yet."""
         for prompt in prompts:
             if prompt not in self.cache:
                 self.cache[prompt] = self.text_features_of_ids(*self.tokenize(prompt))[0]
+
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts to [B, D] of length 1, on the model's device."""
+        self.prepare(prompts)
         return torch.stack([self.cache[prompt] for prompt in prompts])
 
     @torch.no_grad()  # nothing upstream of the text is trained

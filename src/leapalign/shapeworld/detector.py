@@ -1,8 +1,8 @@
 """The judge of ShapeWorld: finds coloured shapes by their pixels alone, and nothing where there is none.
 
 Pixels are unmixed into ground and palette colour; connected patches of one colour are compared with the coverage of
-every shape at every sub-pixel place and size. A score is a product of three answers, each 1 when clearly yes and 0
-when clearly no: does the best shape fit, does it fit clearly better than the second best, is it one palette colour.
+every shape at every sub-pixel place and size. A score is a product of answers, each 1 when clearly yes and 0 when
+clearly no: does the best shape fit, clearly better than the second best, are its edges sharp, is it one palette colour.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 PATCH = 20  # side of the window that is compared
 EXTENT = {"square": 0.9, "triangle": 0.95, "diamond": 1.1}  # half a side of the box over the radius; else 1
 SOFTNESS = 0.45  # pixels; a decoder's edges are a little softer than the renderer's
-RADII = np.arange(4.0, 7.01, 0.2)
+RADII = np.arange(4.2, 7.01, 0.2)  # the first only for what is smaller than the world's smallest shape, of 4.8
 SHIFTS = np.arange(-1.25, 1.26, 0.25)
+BLUR = 0.9  # pixels; a template with edges that are no longer sharp
 MIN_AREA = 15  # pixels; the smallest shape has about 40
 MAX_SIDE = 15  # pixels; a longer patch is two shapes that touch
 MAX_CONTACT = 5  # pixels; a longer seam is not where two shapes touch
@@ -32,6 +33,8 @@ MAX_CONTACT = 5  # pixels; a longer seam is not where two shapes touch
 # (certainly yes, certainly no)
 MISFIT = (0.040, 0.055)  # squared residual over the shape's own square: true shapes up to 0.02, blurred and noisy 0.03
 MARGIN = (0.50, 0.68)  # misfit of the best shape over the second best's: true shapes up to 0.4, half-and-half 0.65 to 1
+SOFT = (0.72, 0.80)  # residual over its sum with that of the blurred template: decoded shapes up to 0.45, blurred by
+# σ = 0.7 pixels up to 0.72, by 1 pixel from 0.76
 OFF_COLOR = (
     0.15,
     0.30,
@@ -164,6 +167,13 @@ def fit(found: list[Blob]) -> tuple[np.ndarray, np.ndarray]:
     return misfit, best
 
 
+def softness(b: Blob, cover: np.ndarray) -> float:
+    """0 where the blob is exactly `cover` [PATCH * PATCH], 1 where it is exactly that blurred by BLUR pixels."""
+    blurred = ndimage.gaussian_filter(cover.reshape(PATCH, PATCH), BLUR)
+    sharp, soft = (float(np.square(b.share - b.inside * each).sum()) for each in (cover.reshape(PATCH, PATCH), blurred))
+    return sharp / (sharp + soft)
+
+
 def surely(value: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
     """1 below the first bound, 0 above the second, a straight line between."""
     return np.clip((bounds[1] - value) / (bounds[1] - bounds[0]), 0, 1)
@@ -172,12 +182,14 @@ def surely(value: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
 def detection(b: Blob, misfit: np.ndarray, best: np.ndarray) -> Detection:
     order = misfit.argsort()
     first, second = misfit[order[0]], misfit[order[1]]
-    parts = ((first, MISFIT), (first / second, MARGIN), (b.off_color, OFF_COLOR), (b.impure, IMPURE))
-    x, y, r = templates()[1][best[order[0]]]
+    covers, places = templates()
+    soft = softness(b, covers[order[0], best[order[0]]])
+    parts = ((first, MISFIT), (first / second, MARGIN), (soft, SOFT), (b.off_color, OFF_COLOR), (b.impure, IMPURE))
+    x, y, r = places[best[order[0]]]
     half = r * EXTENT.get(SHAPES[order[0]], 1.0)
     box = (b.left + x - half, b.top + y - half, b.left + x + half, b.top + y + half)
     x0, y0, x1, y1 = (float(np.clip(v, 0, SIZE)) for v in box)
-    score = float(np.prod([surely(np.asarray(value), bounds) for value, bounds in parts]))
+    score = float(np.prod([surely(np.asarray(value), bounds) for value, bounds in parts])) if r > RADII[0] else 0.0
     return Detection(SHAPES[order[0]], b.color, (x0, y0, x1, y1), score)
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: everything that the next step depends on, complete or absent, in safetensors and JSON only.
 
     RUN/checkpoints/step-000050/  weights.safetensors  ema.safetensors  optimizer.safetensors  run.json  state.json
+                                  or, of sharded weights, files of each rank's parts (`parts`)
     RUN/checkpoints/newest.json   the name of the newest one, so that a deleted one is missed
 
 Frozen weights are not copied: the run's model is loaded again. There is no random state and no place in the prompts to
@@ -8,8 +9,8 @@ keep, because all randomness and the order of the prompts are functions of (seed
 rate is one of the step. state.json holds the step, counters, elapsed time, how far metrics.jsonl was, versions, the
 configuration's hash, the sha256 of every other file and its own.
 
-`layout` in state.json says how tensors are stored: "whole" is a file a group. Sharded weights are gathered for it, so a
-checkpoint of any number of ranks resumes on any other.
+`layout` in state.json says how tensors are stored: "whole" is a file a group, "sharded" files of each rank's parts. A
+checkpoint of any layout and number of ranks resumes on any other.
 """
 
 from __future__ import annotations
@@ -25,18 +26,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from leapalign.codec import encode
 from leapalign.errors import UserError
 from leapalign.run import Run, config_hash, differences, trajectory
 from leapalign.tensor_files import read_header
-from leapalign.training.files import clear_scratch, complete_folder, remove_folder, sha256, write_text
-from leapalign.training.weights import EMA, Named, copy_into, like
+from leapalign.training import layouts, parts
+from leapalign.training.files import clear_scratch, complete_folder, remove_folder, scratch_folder, sha256, write_text
+from leapalign.training.parts import Part, Writers, part_of
+from leapalign.training.weights import EMA, Named, local
 
-GROUPS = ("weights", "ema", "optimizer")
-LAYOUT = "whole"
 PACKAGES = ("leapalign", "torch", "diffusers", "transformers", "safetensors")
 NEWEST = "newest.json"
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what damaged JSON leads to
@@ -64,6 +63,7 @@ class Snapshot:
     run: Run
     progress: dict[str, Any]
     tensors: dict[str, Named]  # by group
+    part: Part | None = None  # which of a sharded checkpoint's they are; None: these are all
 
     @property
     def step(self) -> int:
@@ -84,20 +84,31 @@ class Checkpoint:
 
 
 def take(
-    run: Run, progress: Progress, parameters: Named, ema: EMA, optimizer: torch.optim.Optimizer
+    run: Run,
+    progress: Progress,
+    parameters: Named,
+    ema: EMA,
+    optimizer: torch.optim.Optimizer,
+    writers: Writers | None = None,
 ) -> Snapshot:  # views: whoever writes it later must copy the tensors first
-    """The run as it is now."""
-    groups = (parameters, ema.shadow, optimizer_tensors(parameters, optimizer))
-    return Snapshot(run=run, progress=asdict(progress), tensors=dict(zip(GROUPS, groups)))
+    """The run as it is now; with `writers`, this rank's part of it."""
+    groups = layouts.groups_of(parameters, ema, optimizer)
+    part = part_of(groups, writers) if writers else None
+    tensors: dict[str, Named] = {g: {name: local(t) for name, t in named.items()} for g, named in groups.items()}
+    return Snapshot(run=run, progress=asdict(progress), tensors=tensors, part=part)
 
 
 def save(snapshot: Snapshot, before_rename: Callable[[], None] = lambda: None) -> Path:
     """Write a checkpoint and prune older ones; killed at any moment, it is complete or absent.
 
-    `before_rename` puts on the disk what the checkpoint relies on (the metrics up to its step).
+    `before_rename` puts on the disk what the checkpoint relies on (the metrics up to its step). Of a sharded one,
+    ranks other than 0 write their part only, and do not wait for the others.
     """
-    run = snapshot.run
+    run, part = snapshot.run, snapshot.part
     target = _folder(run) / f"step-{snapshot.step:06d}"
+    if part and part.writers.rank > 0:
+        parts.write(scratch_folder(target, part.writers.token), snapshot.tensors, part)
+        return target
     if not target.exists():  # else a process was killed between this checkpoint and the pruning
         _write(target, snapshot, before_rename)
     write_text(_folder(run) / NEWEST, json.dumps({"name": target.name}) + "\n")
@@ -107,16 +118,16 @@ def save(snapshot: Snapshot, before_rename: Callable[[], None] = lambda: None) -
 
 
 def _write(target: Path, snapshot: Snapshot, before_rename: Callable[[], None]) -> None:
-    record = encode(snapshot.run)
-    with complete_folder(target) as folder:
-        for group, named in snapshot.tensors.items():
-            save_file(_portable(named), folder / f"{group}.safetensors")
+    record, part = encode(snapshot.run), snapshot.part
+    with complete_folder(target, part.writers.token if part else "") as folder:
+        files = layouts.write(folder, snapshot.tensors, part)
         (folder / "run.json").write_text(json.dumps(record, indent=2))
-        state: dict[str, Any] = snapshot.progress | {
-            "layout": LAYOUT,
+        state: dict[str, Any] = {
+            **snapshot.progress,
+            **layouts.record(snapshot.tensors, part),
             "config": config_hash(record),
             "versions": versions(),
-            "files": {path.name: sha256(path) for path in sorted(folder.iterdir())},
+            "files": files | {"run.json": sha256(folder / "run.json")},
         }
         (folder / "state.json").write_text(json.dumps(state | {"self": _digest(state)}, indent=2))
         before_rename()
@@ -147,13 +158,7 @@ def restore(origin: Checkpoint | None, parameters: Named, ema: EMA, optimizer: t
     """Put a checkpoint into the given objects; a run that has none yet starts at its first step."""
     if origin is None:
         return Progress()
-    tensors = {group: load_file(origin.folder / f"{group}.safetensors") for group in GROUPS}
-    _check_shapes(origin.folder, tensors["weights"], parameters)
-    _check_shapes(origin.folder, tensors["ema"], ema.shadow)
-    _check_moments(origin.folder, tensors["optimizer"], parameters)
-    copy_into(parameters, tensors["weights"])
-    copy_into(ema.shadow, tensors["ema"])
-    _restore_optimizer(parameters, optimizer, tensors["optimizer"])
+    layouts.read(origin.folder, origin.state["layout"], parameters, ema, optimizer)
     return Progress(**{f.name: origin.state[f.name] for f in fields(Progress)})
 
 
@@ -191,22 +196,9 @@ def complete(run: Run) -> list[Path]:
     return sorted((p for p in _folder(run).glob("step-*") if _NAME.fullmatch(p.name)), key=_step)
 
 
-def optimizer_tensors(parameters: Named, optimizer: torch.optim.Optimizer) -> Named:
-    """AdamW's state as `<parameter>.<exp_avg | exp_avg_sq | step>`; nothing for weights that were never stepped."""
-    return {f"{name}.{key}": value for name, p in parameters.items() for key, value in optimizer.state[p].items()}
-
-
 def versions() -> dict[str, str]:
     """Of the packages that the numbers come from."""
     return {package: version(package) for package in PACKAGES}
-
-
-def _restore_optimizer(parameters: Named, optimizer: torch.optim.Optimizer, tensors: Named) -> None:
-    for full_name, value in tensors.items():
-        name, _, key = full_name.rpartition(".")
-        p = parameters[name]
-        # torch keeps the count on the CPU
-        optimizer.state[p][key] = value if key == "step" else like(value.to(p.device), p)
 
 
 def _verified(folder: Path) -> Checkpoint:
@@ -215,9 +207,7 @@ def _verified(folder: Path) -> Checkpoint:
     own = state.pop("self")
     if own != _digest(state):
         raise ValueError("state.json has other bytes than were written")
-    if state["layout"] != LAYOUT:
-        raise ValueError(f"its layout is {state['layout']!r}, and this version reads {LAYOUT!r}")
-    expected = {f"{group}.safetensors" for group in GROUPS} | _RECORDS
+    expected = layouts.tensor_files(state) | _RECORDS
     present = {path.name for path in folder.iterdir()}
     if odd := (set(state["files"]) | {"state.json"}) ^ expected or expected - present:
         raise ValueError(f"{min(odd)} is missing or unknown")
@@ -226,8 +216,10 @@ def _verified(folder: Path) -> Checkpoint:
     for name, digest in state["files"].items():
         if sha256(folder / name) != digest:
             raise ValueError(f"{name} has other bytes than were written")
-    for group in GROUPS:  # a sum says that nothing was changed later, not that a foreign file was sound
-        _check_sound(folder / f"{group}.safetensors")
+    for file in sorted(
+        folder.glob("*.safetensors")
+    ):  # a sum says that nothing was changed later, not that it was sound
+        _check_sound(file)
     _check_progress(state, _step(folder))
     record = json.loads((folder / "run.json").read_text())
     if not isinstance(record, dict):
@@ -283,26 +275,6 @@ def _refuse_deleted(run: Run, name: str, names: list[str]) -> None:
         raise UserError(f"{marker.parent / newest}: this checkpoint was there and is gone; {_way_out(run, None)}")
 
 
-def _check_shapes(folder: Path, saved: Named, expected: Named) -> None:
-    if odd := sorted(saved.keys() ^ expected.keys()):
-        raise UserError(f"{folder}: it holds other weights than the model trains, for instance {odd[0]}")
-    for name, tensor in expected.items():
-        if saved[name].shape != tensor.shape:
-            shapes = f"{list(saved[name].shape)} in the checkpoint, {list(tensor.shape)} in the model"
-            raise UserError(f"{folder}: {name} is {shapes}; this is another model")
-
-
-def _check_moments(folder: Path, saved: Named, parameters: Named) -> None:
-    """AdamW's: two of a parameter's own shape, and a count."""
-    for full_name, tensor in saved.items():
-        name, _, key = full_name.rpartition(".")
-        shape = parameters[name].shape if name in parameters else None
-        expected = {"exp_avg": shape, "exp_avg_sq": shape, "step": torch.Size()}.get(key)
-        if shape is None or expected != tensor.shape or not tensor.is_floating_point():
-            said = f"optimizer.safetensors has {full_name} {list(tensor.shape)}"
-            raise UserError(f"{folder}: {said}, which is no state of what the model trains; this is another model")
-
-
 def _digest(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
@@ -321,7 +293,3 @@ def _step(path: Path) -> int:
 
 def _folder(run: Run) -> Path:
     return Path(run.out) / "checkpoints"
-
-
-def _portable(tensors: Named) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

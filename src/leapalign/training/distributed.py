@@ -109,16 +109,19 @@ class World:
             said = self.gather(own and (type(own), str(own)))
             raise own or _elsewhere(*next((rank, *words) for rank, words in enumerate(said) if words))
 
-    def check_equal(self, run: Run, policy: nn.Module) -> None:
-        """Every rank has the same settings and the same weights, bit by bit. UserError."""
-        if self.size == 1:
-            return
-        for what, values in (
-            ("other settings", self.gather(config_hash(encode(run)))),
-            ("other weights of the model", self.gather(fingerprint(dict(policy.named_parameters())))),
-        ):
-            if odd := [rank for rank, value in enumerate(values) if value != values[0]]:
-                raise UserError(f"rank {odd[0]} has {what} than rank 0; give every rank the same command and files")
+    def check_settings(self, run: Run) -> None:
+        """Every rank has the same. UserError."""
+        self._check_equal("other settings", config_hash(encode(run)))
+
+    def check_weights(self, policy: nn.Module) -> None:
+        """Every rank has the same, bit by bit. UserError."""
+        if self.size > 1:
+            self._check_equal("other weights of the model", fingerprint(dict(policy.named_parameters())))
+
+    def _check_equal(self, what: str, value: str) -> None:
+        values = self.gather(value)
+        if odd := [rank for rank, other in enumerate(values) if other != values[0]]:
+            raise UserError(f"rank {odd[0]} has {what} than rank 0; give every rank the same command and files")
 
 
 def fingerprint(tensors: Named) -> str:

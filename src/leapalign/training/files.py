@@ -30,15 +30,16 @@ DISK_PROBLEMS = {
 
 
 @contextmanager
-def complete_folder(target: Path) -> Iterator[Path]:
+def complete_folder(target: Path, shared: str = "") -> Iterator[Path]:
     """Fill the folder that is handed out; when the block ends well, `target` is that folder, in one rename.
 
     An older `target` is moved away first and then removed. When the block fails, its half is removed: it may be what
-    fills the disk.
+    fills the disk. With `shared`, other processes fill `scratch_folder(target, shared)` as well, and may have begun.
     """
-    scratch = target.with_name(f"{SCRATCH}{target.name}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    scratch = scratch_folder(target, shared)
+    if not shared:
+        shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True, exist_ok=bool(shared))
     try:
         yield scratch
         for path in sorted(scratch.rglob("*")):
@@ -50,6 +51,11 @@ def complete_folder(target: Path) -> Iterator[Path]:
     remove_folder(target)
     os.replace(scratch, target)
     _sync(target.parent)
+
+
+def scratch_folder(target: Path, shared: str = "") -> Path:
+    """Where it is filled; `shared` is the same word in all processes that do."""
+    return target.with_name(f"{SCRATCH}{target.name}{'-' if shared else ''}{shared}")
 
 
 def remove_folder(target: Path) -> None:

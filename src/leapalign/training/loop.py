@@ -12,18 +12,17 @@ Decided on purpose:
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from leapalign.codec import dumps
@@ -31,61 +30,24 @@ from leapalign.errors import NotFinite, UserError
 from leapalign.flow.graph import inputs_only
 from leapalign.flow.rollout import Velocity, rollout
 from leapalign.methods.base import Surrogate
-from leapalign.methods.objective import Hinge, LatentGradient, latent_gradient
-from leapalign.prompts import Prompt
-from leapalign.run import RewardTerm, Run
+from leapalign.methods.objective import LatentGradient, latent_gradient
+from leapalign.run import Run
 from leapalign.training import batches, checkpoints, memory_errors, self_checks
 from leapalign.training.batches import MicroBatch, noise_generators
 from leapalign.training.checkpoints import Checkpoint, Progress
-from leapalign.training.distributed import World, joined, sum_gradients, world_device
-from leapalign.training.files import complete_folder, disk_errors, refuse_links_out, refuse_other_kinds, write_text
+from leapalign.training.distributed import joined, sum_gradients
+from leapalign.training.engine import Engine, build
+from leapalign.training.files import complete_folder, disk_errors, write_text
 from leapalign.training.guard import check_gradients, check_rows
-from leapalign.training.lock import LOCK, run_lock
+from leapalign.training.lock import run_lock
 from leapalign.training.metrics import batch_metrics, of_all_ranks
+from leapalign.training.parts import writers_of
 from leapalign.training.saver import Saver
-from leapalign.training.session import Session, tell
-from leapalign.training.shards import Shards, shard
+from leapalign.training.session import Session, open_folder, tell
 from leapalign.training.stopping import Stop, on_signals
 from leapalign.training.summary import summarize
 from leapalign.training.tracking import Metrics, Silent, Tracker, kept_metrics
-from leapalign.training.weights import EMA, Named, clip_gradients, gradient_norm, trained_parameters
-
-ALONE = World()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Engine:
-    """A run with everything loaded: what an update needs."""
-
-    run: Run
-    model: Any  # leapalign.models.base.Model
-    rewards: dict[str, Callable[[Tensor, list[str]], Tensor]]
-    terms: dict[str, Hinge]
-    prompts: list[Prompt]
-    parameters: Named
-    optimizer: torch.optim.AdamW
-    ema: EMA
-    sigmas: Tensor
-    world: World
-    shards: Shards | None  # None: every rank has the whole policy
-
-    def rollout(self) -> AbstractContextManager[None]:
-        """Around the forwards of a rollout."""
-        return self.shards.rollout() if self.shards else nullcontext()
-
-    def whole_model(self, *, frozen: bool) -> Any:
-        """The model with whole weights on rank 0, None on the others; of sharded ones a copy. Every rank must call it.
-
-        Without `frozen`, weights that are not trained may lack values.
-        """
-        if self.shards is None:
-            return self.model if self.world.main else None
-        policy = self.shards.whole_policy(self.world.main, frozen=frozen)
-        if policy is None:
-            return None
-        model = copy.copy(self.model)
-        model.policy = policy
-        return model
+from leapalign.training.weights import clip_gradients, gradient_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +84,7 @@ def train(
     stop = Stop(max_seconds=3600 * run.max_hours)
     with joined(run) as world:
         with world.agreed():
-            out = _open_folder(run, resume) if world.main else Path(run.out)
+            out = open_folder(run, resume) if world.main else Path(run.out)
         way_out = f"make room, then `leapalign resume {out}`: checkpoints there are whole"
         with disk_errors(out, way_out), ExitStack() as lock:
             origin, changes = None, []
@@ -168,57 +130,14 @@ def _begin(run: Run, origin: Checkpoint | None, checkpoint: str, progress: Progr
     return tracker
 
 
-def build(run: Run, world: World = ALONE) -> Engine:
-    """Load model, rewards and prompts, and encode every prompt that the run will meet; then shard, if that is asked."""
-    _refuse_without_gradient(run)
-    names = reward_names(run)
-    with world.agreed():
-        device = resolve_device(world_device(run.device, world))
-        prompts = run.prompts.load()
-        model = run.model.load(device, run.dtype, run.tuning)
-        run.tuning.initialise(model.policy, run.seed)
-        model.prepare(batches.prompts_used(run, prompts))
-        if run.graph == "blocks":
-            _checkpoint_blocks(model.policy)
-        trained_parameters(model.policy)
-        rewards = {name: load_reward(term, device, run.dtype) for name, term in zip(names, run.rewards)}
-    world.check_equal(run, model.policy)
-    shards = shard(run, model.policy, world)
-    parameters = trained_parameters(model.policy)
-    return Engine(
-        run=run,
-        world=world,
-        shards=shards,
-        model=model,
-        rewards=rewards,
-        terms={
-            name: Hinge(threshold=t.threshold, weight=t.weight, unit_gradient=t.unit_gradient)
-            for name, t in zip(names, run.rewards)
-        },
-        prompts=prompts,
-        parameters=parameters,
-        optimizer=_adamw(run, parameters),
-        ema=EMA(parameters, run.ema_decay),
-        sigmas=model.sigmas(run.num_sampling_steps).to(device),
-    )
-
-
-def load_reward(term: RewardTerm, device: str, dtype: str) -> Callable[[Tensor, list[str]], Tensor]:
-    """The term's reward on its own device; images go there, scores come back, and so does the gradient."""
-    if not term.device:
-        return term.reward.load(device, term.dtype or dtype)
-    there = resolve_device(term.device)
-    reward = term.reward.load(there, term.dtype or dtype)
-    return lambda images, prompts: reward(images.to(there), prompts).to(images.device)
-
-
 def _train_steps(
     engine: Engine, progress: Progress, tracker: Tracker | Silent, stop: Stop, on_step: Callable[[Metrics], None] | None
 ) -> None:
     run, begun = engine.run, time.monotonic() - progress.seconds
     plan = memory_errors.parts_in_memory(engine.parameters, engine.ema.shadow, engine.model.policy)
     with on_signals(stop), Saver(asynchronous=run.async_checkpoints, parameters=engine.parameters) as saver:
-        session = Session(engine=engine, progress=progress, tracker=tracker, saver=saver, stop=stop)
+        parts = {"progress": progress, "tracker": tracker, "saver": saver, "stop": stop}
+        session = Session(engine=engine, writers=writers_of(engine.parameters, engine.world), **parts)
         if progress.step == 0 and run.probe_every:
             tracker.log({"step": 0} | probe(engine))
         while progress.step < run.steps:
@@ -258,8 +177,10 @@ def update(engine: Engine, step: int) -> Metrics:
     trained, parts = False, []
     with run.tuning.in_update(engine.model.policy, run.seed, step):
         for micro in batches.micro_batches(run, engine.prompts, step, world.rank, world.size):
+            with world.agreed(NotFinite):
+                surrogate = _surrogate(engine, micro)
             with world.agreed(NotFinite) as some:
-                surrogate, result = _surrogate_and_gradient(engine, micro)
+                result = _gradient_at_latent(engine, micro, surrogate)
                 own = some.any = surrogate.has_gradient and result.has_gradient
             with world.agreed(NotFinite):
                 if own or (sharded and some.any):  # backwards of sharded weights are made by all ranks or none
@@ -297,8 +218,8 @@ def learning_rate(run: Run, step: int) -> float:
     return run.learning_rate * (0.1 + 0.9 * (1 + math.cos(math.pi * passed)) / 2)
 
 
-def _surrogate_and_gradient(engine: Engine, micro: MicroBatch) -> tuple[Surrogate, LatentGradient]:
-    """Rollout with the differentiated forwards in it, then the loss and its gradient at the latent; all finite."""
+def _surrogate(engine: Engine, micro: MicroBatch) -> Surrogate:
+    """Rollout with the differentiated forwards in it; finite."""
     run, model, step = engine.run, engine.model, micro.step + 1
     x = model.noise(noise_generators(run.seed, micro.step, micro.samples)).to(engine.sigmas.device)
     renoise = noise_generators(run.seed, micro.step, micro.samples, "method noise")
@@ -310,20 +231,26 @@ def _surrogate_and_gradient(engine: Engine, micro: MicroBatch) -> tuple[Surrogat
     with engine.rollout():
         surrogate = run.method(_velocity(engine, micro.prompts), x, engine.sigmas, draws)
     check_rows(surrogate.x_hat.detach(), "the latent x_hat", micro.prompts, step)
+    return surrogate
+
+
+def _gradient_at_latent(engine: Engine, micro: MicroBatch, surrogate: Surrogate) -> LatentGradient:
+    """The loss and its gradient at the latent; all finite."""
+    run, step = engine.run, micro.step + 1
     score = partial(_score, engine, micro.prompts)
     result = latent_gradient(surrogate, score, engine.terms, chunk=run.reward_chunk, batch_size=run.batch_size)
     for name, reward in result.rewards.items():
         check_rows(reward, f"the reward {name}", micro.prompts, step)
     check_rows(result.loss[None], "the loss", [", ".join(micro.prompts)], step)
     check_rows(result.grad, "the reward's gradient at the latent", micro.prompts, step)
-    return surrogate, result
+    return result
 
 
 def _velocity(engine: Engine, prompts: tuple[str, ...]) -> Velocity:
     velocity = engine.model.velocity(engine.model.encode(list(prompts)))
-    if engine.shards:
-        velocity = engine.shards.velocity(velocity)
-    return inputs_only(velocity) if engine.run.graph == "inputs" else velocity
+    if engine.run.graph == "inputs":
+        velocity = inputs_only(velocity)
+    return engine.shards.velocity(velocity) if engine.shards else velocity
 
 
 def _score(engine: Engine, prompts: tuple[str, ...], latents: Tensor, rows: list[int]) -> dict[str, Tensor]:
@@ -342,12 +269,14 @@ def probe(engine: Engine) -> Metrics:
         for start in range(world.rank * part, len(texts) + world.rank * part, one_round):
             rows = range(start, min(start + part, len(texts)))
             made = rows or range(1)  # past the end: a forward like the other ranks', which counts for nothing
+            if engine.rewards_in_step:
+                made = [min(row, len(texts) - 1) for row in range(start, start + part)]
             prompts = tuple(texts[row] for row in made)
             x = engine.model.noise(noise_generators(run.probe_seed, 0, made, "probe")).to(engine.sigmas.device)
             with engine.rollout():
                 x_0 = rollout(_velocity(engine, prompts), x, engine.sigmas)
             scores = _score(engine, prompts, x_0, list(range(len(prompts)))).values()
-            totals += torch.tensor([float(reward.sum()) if rows else 0.0 for reward in scores], dtype=torch.float64)
+            totals += torch.tensor([float(reward[: len(rows)].sum()) for reward in scores], dtype=torch.float64)
     world.sum_([totals])
     means = {name: float(total) / len(texts) for name, total in zip(engine.rewards, totals)}
     parts = {f"probe_reward/{name}": mean for name, mean in means.items()} if len(means) > 1 else {}
@@ -365,57 +294,3 @@ def _warn_above(tracker: Tracker | Silent, metrics: Metrics) -> None:
 
 def _due(run: Run, step: int, every: int) -> bool:
     return bool(every) and (step % every == 0 or step == run.steps)
-
-
-def reward_names(run: Run) -> list[str]:
-    """Each reward's name; a second one of the same class gets a number."""
-    names: list[str] = []
-    for term in run.rewards:
-        name = getattr(term.reward, "name", type(term.reward).__name__)
-        names.append(name if name not in names else f"{name}-{len(names) + 1}")
-    return names
-
-
-def _refuse_without_gradient(run: Run) -> None:
-    """Before anything is loaded; a reward of the user's own that does not say has one."""
-    for name, term in zip(reward_names(run), run.rewards):
-        if not getattr(term.reward, "differentiable", True):
-            raise UserError(
-                f"the reward {name} has no gradient, and {run.method.name} trains by the reward's gradient; use it in "
-                f"evaluation (leapalign evaluate --reward {name}), and train with a differentiable one (leapalign list)"
-            )
-
-
-def _checkpoint_blocks(policy: nn.Module) -> None:
-    switch = getattr(policy, "enable_gradient_checkpointing", None)
-    if switch is None:
-        raise UserError(f"graph=blocks: {type(policy).__name__} cannot checkpoint its blocks; use graph=inputs")
-    switch()
-
-
-def _adamw(run: Run, parameters: Named) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters.values(), lr=run.learning_rate, betas=run.betas, weight_decay=run.weight_decay)
-
-
-def resolve_device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r}: {str(error).splitlines()[0]}; use cpu, cuda or auto") from None
-    return name
-
-
-def _open_folder(run: Run, resume: bool) -> Path:
-    out = Path(run.out)
-    if resume:
-        refuse_links_out(out)
-        refuse_other_kinds(out, files=("run.json", "metrics.jsonl", "summary.json", LOCK), folders=("checkpoints",))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: cannot make the run's folder ({error.strerror})") from None
-    if not resume and any(path.name != LOCK for path in out.iterdir()):  # now: new/.. is there only with new
-        raise UserError(f"{out}: this folder is not empty; use `leapalign resume {out}`, or another --out")
-    return out

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from leapalign.errors import RunStopped, UserError, is_out_of_memory
 from leapalign.run import Run
+from leapalign.training.weights import local
 
 ADVICE = 3  # settings named
 
@@ -96,8 +96,7 @@ def parts_in_memory(
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:
     """On this rank: of sharded tensors, its part."""
-    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
-    return sum(t.numel() * t.element_size() for t in local)
+    return sum(local(t).numel() * t.element_size() for t in tensors.values())
 
 
 def _memory_error(error: BaseException | None) -> BaseException | None:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from leapalign.training import checkpoints
 from leapalign.training.checkpoints import Snapshot
-from leapalign.training.weights import Named
+from leapalign.training.parts import Part
+from leapalign.training.weights import Named, local
 
 SLOW_DISK = 100e6  # bytes a second, until a save has been measured
 
@@ -31,15 +32,16 @@ class Saver:
         self._copies = Copies() if asynchronous else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._part: Part | None = None
         self._written: float | None = None  # seconds of the longest write
         # weights, their average and two moments, until a save has been seen
-        self._bytes = 4 * sum(p.numel() * p.element_size() for p in parameters.values())
+        self._bytes = 4 * sum(local(p).numel() * p.element_size() for p in parameters.values())
         self.step = -1  # of the last save
 
     def save(self, snapshot: Snapshot, sync: Callable[[], None]) -> None:
         """Save, or begin to; `sync` puts the metrics on the disk before the checkpoint is."""
         self.wait()
-        self.step, self._bytes = snapshot.step, snapshot.bytes
+        self.step, self._bytes, self._part = snapshot.step, snapshot.bytes, snapshot.part
         if self._copies is None:
             self._work(snapshot, sync)
             return self._raise()
@@ -88,6 +90,8 @@ class Saver:
         if kind is None:
             self.wait()
         elif not issubclass(kind, KeyboardInterrupt):  # the run's own error goes on, after the save
+            if self._part:
+                self._part.writers.ending.set()
             self._join()
             if self._error:
                 print(f"and the checkpoint of step {self.step} could not be saved: {self._error}", file=sys.stderr)

@@ -23,7 +23,7 @@ from leapalign.training.batches import micro_batches, noise_generators
 from leapalign.training.files import SCRATCH
 
 if TYPE_CHECKING:
-    from leapalign.training.loop import Engine
+    from leapalign.training.engine import Engine
 
 STEPS = 4  # of the sampling that is compared; at most the run's own
 RELOADED_BYTES = 2**31  # a policy above this is not opened a second time

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from leapalign.errors import NotFinite, RunInterrupted
-from leapalign.run import differences
+from leapalign.errors import NotFinite, RunInterrupted, UserError
+from leapalign.run import Run, differences
 from leapalign.training import checkpoints, self_checks
 from leapalign.training.checkpoints import Checkpoint, Progress
+from leapalign.training.files import refuse_links_out, refuse_other_kinds
+from leapalign.training.lock import LOCK
+from leapalign.training.parts import Writers
 from leapalign.training.saver import Saver
-from leapalign.training.shards import whole_on_cpu
 from leapalign.training.stopping import Stop
 from leapalign.training.tracking import Metrics, Silent, Tracker
 
 if TYPE_CHECKING:
-    from leapalign.training.loop import Engine
+    from leapalign.training.engine import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,18 +30,21 @@ class Session:
     tracker: Tracker | Silent
     saver: Saver
     stop: Stop
+    writers: Writers | None = None  # of sharded weights
 
     def save(self) -> None:
-        """Save, or begin to; the first time in a process, what is saved is checked. Rank 0 writes."""
-        engine, main = self.engine, self.engine.world.main
+        """Save, or begin to; the first time in a process, what is saved is checked.
+
+        Rank 0 writes; of sharded weights each rank that holds the first copy of a part.
+        """
+        engine, writers = self.engine, self.writers
         if self.saver.step < 0 and engine.run.self_checks:
             self_checks.at_first_save(engine)
         self.progress.metrics_bytes = self.tracker.position()
-        snapshot = checkpoints.take(engine.run, self.progress, engine.parameters, engine.ema, engine.optimizer)
-        snapshot = replace(snapshot, tensors=whole_on_cpu(snapshot.tensors, main))
-        if main:
-            self.saver.save(snapshot, self.tracker.sync)
-        self.saver.step = snapshot.step
+        if engine.world.rank in (writers.ranks if writers else (0,)):
+            state = (engine.parameters, engine.ema, engine.optimizer)
+            self.saver.save(checkpoints.take(engine.run, self.progress, *state, writers), self.tracker.sync)
+        self.saver.step = self.progress.step
 
     def leave_if_asked(self) -> None:
         """Between two steps: where a signal or the time says so, save (unless that was just done) and leave.
@@ -67,6 +72,21 @@ class Session:
         self.progress.bad_batches += 1
         self.tracker.note(f"{error}. This batch was left out: {before + 1} of at most {limit}")
         return {"bad_batch": 1, "skipped": 1}
+
+
+def open_folder(run: Run, resume: bool) -> Path:
+    """The run's folder: its own one, or a new or empty one. UserError."""
+    out = Path(run.out)
+    if resume:
+        refuse_links_out(out)
+        refuse_other_kinds(out, files=("run.json", "metrics.jsonl", "summary.json", LOCK), folders=("checkpoints",))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot make the run's folder ({error.strerror})") from None
+    if not resume and any(path.name != LOCK for path in out.iterdir()):  # now: new/.. is there only with new
+        raise UserError(f"{out}: this folder is not empty; use `leapalign resume {out}`, or another --out")
+    return out
 
 
 def tell(

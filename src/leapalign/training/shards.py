@@ -20,13 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 
 from leapalign.errors import UserError
 from leapalign.flow.rollout import Velocity
 from leapalign.run import Run
 from leapalign.training.distributed import World, one_draw_a_round
-from leapalign.training.weights import Named, whole
+from leapalign.training.weights import whole
 
 ROOM = 0.4  # of a device's memory for what a rank keeps for the whole run; beyond it, `auto` shards
 KEPT = 20  # bytes a trained weight: float32 weight, gradient, two moments, average
@@ -80,16 +79,16 @@ class Shards:
         return policy
 
 
-def shard(run: Run, policy: nn.Module, world: World) -> Shards | None:
-    """Spread the policy's weights over the ranks, where the run asks for it. UserError where they cannot be."""
-    if not is_sharded(run, policy, world):
+def shard(run: Run, policy: nn.Module, world: World, device: str) -> Shards | None:
+    """Spread the policy over the ranks' devices, where the run asks for it. UserError where it cannot be."""
+    if not is_sharded(run, policy, world, device):
         return None
     if getattr(policy, "hf_quantizer", None) is not None:
         raise UserError("a quantised base cannot be sharded; use --sharding replicate, or --tuning.quantization none")
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise UserError(f"sharded weights need a newer torch than {torch.__version__}; use --sharding replicate")
     shell = _shell(policy)
-    mesh = _mesh(run, world, next(policy.parameters()).device.type)
+    mesh = mesh_of(run, world, device)
     trained = {p for p in policy.parameters() if p.requires_grad}
     whole_on_each = trained if len(trained) < len(list(policy.parameters())) else set()
     for module in (*_blocks(policy), policy):
@@ -101,36 +100,21 @@ def shard(run: Run, policy: nn.Module, world: World) -> Shards | None:
     return Shards(policy=policy, shell=shell, gather_in_rollout=run.gather_in_rollout)  # type: ignore[arg-type]
 
 
-def is_sharded(run: Run, policy: nn.Module, world: World) -> bool:
-    """`auto` shards on CUDA what would fill more than ROOM of a device, if the draws allow it."""
+def may_shard(run: Run, world: World, device: str) -> bool:
+    """Before the policy is there: whether it is sharded, or its size decides."""
     if world.size == 1 or run.sharding == "replicate":
         return False
-    if run.sharding != "auto":
-        return True
-    device = next(policy.parameters()).device
-    if device.type != "cuda" or not one_draw_a_round(run, world) or getattr(policy, "hf_quantizer", None) is not None:
+    return run.sharding != "auto" or (device.startswith("cuda") and one_draw_a_round(run, world))
+
+
+def is_sharded(run: Run, policy: nn.Module, world: World, device: str) -> bool:
+    """`auto` shards on CUDA what would fill more than ROOM of a device, if the draws allow it."""
+    if not may_shard(run, world, device) or run.sharding != "auto":
+        return may_shard(run, world, device)
+    if getattr(policy, "hf_quantizer", None) is not None:
         return False
     kept = sum(p.numel() * (KEPT if p.requires_grad else p.element_size()) for p in policy.parameters())
     return kept > ROOM * torch.cuda.get_device_properties(device).total_memory
-
-
-def whole_on_cpu(groups: dict[str, Named], keep: bool) -> dict[str, Named]:
-    """Tensors by group with all their parts, one after the other, on the CPU where `keep` is true (else none).
-
-    Groups without a sharded tensor are given back as they are. Every rank must call it.
-    """
-    answer: dict[str, Named] = {}
-    for group, named in groups.items():
-        if not any(isinstance(t, DTensor) for t in named.values()):
-            answer[group] = named
-            continue
-        gathered = {}
-        for name, t in named.items():
-            tensor = whole(t.detach())
-            if keep:
-                gathered[name] = tensor.cpu()
-        answer[group] = gathered
-    return answer
 
 
 def _blocks(policy: nn.Module) -> list[nn.Module]:
@@ -142,7 +126,9 @@ def _groups(policy: Any) -> list[FSDPModule]:
     return [module for module in policy.modules() if isinstance(module, FSDPModule)]
 
 
-def _mesh(run: Run, world: World, device: str) -> DeviceMesh:
+def mesh_of(run: Run, world: World, device: str) -> DeviceMesh:
+    """The ranks as the run's sharding arranges them; `device` is that of a rank, or its type."""
+    device = device.partition(":")[0]
     if run.sharding != "hybrid":
         return init_device_mesh(device, (world.size,), mesh_dim_names=("shard",))
     inner = run.shard_ranks or world.local_size

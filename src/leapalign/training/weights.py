@@ -75,6 +75,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def like(value: Tensor, target: Tensor) -> Tensor:
     """A whole tensor spread as `target` is, without exchange: every rank has it. Others are given back."""
     if not isinstance(target, DTensor) or isinstance(value, DTensor):

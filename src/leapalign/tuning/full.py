@@ -27,9 +27,9 @@ class FullFineTuning:
         """The transformer in float32; under another `dtype` the forward is autocast over these weights."""
         import torch
 
-        from leapalign.models.folder import load_part
+        from leapalign.models.folder import load_policy
 
-        return load_part(folder, "transformer", torch.float32).to(device).requires_grad_(True)
+        return load_policy(folder, device, torch.float32).requires_grad_(True)
 
     def initialise(self, policy: Any, seed: int) -> None:
         """Nothing: training begins at the folder's weights."""

@@ -54,13 +54,13 @@ class LoRA:
 
     def load_policy(self, folder: PipelineFolder, device: str, dtype: torch.dtype) -> Any:
         """The frozen transformer with an adapter that changes nothing yet. UserError on targets that match nothing."""
-        from leapalign.models.folder import load_part
+        from leapalign.models.folder import load_policy
         from leapalign.tuning.adapter import attach, initialise
         from leapalign.tuning.quantization import compute_in, quantization_config
         from leapalign.tuning.targets import find_targets
 
         base = self._base_dtype(dtype)
-        policy = load_part(folder, "transformer", base, quantization_config(self.quantization)).to(device)
+        policy = load_policy(folder, device, base, quantization_config(self.quantization))
         compute_in(policy, base)
         attach(policy, find_targets(policy, self.target_modules), rank=self.rank, alpha=self.alpha or self.rank)
         initialise(policy, self.init, seed=0)

@@ -19,9 +19,13 @@ def quantization_config(kind: str) -> Any:
     if kind == "none":
         return None
     package = PACKAGES[kind]
+    remedy = f"pip install 'leapalign[quantization]', or {package} alone"
     if importlib.util.find_spec(package) is None:
-        raise UserError(f"quantization {kind} needs the package {package}: pip install {package}")
-    return _int8() if kind == "int8" else _nf4()
+        raise UserError(f"quantization {kind} needs the package {package}: {remedy}")
+    try:
+        return _int8() if kind == "int8" else _nf4()
+    except ImportError as error:  # a version that lacks what is asked of it
+        raise UserError(f"quantization {kind}: this {package} cannot be used ({error}); {remedy}, upgraded") from error
 
 
 def compute_in(policy: Any, dtype: Any) -> None:
@@ -47,6 +51,16 @@ def _nf4() -> Any:
     import torch
     from diffusers.quantizers.quantization_config import BitsAndBytesConfig
 
+    _refuse_without_gpu()
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+def _refuse_without_gpu() -> None:
+    """As diffusers does, and with reason: on a CPU, layers whose input is no multiple of 64 features come out wrong.
+
+    (bitsandbytes 0.50.2: dequantising begins a new block in each row, quantising does not.)
+    """
+    import torch
+
     if not torch.cuda.is_available():
         raise UserError("quantization nf4 needs a GPU; on the CPU use int8 or none")
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)

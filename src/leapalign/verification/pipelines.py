@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
-import inspect
-import warnings
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch import Tensor
 from leapalign.errors import UserError
 from leapalign.flow.rollout import rollout
 from leapalign.models.folder import INDEX, TRANSFORMER, PipelineFolder, check_part, locate, parts_of, read_json
+from leapalign.models.reference import as_ours, call_settings, open_pipeline
 from leapalign.verification import known
 from leapalign.verification.checks import Check, different, good, note, within
 from leapalign.verification.files import Hashes, check_hashes, check_weights
@@ -164,7 +163,7 @@ def _check_sampler(config: Any, folder: Path, trial: Trial) -> list[Check]:
     checks = [
         good("sampler", "opens", f"{theirs.size} x {theirs.size}, {trial.num_steps} steps, {trial.device}, float32")
     ]
-    checks.append(_check_latents(latents.cpu(), theirs))
+    checks.append(_check_latents(latents, theirs, model))
     difference = float((image.cpu() - theirs.image).abs().max())
     remedy = "report it: one of the two samplers reads these files in another way"
     checks.append(within("sampler", "pixels, ours and the pipeline's own", difference, PIXELS, remedy))
@@ -175,58 +174,30 @@ def _check_sampler(config: Any, folder: Path, trial: Trial) -> list[Check]:
 class Theirs:
     """What the pipeline's own call gives."""
 
+    pipeline: type  # of diffusers
     size: int
     latents: Tensor  # as the pipeline returns them: perhaps packed
-    unpack: Any  # the pipeline's own function for it; None if it has none
-    factor: int
     image: Tensor  # [1, 3, H, W]
 
 
 def _pipeline_call(config: Any, folder: Path, trial: Trial) -> Theirs:
-    pipeline = _open_pipeline(config, folder).to(trial.device)
-    kind = type(pipeline)
+    pipeline = open_pipeline(config, folder).to(trial.device)
     size = trial.size or min(LARGEST, pipeline.default_sample_size * pipeline.vae_scale_factor)
-    names = {field.name: field.name for field in fields(config)} | dict(getattr(config, "renamed", ()))
-    takes = inspect.signature(kind.__call__).parameters
-    settings = {theirs: getattr(config, ours) for ours, theirs in names.items() if theirs in takes}
+    settings = call_settings(config, pipeline)
     settings |= {"height": size, "width": size, "num_inference_steps": trial.num_steps}
 
     def draw(output_type: str) -> Tensor:
         generator = torch.Generator().manual_seed(trial.seed)
         return pipeline(prompt=trial.prompt, generator=generator, output_type=output_type, **settings).images.cpu()
 
-    return Theirs(
-        size=size,
-        latents=draw("latent"),
-        unpack=getattr(kind, "_unpack_latents", None),
-        factor=pipeline.vae_scale_factor,
-        image=draw("pt"),
-    )
+    return Theirs(pipeline=type(pipeline), size=size, latents=draw("latent"), image=draw("pt"))
 
 
-def _open_pipeline(config: Any, folder: Path) -> Any:
-    import diffusers
-
-    index = read_json(folder / INDEX)
-    absent = {name: None for name, part in index.items() if isinstance(part, list) and len(part) == 2 and not part[1]}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of the argument's name, which older versions need
-        pipeline = getattr(diffusers, config.pipeline).from_pretrained(
-            folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True, **absent
-        )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def _check_latents(ours: Tensor, theirs: Theirs) -> Check:
-    expected = theirs.latents
-    if expected.shape != ours.shape and theirs.unpack is not None:
-        expected = theirs.unpack(expected, theirs.size, theirs.size, theirs.factor).reshape(ours.shape)
-    what = "latents, ours and the pipeline's own"
-    if expected.shape != ours.shape:
-        return note("sampler", what, f"{list(ours.shape)} and {list(expected.shape)}: compared as pixels only")
+def _check_latents(ours: Tensor, theirs: Theirs, model: Any) -> Check:
+    expected = as_ours(theirs.latents.to(ours.device), theirs.pipeline, model)
     size = float(expected.abs().max())
     remedy = "report it: one of the two samplers reads these files in another way"
+    what = "latents, ours and the pipeline's own"
     return within("sampler", what, float((ours - expected).abs().max()), LATENTS * size, remedy)
 
 

@@ -1,0 +1,157 @@
+"""A run with everything loaded: model, rewards, prompts, optimiser and average, on one rank or spread over several.
+
+The order keeps memory low: the policy is read and sharded before text encoders and rewards are loaded; the encoders are
+freed before the rewards come.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leapalign.errors import UserError
+from leapalign.methods.objective import Hinge
+from leapalign.prompts import Prompt
+from leapalign.run import RewardTerm, Run
+from leapalign.training import batches, broadcast
+from leapalign.training.distributed import World, world_device
+from leapalign.training.frozen import check_names, prepare, shard_rewards
+from leapalign.training.shards import Shards
+from leapalign.training.weights import EMA, Named, trained_parameters
+
+ALONE = World()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """A run with everything loaded: what an update needs."""
+
+    run: Run
+    model: Any  # leapalign.models.base.Model
+    rewards: dict[str, Callable[[Tensor, list[str]], Tensor]]
+    terms: dict[str, Hinge]
+    prompts: list[Prompt]
+    parameters: Named
+    optimizer: torch.optim.AdamW
+    ema: EMA
+    sigmas: Tensor
+    world: World
+    shards: Shards | None  # None: every rank has the whole policy
+
+    @property
+    def rewards_in_step(self) -> bool:
+        """Whether all ranks must score equally many pictures."""
+        return self.world.size > 1 and bool(self.run.shard_rewards)
+
+    def rollout(self) -> AbstractContextManager[None]:
+        """Around the forwards of a rollout."""
+        return self.shards.rollout() if self.shards else nullcontext()
+
+    def whole_model(self, *, frozen: bool) -> Any:
+        """The model with whole weights on rank 0, None on the others; of sharded ones a copy. Every rank must call it.
+
+        Without `frozen`, weights that are not trained may lack values.
+        """
+        if self.shards is None:
+            return self.model if self.world.main else None
+        policy = self.shards.whole_policy(self.world.main, frozen=frozen)
+        if policy is None:
+            return None
+        model = copy.copy(self.model)
+        model.policy = policy
+        return model
+
+
+def build(run: Run, world: World = ALONE) -> Engine:
+    """Load model, rewards and prompts, and encode every prompt that the run will meet; then shard, if that is asked."""
+    refuse_without_gradient(run)
+    names = reward_names(run)
+    check_names(run, names)
+    with world.agreed():
+        device = resolve_device(world_device(run.device, world))
+    world.check_settings(run)
+    with world.agreed():
+        prompts = run.prompts.load()
+        with broadcast.loading(run, world, device):
+            model = run.model.load(device, run.dtype, run.tuning)
+        run.tuning.initialise(model.policy, run.seed)
+        if run.graph == "blocks":
+            _checkpoint_blocks(model.policy)
+        trained_parameters(model.policy)
+    shards = broadcast.spread(run, model.policy, world, device)
+    prepare(run, model, batches.prompts_used(run, prompts), world, device)
+    with world.agreed():
+        rewards = {name: load_reward(term, device, run.dtype) for name, term in zip(names, run.rewards)}
+    rewards = shard_rewards(run, rewards, world, device)
+    parameters = trained_parameters(model.policy)
+    return Engine(
+        run=run,
+        world=world,
+        shards=shards,
+        model=model,
+        rewards=rewards,
+        terms={
+            name: Hinge(threshold=t.threshold, weight=t.weight, unit_gradient=t.unit_gradient)
+            for name, t in zip(names, run.rewards)
+        },
+        prompts=prompts,
+        parameters=parameters,
+        optimizer=_adamw(run, parameters),
+        ema=EMA(parameters, run.ema_decay),
+        sigmas=model.sigmas(run.num_sampling_steps).to(device),
+    )
+
+
+def load_reward(term: RewardTerm, device: str, dtype: str) -> Callable[[Tensor, list[str]], Tensor]:
+    """The term's reward on its own device; images go there, scores come back, and so does the gradient."""
+    if not term.device:
+        return term.reward.load(device, term.dtype or dtype)
+    there = resolve_device(term.device)
+    reward = term.reward.load(there, term.dtype or dtype)
+    return lambda images, prompts: reward(images.to(there), prompts).to(images.device)
+
+
+def reward_names(run: Run) -> list[str]:
+    """Each reward's name; a second one of the same class gets a number."""
+    names: list[str] = []
+    for term in run.rewards:
+        name = getattr(term.reward, "name", type(term.reward).__name__)
+        names.append(name if name not in names else f"{name}-{len(names) + 1}")
+    return names
+
+
+def refuse_without_gradient(run: Run) -> None:
+    """Before anything is loaded; a reward of the user's own that does not say has one."""
+    for name, term in zip(reward_names(run), run.rewards):
+        if not getattr(term.reward, "differentiable", True):
+            raise UserError(
+                f"the reward {name} has no gradient, and {run.method.name} trains by the reward's gradient; use it in "
+                f"evaluation (leapalign evaluate --reward {name}), and train with a differentiable one (leapalign list)"
+            )
+
+
+def _checkpoint_blocks(policy: nn.Module) -> None:
+    switch = getattr(policy, "enable_gradient_checkpointing", None)
+    if switch is None:
+        raise UserError(f"graph=blocks: {type(policy).__name__} cannot checkpoint its blocks; use graph=inputs")
+    switch()
+
+
+def _adamw(run: Run, parameters: Named) -> torch.optim.AdamW:
+    return torch.optim.AdamW(parameters.values(), lr=run.learning_rate, betas=run.betas, weight_decay=run.weight_decay)
+
+
+def resolve_device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r}: {str(error).splitlines()[0]}; use cpu, cuda or auto") from None
+    return name
