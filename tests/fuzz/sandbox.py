@@ -151,7 +151,8 @@ class Sandbox:
         changed = [p for p in changed if not (pictures and p.endswith((".png", "metadata.jsonl")))]
         if changed:
             return f"changed or removed: {', '.join(changed[:5])}"
-        new = [p for p in after if p not in before and not _below(p, [*words, *DEFAULTS])]
+        places = [*words, *DEFAULTS]
+        new = [p for p in after if p not in before and not _below(p, places) and not _leads_to(p, places)]
         return f"written elsewhere: {', '.join(new[:5])}" if new else ""
 
 
@@ -238,6 +239,10 @@ def _words(argv: Sequence[str]) -> list[str]:
 
 def _below(path: str, places: Sequence[str]) -> bool:
     return any(place == "." or path == place or path.startswith(place + os.sep) for place in places)
+
+
+def _leads_to(path: str, places: Sequence[str]) -> bool:
+    return any(place.startswith(path + os.sep) for place in places)
 
 
 def _text(stream: io.TextIOWrapper) -> str:

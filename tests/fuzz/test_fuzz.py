@@ -134,6 +134,12 @@ def test_a_change_never_reaches_the_given_files(sandbox):
     assert not sandbox.run(Input("valid", ("train", "sd3.json"))).status
 
 
+def test_a_named_folder_may_need_others_around_it(sandbox, monkeypatch):
+    monkeypatch.setattr(leapalign.cli, "main", _does(lambda: Path("a/b/c").mkdir(parents=True)))
+    assert not sandbox.run(Input("deep", ("export", "run", "--out", "a/b"))).problem
+    assert "written elsewhere: a/b" in sandbox.run(Input("deep", ("export", "run", "--out", "a/d"))).problem
+
+
 def test_too_few_inputs_are_an_error(bench, sandbox, monkeypatch):
     monkeypatch.setitem(KINDS, "flags", lambda rng, files: Input("flags", ("list", rng.choice("ab"))))
     with pytest.raises(RuntimeError, match="2 different inputs of the kind flags, expected 5"):
