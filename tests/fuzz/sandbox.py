@@ -22,6 +22,7 @@ from typing import Any
 
 import leapalign
 
+Files = dict[str, bytes]  # what is given, by path
 LOCK = "/.lock"
 SECONDS = 60  # that an input may take
 RUNS = ("run", "lora")  # folders that `resume` may write into
