@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -330,6 +331,9 @@ def test_a_real_full_disk(tiny_run, tmp_path, mounted):
 
     def fill(metrics):
         if metrics["step"] == 5:
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint":
+                    thread.join()  # step 4's is to find room
             left = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
             (disk / "ballast").write_bytes(b"x" * (left - 12_000))
 
