@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from leapalign.errors import UserError
+from leapalign.planning.counting import LiveBytes
 from leapalign.training.weights import EMA, clip_gradients, gradient_norm, trained_parameters
 
 
@@ -35,6 +36,23 @@ def test_the_shadow_is_float32_and_applying_it_is_undone_bit_for_bit():
         assert torch.equal(p["w"], ema.shadow["w"].bfloat16())
         raise KeyError
     assert torch.equal(p["w"], live)
+
+
+def test_applying_averages_holds_no_second_copy_of_the_weights():
+    """Weights and averages change places: of ten equal tensors at most two are there twice at a time."""
+    p = {str(i): torch.nn.Parameter(torch.randn(1000)) for i in range(10)}
+    ema = EMA(p, 0.5)
+    for w in p.values():
+        w.data.mul_(2)
+    ema.update()
+    live, averages = ({n: t.detach().clone() for n, t in each.items()} for each in (p, ema.shadow))
+    counted = LiveBytes()
+    counted.begin("applied")
+    with counted, ema.applied():
+        assert all(torch.equal(p[n], averages[n]) for n in p)
+    assert all(torch.equal(p[n], live[n]) and torch.equal(ema.shadow[n], averages[n]) for n in p)
+    assert not any(torch.equal(live[n], averages[n]) for n in p)
+    assert 4000 <= counted.peaks()["applied"] <= 8000
 
 
 def test_only_what_requires_a_gradient_is_trained():

@@ -68,12 +68,12 @@ def phases(
     several = setting != "inputs" and forwards.most_with_graph * parts.branches > 1
     partial = trained if accumulated and several else 0
     text = sum(count for name, count in parts.weights.items() if name.startswith("text_encoder"))
-    foreach = trained if torch.device(device).type == "cuda" else 0  # AdamW's temporaries for all weights at once
+    largest = max((bytes_of([p]) for p in parts.model.policy.parameters() if p.requires_grad), default=0)
     return {
         "encoding prompts": memory["transformer"] + memory["VAE (float32)"] + text * parse_dtype(run.dtype).itemsize,
         "rollout": fixed + held + graph.rollout,
         "decode and reward": fixed + held + graph.kept + reward,
         "backward": fixed + trained + partial + graph.backward,
-        "optimiser step": fixed + trained + foreach,
-        "scoring the average": fixed + trained + trained + forward,
+        "optimiser step": fixed + trained + 2 * largest,  # AdamW's temporaries, a weight after another
+        "scoring the average": fixed + forward,
     }

@@ -165,6 +165,7 @@ def _step(session: Session) -> Metrics:
         metrics = update(engine, progress.step)
     except NotFinite as error:
         metrics = session.leave_out(error)
+    engine.optimizer.zero_grad(set_to_none=True)  # before the probe and a save, which need the room
     progress.step += 1
     progress.skipped += metrics["skipped"]
     return metrics | (probe(engine) if _due(engine.run, progress.step, engine.run.probe_every) else {})

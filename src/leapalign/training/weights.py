@@ -54,13 +54,19 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the policy computes with the averages; afterwards it has its own weights back, bit for bit."""
-        live = {name: p.detach().clone() for name, p in self.parameters.items()}
-        copy_into(self.parameters, self.shadow)
+        """Inside, the policy computes with the averages; afterwards it has its own weights back, bit for bit.
+
+        Weights and averages of one dtype change places, a tensor at a time, so that nothing is held twice; inside,
+        `shadow` is therefore not to be read.
+        """
+        exchanged: list[tuple[Tensor, Tensor]] = []
         try:
+            for name, p in self.parameters.items():
+                exchanged.append((p, _exchange(p, self.shadow[name])))
             yield
         finally:
-            copy_into(self.parameters, live)
+            for p, kept in exchanged:
+                _exchange(p, kept)
 
 
 @torch.no_grad()
@@ -68,6 +74,14 @@ def copy_into(targets: Named, values: Named) -> None:
     """Write values into the tensors of the same names; whole values into sharded tensors too."""
     for name, target in targets.items():
         target.copy_(like(values[name], target))
+
+
+@torch.no_grad()
+def _exchange(p: Tensor, other: Tensor) -> Tensor:
+    """`p` takes the values of `other`; returns where its own lie now: in `other`, or in a copy if dtypes differ."""
+    own = p.clone()
+    p.copy_(other)
+    return other.copy_(own) if other.dtype == own.dtype else own
 
 
 def whole(tensor: Tensor) -> Tensor:
