@@ -25,7 +25,7 @@ import tyro
 from shared import facts
 from torch import Tensor
 
-from leapalign.flow.graph import inputs_only
+from leapalign.flow.graph import with_graph
 from leapalign.methods.draft_lv import DRaFTLV
 from leapalign.methods.drtune import DRTune
 from leapalign.methods.leapalign import LeapAlign
@@ -202,8 +202,7 @@ def measured(bench: Bench, family: str, method: str, dtype: str, graph: str, see
     run, model = run_of(bench, method, dtype), model_of(bench, family, dtype)
     if graph == "blocks":
         model.policy.enable_gradient_checkpointing()  # pyright: ignore
-    velocity = model.velocity(conditioning(bench, family, dtype, nullcontext()))
-    velocity = inputs_only(velocity) if graph == "inputs" else velocity
+    velocity = with_graph(model.velocity(conditioning(bench, family, dtype, nullcontext())), graph)
     x = torch.randn(bench.micro_batch_size, *model.latent_shape)
     draws = draw(run, seed, lambda n: torch.randn(n, *x.shape))
     saved = Saved([*model.policy.parameters(), *model.policy.buffers()])

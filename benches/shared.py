@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leapalign.flow.graph import inputs_only
+from leapalign.flow.graph import with_graph
 from leapalign.flow.rollout import Velocity
 from leapalign.methods.base import Surrogate
 from leapalign.methods.objective import LatentGradient, latent_gradient
@@ -46,7 +46,7 @@ def first_batch(engine: Engine) -> Batch:
     return Batch(
         prompts=list(micro.prompts),
         noise=engine.model.noise(noise_generators(run.seed, 0, micro.samples)).to(engine.sigmas.device),
-        velocity=inputs_only(velocity) if run.graph == "inputs" else velocity,
+        velocity=with_graph(velocity, run.graph),
     )
 
 

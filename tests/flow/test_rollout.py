@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from leapalign.errors import UserError
-from leapalign.flow.graph import inputs_only
+from leapalign.flow.graph import inputs_only, own_backward
 from leapalign.flow.grids import sigma_grid
 from leapalign.flow.rollout import check_steps, euler_step, rollout
 
@@ -104,15 +104,24 @@ def test_inputs_only_runs_again_in_backward_and_nowhere_else():
         torch.autograd.grad(inputs_only(velocity)(x, sigma).sum(), weight)
 
 
-def test_inputs_only_gives_each_forward_a_backward_of_its_own():
-    """So that a weight's gradient is in .grad before the next forward's graph is made."""
+@pytest.mark.parametrize("wrapper", [own_backward, inputs_only])
+def test_each_forward_has_a_backward_of_its_own(wrapper):
+    """So that a weight's gradient is in .grad before the next forward's backward begins."""
     weight = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
     seen = []
 
-    def forward(x, sigma):
-        if torch.is_grad_enabled():
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, v):
+            return v.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
             seen.append(None if weight.grad is None else weight.grad.clone())
-        return torch.tanh(x @ weight) * sigma
+            return grad
+
+    def forward(x, sigma):
+        return Look.apply(torch.tanh(x @ weight) * sigma)
 
     class TwoForwards:
         wrap = staticmethod(lambda v: v)
@@ -128,11 +137,34 @@ def test_inputs_only_gives_each_forward_a_backward_of_its_own():
 
     x, sigma = torch.randn(2, 3, dtype=torch.float64, requires_grad=True), torch.tensor(0.5, dtype=torch.float64)
     plain = torch.autograd.grad(TwoForwards()(x, sigma).sum(), (x, weight))
+    assert seen == [None, None]  # autograd by itself adds to .grad at the end
     seen.clear()
-    inputs_only(TwoForwards())(x, sigma).sum().backward()
+    wrapper(TwoForwards())(x, sigma).sum().backward()
     assert seen[0] is None and seen[1].abs().sum() > 0 and len(seen) == 2
     for leaf, expected in zip((x, weight), plain):
         assert leaf.grad is not None and torch.allclose(leaf.grad, expected, atol=1e-14)
+
+
+def test_own_backward_runs_once_and_says_so():
+    calls = []
+    weight = torch.randn(3, 3, requires_grad=True)
+
+    def velocity(x, sigma):
+        calls.append(torch.is_grad_enabled())
+        return torch.tanh(x @ weight) * sigma
+
+    x, sigma = torch.randn(2, 3), torch.tensor(0.5)
+    (plain,) = torch.autograd.grad(velocity(x, sigma).sum(), weight)
+    calls.clear()
+    v = own_backward(velocity)(x, sigma)
+    v.sum().backward(retain_graph=True)
+    assert calls == [True] and weight.grad is not None and torch.equal(plain, weight.grad)
+    with pytest.raises(RuntimeError, match="run the forward again"):
+        v.sum().backward()
+    with torch.no_grad():
+        assert not own_backward(velocity)(x, sigma).requires_grad
+    with pytest.raises(RuntimeError, match="not have been used in the graph"):
+        torch.autograd.grad(own_backward(velocity)(x, sigma).sum(), weight)
 
 
 def test_inputs_only_saves_only_inputs():

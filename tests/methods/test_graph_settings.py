@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
-from leapalign.flow.graph import inputs_only
+from leapalign.flow.graph import inputs_only, own_backward
 from leapalign.methods import AlignProp, DRaFT, DRaFTLV, DRTune, LeapAlign, ReFL
 from leapalign.methods.alignprop import AlignPropDraws
 from leapalign.methods.draft import DRaFTDraws
@@ -36,11 +36,13 @@ def test_every_setting_gives_the_same_gradient(method, draws, dtype):
     net, x, sigmas = Net(dtype), noise(dtype=dtype), grid(8, dtype)
     everything = train_once(method, net, x, sigmas, draws)
     inputs = train_once(method, net, x, sigmas, draws, inputs_only(net))
+    own = train_once(method, net, x, sigmas, draws, own_backward(net))
     net.block_checkpoint = True
     blocks = train_once(method, net, x, sigmas, draws)
+    own_blocks = train_once(method, net, x, sigmas, draws, own_backward(net))
     both = train_once(method, net, x, sigmas, draws, inputs_only(net))
     assert everything.abs().max() > 1e-3
-    for other in (inputs, blocks, both):
+    for other in (inputs, own, blocks, own_blocks, both):
         assert torch.equal(other, everything)
 
 

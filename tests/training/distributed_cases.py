@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file as load_tensors
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -54,6 +55,7 @@ TINY = load_file(str(Path(__file__).with_name("tiny_recipe.py")))
 PROMPTS, Tiny, TinyModel, TinyReward, tiny = (
     getattr(TINY, name) for name in ("PROMPTS", "Tiny", "TinyModel", "TinyReward", "tiny")
 )
+GRAPHS = ("all", "blocks", "inputs")
 METHODS = (LeapAlign(), ReFL(), DRaFT(num_last_steps=2), DRaFTLV(), DRTune(), AlignProp())
 
 
@@ -195,8 +197,9 @@ def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]
     named["replicate, lora"] = lambda: compared(lora, world)
     named["full, lora"] = lambda: compared(replace(lora, sharding="full"), world)
     named["full, gathered"] = lambda: compared(replace(full, gather_in_rollout=True), world)
-    named["full, inputs"] = lambda: compared(replace(full, graph="inputs"), world, 1)
-    named["full, blocks"] = lambda: compared(replace(full, graph="blocks"), world, 1)
+    for graph in ("inputs", "blocks"):
+        named[f"full, {graph}"] = lambda g=graph: compared(replace(full, graph=g), world, 1)
+    named["whole at a time"] = lambda: {g: whole_at_a_time(replace(full, graph=g), world) for g in GRAPHS}
     named["hybrid"] = lambda: compared(replace(real, sharding="hybrid", shard_ranks=max(1, world.size // 2)), world)
     halves = {"shard_ranks": max(1, world.size // 2), "async_checkpoints": False}
     for sharding, changes in {"replicate": {}, "full": {}, "hybrid": halves}.items():
@@ -223,6 +226,26 @@ def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]
     named["a signal to the last rank"] = lambda: stopped(stopping, world)
     named["saved"] = lambda: saved(folder, full, world)
     return named
+
+
+def whole_at_a_time(run: Run, world: World) -> int:
+    """Of the groups that FSDP2 gathers (blocks, and the rest), the most that are whole when a block has run."""
+    engine, found = loop.build(run, world), 0
+    policy = engine.model.policy
+    blocks = {name: m for name, m in policy.named_modules() if name and isinstance(m, FSDPModule)}
+    rest = next(n for n, _ in policy.named_parameters() if not n.startswith(tuple(blocks)))
+    names = [next(f"{block}.{n}" for n, _ in m.named_parameters()) for block, m in blocks.items()] + [rest]
+
+    def look(*_: Any) -> None:
+        nonlocal found
+        weights = dict(policy.named_parameters())
+        found = max(found, sum(not isinstance(weights[name], DTensor) for name in names))
+
+    for block in blocks.values():
+        block.register_forward_hook(look)
+    loop.update(engine, 0)
+    assert found and len(names) == 3, (found, names)
+    return found
 
 
 def trained(run: Run, world: World) -> dict[str, Any]:

@@ -78,12 +78,13 @@ class GuidedVelocity:
 def in_precision(predict: Predict, dtype: torch.dtype) -> Predict:
     """float32 in and out; bfloat16 computes in it (autocast) over the float32 weights.
 
-    One autocast region a forward: its cache of cast weights must not carry casts made without graph (a negative
-    branch, a rollout) into a forward with graph, which would lose the weights' gradient.
+    Without autocast's cache: it would hold copies of all weights to the end of the forward (24 GB for FLUX.1), though
+    each is used once in it, and carry casts made without graph into a forward with graph, which then has no gradient.
     """
+    bfloat16 = dtype == torch.bfloat16
 
     def velocity(x: Tensor, sigma: Tensor, text: Text) -> Tensor:
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=bfloat16, cache_enabled=False):
             v = predict(x.float(), sigma.to(x.device, torch.float32), text)
         return v.float()  # the Euler sum of many small steps needs float32
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from leapalign.flow.graph import inputs_only
+from leapalign.flow.graph import with_graph
 from leapalign.flow.rollout import Velocity
 from leapalign.models.base import Conditioning
 from leapalign.planning.counting import LiveBytes, Saved
@@ -145,9 +145,7 @@ def _over_blocks(policy: nn.Module, measured: Callable[[], GraphBytes]) -> Graph
 def _measure(
     run: Run, model: Any, conditioning: Conditioning, mode: FakeTensorMode, graph: str, seed: int
 ) -> GraphBytes:
-    velocity = model.velocity(conditioning)
-    if graph == "inputs":
-        velocity = inputs_only(velocity)
+    velocity = with_graph(model.velocity(conditioning), graph)
     shape = (run.micro_batch_size, *model.latent_shape)
     with mode:
         x = torch.zeros(shape)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import nn
 
 from leapalign.models.pipeline import parse_dtype
@@ -55,25 +54,19 @@ def reward_bytes(parts: Parts, forwards: Forwards) -> int:
     )
 
 
-def phases(
-    parts: Parts, device: str, forwards: Forwards, setting: str, *, graph: GraphBytes, forward: int, reward: int
-) -> dict[str, int]:
-    """Phase -> the most bytes alive in it. `graph`: of one micro-batch under `setting`, `forward`: of one without."""
+def phases(parts: Parts, *, graph: GraphBytes, forward: int, reward: int) -> dict[str, int]:
+    """Phase -> the most bytes alive in it. `graph`: of one micro-batch, `forward`: of one without a graph."""
     run, memory, trained = parts.run, always(parts), trained_bytes(parts)
     fixed = sum(memory.values())
     accumulated = run.batch_size > run.micro_batch_size
     held = trained if accumulated else 0  # gradients of earlier micro-batches
-    # a weight that is used several times in one backward has its gradients added up beside .grad; with only inputs kept
-    # each forward has a backward of its own
-    several = setting != "inputs" and forwards.most_with_graph * parts.branches > 1
-    partial = trained if accumulated and several else 0
     text = sum(count for name, count in parts.weights.items() if name.startswith("text_encoder"))
     largest = max((bytes_of([p]) for p in parts.model.policy.parameters() if p.requires_grad), default=0)
     return {
         "encoding prompts": memory["transformer"] + memory["VAE (float32)"] + text * parse_dtype(run.dtype).itemsize,
         "rollout": fixed + held + graph.rollout,
         "decode and reward": fixed + held + graph.kept + reward,
-        "backward": fixed + trained + partial + graph.backward,
+        "backward": fixed + trained + graph.backward,
         "optimiser step": fixed + trained + 2 * largest,  # AdamW's temporaries, a weight after another
         "scoring the average": fixed + forward,
     }

@@ -118,7 +118,7 @@ def _assemble(
 
     def with_graph(graph: str) -> tuple[GraphBytes, dict[str, int]]:
         found = graph_bytes(run, model, conditioning, parts.mode, graph, forwards.seed)
-        return found, phases(parts, device, forwards, graph, graph=found, forward=forward, reward=reward)
+        return found, phases(parts, graph=found, forward=forward, reward=reward)
 
     graph, in_phases = with_graph(run.graph)
     each = shape.bytes(dtype)

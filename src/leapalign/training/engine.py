@@ -144,9 +144,10 @@ def _checkpoint_blocks(policy: nn.Module) -> None:
 
 
 def _adamw(run: Run, parameters: Named) -> torch.optim.AdamW:
-    """One tensor after another, as torch does it on CPUs: on CUDA its default makes temporaries for all of them at once."""
-    settings = {"betas": run.betas, "weight_decay": run.weight_decay, "foreach": False}
-    return torch.optim.AdamW(parameters.values(), lr=run.learning_rate, **settings)
+    """One tensor after another, as on CPUs: torch's default on CUDA makes temporaries for all of them at once."""
+    return torch.optim.AdamW(
+        parameters.values(), lr=run.learning_rate, betas=run.betas, weight_decay=run.weight_decay, foreach=False
+    )
 
 
 def resolve_device(name: str) -> str:

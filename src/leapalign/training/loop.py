@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from leapalign.codec import dumps
 from leapalign.errors import NotFinite, UserError
-from leapalign.flow.graph import inputs_only
+from leapalign.flow.graph import with_graph
 from leapalign.flow.rollout import Velocity, rollout
 from leapalign.methods.base import Surrogate
 from leapalign.methods.objective import LatentGradient, latent_gradient
@@ -248,9 +248,7 @@ def _gradient_at_latent(engine: Engine, micro: MicroBatch, surrogate: Surrogate)
 
 
 def _velocity(engine: Engine, prompts: tuple[str, ...]) -> Velocity:
-    velocity = engine.model.velocity(engine.model.encode(list(prompts)))
-    if engine.run.graph == "inputs":
-        velocity = inputs_only(velocity)
+    velocity = with_graph(engine.model.velocity(engine.model.encode(list(prompts))), engine.run.graph)
     return engine.shards.velocity(velocity) if engine.shards else velocity
 
 

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from leapalign.errors import UserError
+from leapalign.flow.graph import runs_again
 from leapalign.flow.rollout import Velocity
 from leapalign.run import Run
 from leapalign.training.distributed import World, one_draw_a_round
@@ -97,7 +98,15 @@ def shard(run: Run, policy: nn.Module, world: World, device: str) -> Shards | No
     for module in _groups(policy):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+        module.register_forward_hook(_reshard_again)  # type: ignore[attr-defined]
     return Shards(policy=policy, shell=shell, gather_in_rollout=run.gather_in_rollout)  # type: ignore[arg-type]
+
+
+def _reshard_again(module: FSDPModule, _inputs: Any, _output: Any) -> None:
+    """A forward in the backward leaves FSDP2's weights gathered, as suits a block that is run again just before its own
+    backward. Where the whole model is run again, that would be all of them at once."""
+    if runs_again():
+        module.reshard()
 
 
 def may_shard(run: Run, world: World, device: str) -> bool:
