@@ -141,7 +141,7 @@ def study_of(bench: Methods, recipe: str, seed: int) -> Study:
     """The recipe with the bench's numbers, between evaluations on ShapeWorld's test prompts."""
     run = with_folders(load_recipe(recipe, {}), bench.generator, bench.reward)
     batch = bench.batch_size or run.batch_size
-    name, micro = f"{recipe}-{seed}", min(batch, run.micro_batch_size)
+    name, micro = f"{Path(recipe).name}-{seed}", min(batch, run.micro_batch_size)
     run = replace(run, steps=bench.steps or run.steps, batch_size=batch, micro_batch_size=micro, seed=seed)
     return Study(
         run=replace(run, name=name, out=str(bench.out / name), device=bench.device),

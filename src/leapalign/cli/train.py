@@ -22,6 +22,10 @@ class TrainFlags:
     run: Annotated[Any, tyro.conf.arg(name="")]
     dry_run: bool = False
     """Print what the run would need (memory, downloads, disk) or what is wrong with it; fetch and load nothing."""
+    ranks: int = 1
+    """With --dry-run: plan one of so many processes (torchrun starts them), each with a GPU of its own."""
+    ranks_per_machine: int = 8
+    """With --dry-run: of these."""
     json: bool = False
     """Print the run's summary, or the plan, as JSON on stdout."""
     plugin: tuple[str, ...] = ()
@@ -35,17 +39,22 @@ def train_command(argv: list[str]) -> None:
     recipe = load_recipe(word, plugins_in(rest))
     flags = tyro.cli(TrainFlags, default=TrainFlags(run=recipe), args=rest, prog=f"leapalign train {word}")
     if flags.dry_run:
-        _plan(flags.run, flags.json)
+        _plan(flags)
+    elif flags.ranks != 1:
+        raise UserError(
+            f"--ranks {flags.ranks} plans a run (--dry-run); to train on so many, "
+            f"`torchrun --nproc-per-node {flags.ranks} -m leapalign train {word} ...`"
+        )
     else:
         _run(flags.run, as_json=flags.json)
 
 
-def _plan(run: Run, as_json: bool) -> None:
+def _plan(flags: TrainFlags) -> None:
     from leapalign.planning.plan import make_plan
     from leapalign.planning.show import as_text
 
-    plan = make_plan(run)
-    answer(plan.as_json(), as_json, as_text(plan))
+    plan = make_plan(flags.run, flags.ranks, flags.ranks_per_machine)
+    answer(plan.as_json(), flags.json, as_text(plan))
 
 
 def _split_recipe(argv: list[str]) -> tuple[str, list[str]]:

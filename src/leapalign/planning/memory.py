@@ -1,14 +1,20 @@
-"""What lies on the device: from the first update on, and at most in each phase of an update."""
+"""What lies on the device of a rank: from the first update on, and at most in each phase of an update."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import nn
 
 from leapalign.models.pipeline import parse_dtype
 from leapalign.planning.activations import Forwards, GraphBytes, latent_bytes
-from leapalign.planning.parts import Parts, bytes_of, quantization_of
+from leapalign.planning.parts import Parts, quantization_of
+from leapalign.planning.ranks import ALONE, Rank, bytes_of, largest_gathered
+from leapalign.planning.rewards import RewardPlan
+from leapalign.training.distributed import BUCKET
+from leapalign.training.frozen import blocks_of
 
 FLOAT32 = 4  # bytes
 QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.5}  # of a weight
@@ -16,23 +22,24 @@ QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.5}  # of a weight
 
 def always(parts: Parts) -> dict[str, int]:
     """Part -> bytes, from the first update on, whatever the phase."""
-    here = [r.bytes for r, term in zip(parts.rewards, parts.run.rewards) if not term.device]
+    trained = trained_bytes(parts, parts.rank)
     return {
-        "transformer": policy_bytes(parts),
-        "optimiser (AdamW, two moments)": 2 * trained_bytes(parts),
-        "average (EMA, float32)": FLOAT32 * parts.trained,
+        "transformer": policy_bytes(parts, parts.rank),
+        "optimiser (AdamW, two moments)": 2 * trained,
+        "average (EMA, float32)": trained,
         "VAE (float32)": bytes_of(parts.model.decoder.vae.parameters()),
-        "rewards": sum(here),
+        "rewards": sum(_reward_bytes(parts.rank, plan, blocks) for plan, blocks in rewards_here(parts)),
     }
 
 
-def trained_bytes(parts: Parts) -> int:
-    return bytes_of(p for p in parts.model.policy.parameters() if p.requires_grad)
+def trained_bytes(parts: Parts, rank: Rank = ALONE) -> int:
+    """Of the trained weights, which are float32."""
+    return rank.policy(parts.model.policy, trained=True)
 
 
-def policy_bytes(parts: Parts) -> int:
+def policy_bytes(parts: Parts, rank: Rank = ALONE) -> int:
     policy, quantization = parts.model.policy, quantization_of(parts.run)
-    total = bytes_of([*policy.parameters(), *policy.buffers()])
+    total = rank.policy(policy, trained=False) + bytes_of(policy.buffers())
     if not quantization:
         return total
     linear = [m.weight for m in policy.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
@@ -41,32 +48,57 @@ def policy_bytes(parts: Parts) -> int:
     return total - bytes_of(linear) + quantised
 
 
+def rewards_here(parts: Parts) -> Iterator[tuple[RewardPlan, Sequence[nn.Module]]]:
+    """Those on the run's device, each with the blocks that are sharded."""
+    from leapalign.training.engine import reward_names
+
+    for name, plan, term in zip(reward_names(parts.run), parts.rewards, parts.run.rewards):
+        sharded = name in parts.run.shard_rewards and parts.rank.world.size > 1 and plan.network is not None
+        if not term.device:
+            yield plan, blocks_of(plan.network, f"shard_rewards: the reward {name}") if sharded else ()
+
+
+def _reward_bytes(rank: Rank, plan: RewardPlan, blocks: Sequence[nn.Module]) -> int:
+    return rank.frozen(plan.network, blocks) if blocks else plan.bytes
+
+
 def reward_bytes(parts: Parts, forwards: Forwards) -> int:
     """Most alive while a chunk is decoded, scored, and its gradient is taken."""
     run = parts.run
     rows = run.micro_batch_size * forwards.copies
-    scores = [r.score for r, term in zip(parts.rewards, run.rewards) if r.score and not term.device]
+    here = list(rewards_here(parts))
+    scores: list[Any] = [plan.score for plan, _ in here if plan.score]
     return latent_bytes(
         parts.model,
         parts.mode,
         min(run.reward_chunk or rows, rows),
         lambda images: [images, *(score(images) for score in scores)],
-    )
+    ) + max((largest_gathered(blocks) for _, blocks in here), default=0)
 
 
 def phases(parts: Parts, *, graph: GraphBytes, forward: int, reward: int) -> dict[str, int]:
     """Phase -> the most bytes alive in it. `graph`: of one micro-batch, `forward`: of one without a graph."""
-    run, memory, trained = parts.run, always(parts), trained_bytes(parts)
-    fixed = sum(memory.values())
-    accumulated = run.batch_size > run.micro_batch_size
+    run, rank, policy, memory = parts.run, parts.rank, parts.model.policy, always(parts)
+    fixed, trained = sum(memory.values()), trained_bytes(parts, rank)
+    accumulated = run.batch_size > run.micro_batch_size * rank.world.size
     held = trained if accumulated else 0  # gradients of earlier micro-batches
-    text = sum(count for name, count in parts.weights.items() if name.startswith("text_encoder"))
-    largest = max((bytes_of([p]) for p in parts.model.policy.parameters() if p.requires_grad), default=0)
+    in_forward, in_backward = rank.gathered(policy)
+    in_rollout = max(in_forward, policy_bytes(parts)) if rank.sharded and run.gather_in_rollout else in_forward
+    largest = rank.largest(policy)
+    exchanged = BUCKET + largest if rank.world.size > 1 and not rank.sharded else 0  # gradients, flat
     return {
-        "encoding prompts": memory["transformer"] + memory["VAE (float32)"] + text * parse_dtype(run.dtype).itemsize,
-        "rollout": fixed + held + graph.rollout,
+        "encoding prompts": memory["transformer"] + memory["VAE (float32)"] + _text_bytes(parts),
+        "rollout": fixed + held + in_rollout + graph.rollout,
         "decode and reward": fixed + held + graph.kept + reward,
-        "backward": fixed + trained + graph.backward,
-        "optimiser step": fixed + trained + 2 * largest,  # AdamW's temporaries, a weight after another
-        "scoring the average": fixed + forward,
+        "backward": fixed + trained + in_backward + graph.backward,
+        "optimiser step": fixed + trained + max(2 * largest, exchanged),  # AdamW's temporaries, a weight after another
+        "scoring the average": fixed + in_rollout + forward,
     }
+
+
+def _text_bytes(parts: Parts) -> int:
+    """The text encoders, before they are freed."""
+    text = {name: count for name, count in parts.weights.items() if name.startswith("text_encoder")}
+    blocks = parts.text_blocks if parts.rank.world.size > 1 else {}
+    here = sum(n - blocks.get(name, 0) + math.ceil(blocks.get(name, 0) / parts.rank.among) for name, n in text.items())
+    return here * parse_dtype(parts.run.dtype).itemsize

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,11 @@ from leapalign.errors import UserError
 from leapalign.models.folder import INDEX, PipelineFolder, open_folder
 from leapalign.models.pipeline import PipelineModel
 from leapalign.planning.architectures import Pipeline
+from leapalign.planning.ranks import ALONE, Rank
 from leapalign.planning.rewards import RewardPlan, plan_reward
 from leapalign.planning.weightless import build_part, fake, fake_mode, load_weightless, twin
 from leapalign.run import Run
+from leapalign.training.frozen import blocks_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,8 @@ class Parts:
     rewards: list[RewardPlan]
     mode: FakeTensorMode
     weights: dict[str, int]  # part of the pipeline -> how many
+    text_blocks: dict[str, int]  # text encoder -> how many of them in blocks that are sharded on demand
+    rank: Rank = ALONE
 
     @property
     def trained(self) -> int:
@@ -70,9 +73,11 @@ def parts_of_run(run: Run, path: Path, known: Pipeline | None) -> Parts:
     model = load_weightless(replace(run.model, path=str(path)), run.dtype, tuning, build)
     if not isinstance(model, PipelineModel):
         raise UserError(f"--dry-run plans diffusers pipelines; {type(run.model).__name__} loads none")
-    for name in folder.parts:
-        if name.startswith("text_encoder"):
-            build(folder, name)
+    text = {name: build(folder, name) for name in folder.parts if name.startswith("text_encoder")}
+    text_blocks = {}
+    if run.shard_text_encoders:
+        what = "shard_text_encoders: "
+        text_blocks = {n: sum(map(numbers_in, blocks_of(part, what + n))) for n, part in text.items() if part}
     mode = fake_mode()
     fake(model.policy, mode)
     fake(model.decoder.vae, mode)
@@ -80,7 +85,15 @@ def parts_of_run(run: Run, path: Path, known: Pipeline | None) -> Parts:
     model.device = "cpu"
     rewards = [plan_reward(term, run.dtype, mode) for term in run.rewards]
     return Parts(
-        run=run, model=model, folder=folder, known=known, kind=kind, rewards=rewards, mode=mode, weights=weights
+        run=run,
+        model=model,
+        folder=folder,
+        known=known,
+        kind=kind,
+        rewards=rewards,
+        mode=mode,
+        weights=weights,
+        text_blocks=text_blocks,
     )
 
 
@@ -109,7 +122,3 @@ def numbers_in(module: nn.Module) -> int:
     saved = module.state_dict().keys()
     buffers = [buffer for name, buffer in module.named_buffers() if name in saved]
     return sum(tensor.numel() for tensor in (*module.parameters(), *buffers))
-
-
-def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)

@@ -25,14 +25,16 @@ from leapalign.planning import texts
 from leapalign.planning.activations import GRAPHS, Forwards, GraphBytes, count_forwards, forward_bytes, graph_bytes
 from leapalign.planning.downloads import Download, hub_file, pipeline_parts
 from leapalign.planning.memory import FLOAT32, always, phases, policy_bytes, reward_bytes, trained_bytes
-from leapalign.planning.parts import Parts, parts_of_run, path_of
+from leapalign.planning.parts import Parts, parts_of_run, path_of, quantization_of
+from leapalign.planning.ranks import first_rank, world_of
 from leapalign.planning.weightless import folder_of
 from leapalign.run import Run
+from leapalign.training.frozen import check_names
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All sizes in bytes, all counts of one update unless a name says otherwise."""
+    """Sizes in bytes, counts of one update unless a name says otherwise; of several ranks, those of the first."""
 
     name: str
     device: str
@@ -59,18 +61,23 @@ class Plan:
         return asdict(self) | {"peak": self.peak, "to_download": self.to_download}
 
 
-def make_plan(run: Run) -> Plan:
-    """UserError with the first thing that would stop the run."""
-    from leapalign.training.engine import refuse_without_gradient
+def make_plan(run: Run, ranks: int = 1, ranks_per_machine: int = 8) -> Plan:
+    """For one of so many ranks. UserError with the first thing that would stop the run."""
+    from leapalign.training.engine import refuse_without_gradient, reward_names
 
     refuse_without_gradient(run)
+    check_names(run, reward_names(run))
+    world_of(run, ranks, ranks_per_machine)
     _check_out(Path(run.out))
     device, notes = planned_device(run.device)
     forwards = count_forwards(run)
     prompts, prompt_downloads, prompt_notes = plan_prompts(run)
     with folder_of(path_of(run)) as (folder, known):
         parts = parts_of_run(run, folder, known)
-        return _assemble(parts, device, forwards, prompts, prompt_downloads, [*notes, *prompt_notes])
+        quantised, memory = bool(quantization_of(run)), _capacity(device)
+        rank, said = first_rank(run, parts.model.policy, quantised, device, memory, ranks, ranks_per_machine)
+        parts = replace(parts, rank=rank)
+        return _assemble(parts, device, forwards, prompts, prompt_downloads, [*notes, *prompt_notes, *said])
 
 
 def _check_out(out: Path) -> None:
@@ -125,7 +132,7 @@ def _assemble(
     plan = Plan(
         name=run.name,
         device=device,
-        geometry=_geometry(run, forwards, parts.branches),
+        geometry=_geometry(parts, forwards),
         parameters={**parts.weights, "trained": parts.trained},
         memory=always(parts),
         graphs={run.graph: graph},
@@ -167,9 +174,11 @@ def _advice(plan: Plan, peaks: dict[str, int]) -> str:
     return found + "; see tuning (LoRA, quantization), micro_batch_size, reward_chunk, and the size of the pictures"
 
 
-def _geometry(run: Run, forwards: Forwards, branches: int) -> dict[str, int | float]:
-    accumulations = run.batch_size // run.micro_batch_size
-    return {
+def _geometry(parts: Parts, forwards: Forwards) -> dict[str, int | float]:
+    run, rank, branches = parts.run, parts.rank, parts.branches
+    accumulations = run.batch_size // (run.micro_batch_size * rank.world.size)
+    several = {"ranks": rank.world.size, "ranks_that_share_the_weights": rank.among if rank.sharded else 1}
+    return (several if rank.world.size > 1 else {}) | {
         "steps": run.steps,
         "batch_size": run.batch_size,
         "micro_batch_size": run.micro_batch_size,

@@ -39,6 +39,7 @@ class RewardPlan:
 
     name: str
     bytes: int
+    network: Any  # its nn.Module, without weights; None where it is not known
     score: Callable[[Tensor], Tensor] | None
     note: str
     downloads: tuple[Download, ...]
@@ -52,7 +53,7 @@ def plan_reward(term: RewardTerm, dtype: str, mode: FakeTensorMode) -> RewardPla
     downloads = tuple(d for path in paths if (d := _download(name, path)))
     architecture, note = _architecture(name, paths[0] if paths else "")
     if architecture is None:
-        return RewardPlan(name=name, bytes=_file_bytes(paths), score=None, note=note, downloads=downloads)
+        return RewardPlan(name=name, bytes=_file_bytes(paths), network=None, score=None, note=note, downloads=downloads)
     with torch.device(META):
         loaded = architecture.make()
     target = torch_dtype(name, term.dtype or dtype)
@@ -63,7 +64,12 @@ def plan_reward(term: RewardTerm, dtype: str, mode: FakeTensorMode) -> RewardPla
     fake(loaded.model, mode)
     size = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
     return RewardPlan(
-        name=name, bytes=size, score=lambda images: architecture.score(loaded, images), note=note, downloads=downloads
+        name=name,
+        bytes=size,
+        network=loaded.model,
+        score=lambda images: architecture.score(loaded, images),
+        note=note,
+        downloads=downloads,
     )
 
 

@@ -29,6 +29,7 @@ from leapalign.training.distributed import World, one_draw_a_round
 from leapalign.training.weights import whole
 
 ROOM = 0.4  # of a device's memory for what a rank keeps for the whole run; beyond it, `auto` shards
+QUANTISED = "a quantised base cannot be sharded; use --sharding replicate, or --tuning.quantization none"
 KEPT = 20  # bytes a trained weight: float32 weight, gradient, two moments, average
 
 
@@ -85,14 +86,14 @@ def shard(run: Run, policy: nn.Module, world: World, device: str) -> Shards | No
     if not is_sharded(run, policy, world, device):
         return None
     if getattr(policy, "hf_quantizer", None) is not None:
-        raise UserError("a quantised base cannot be sharded; use --sharding replicate, or --tuning.quantization none")
+        raise UserError(QUANTISED)
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise UserError(f"sharded weights need a newer torch than {torch.__version__}; use --sharding replicate")
     shell = _shell(policy)
     mesh = mesh_of(run, world, device)
     trained = {p for p in policy.parameters() if p.requires_grad}
     whole_on_each = trained if len(trained) < len(list(policy.parameters())) else set()
-    for module in (*_blocks(policy), policy):
+    for module in (*repeated_blocks(policy), policy):
         # the root too: left gathered after a forward it would miss the next change of its weights
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole_on_each)
     for module in _groups(policy):
@@ -116,17 +117,20 @@ def may_shard(run: Run, world: World, device: str) -> bool:
     return run.sharding != "auto" or (device.startswith("cuda") and one_draw_a_round(run, world))
 
 
-def is_sharded(run: Run, policy: nn.Module, world: World, device: str) -> bool:
-    """`auto` shards on CUDA what would fill more than ROOM of a device, if the draws allow it."""
+def is_sharded(run: Run, policy: nn.Module, world: World, device: str, memory: int = 0) -> bool:
+    """`auto` shards on CUDA what would fill more than ROOM of a device, if the draws allow it.
+
+    `memory`: the device's bytes; 0 = ask it.
+    """
     if not may_shard(run, world, device) or run.sharding != "auto":
         return may_shard(run, world, device)
     if getattr(policy, "hf_quantizer", None) is not None:
         return False
     kept = sum(p.numel() * (KEPT if p.requires_grad else p.element_size()) for p in policy.parameters())
-    return kept > ROOM * torch.cuda.get_device_properties(device).total_memory
+    return kept > ROOM * (memory or torch.cuda.get_device_properties(device).total_memory)
 
 
-def _blocks(policy: nn.Module) -> list[nn.Module]:
+def repeated_blocks(policy: nn.Module) -> list[nn.Module]:
     """The repeated blocks: the elements of the policy's own lists of modules."""
     return [block for child in policy.children() if isinstance(child, nn.ModuleList) for block in child]
 
@@ -137,13 +141,18 @@ def _groups(policy: Any) -> list[FSDPModule]:
 
 def mesh_of(run: Run, world: World, device: str) -> DeviceMesh:
     """The ranks as the run's sharding arranges them; `device` is that of a rank, or its type."""
-    device = device.partition(":")[0]
+    device, inner = device.partition(":")[0], shared_by(run, world)
     if run.sharding != "hybrid":
         return init_device_mesh(device, (world.size,), mesh_dim_names=("shard",))
-    inner = run.shard_ranks or world.local_size
+    return init_device_mesh(device, (world.size // inner, inner), mesh_dim_names=("replicate", "shard"))
+
+
+def shared_by(run: Run, world: World) -> int:
+    """How many ranks share one copy of what is sharded. UserError where they do not divide the world."""
+    inner = (run.shard_ranks or world.local_size) if run.sharding == "hybrid" else world.size
     if world.size % inner:
         raise UserError(f"{world.size} ranks are not made of machines of {inner}; give shard_ranks")
-    return init_device_mesh(device, (world.size // inner, inner), mesh_dim_names=("replicate", "shard"))
+    return inner
 
 
 def _shell(policy: nn.Module) -> nn.Module:
