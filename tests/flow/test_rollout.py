@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -82,8 +83,9 @@ def test_steps_outside_the_grid_are_refused(steps):
         check_steps(steps, 5)
 
 
-def test_inputs_only_runs_again_in_backward_and_nowhere_else():
-    calls = []
+def counted() -> tuple[Any, torch.Tensor, torch.Tensor, list[bool], tuple[torch.Tensor, torch.Tensor]]:
+    """A velocity, its weight, the weight's gradient, whether each call had a graph, and where."""
+    calls: list[bool] = []
     weight = torch.randn(3, 3, requires_grad=True)
 
     def velocity(x, sigma):
@@ -91,8 +93,13 @@ def test_inputs_only_runs_again_in_backward_and_nowhere_else():
         return torch.tanh(x @ weight) * sigma
 
     x, sigma = torch.randn(2, 3), torch.tensor(0.5)
-    (plain,) = torch.autograd.grad(velocity(x, sigma).sum(), weight)
+    (gradient,) = torch.autograd.grad(velocity(x, sigma).sum(), weight)
     calls.clear()
+    return velocity, weight, gradient, calls, (x, sigma)
+
+
+def test_inputs_only_runs_again_in_backward_and_nowhere_else():
+    velocity, weight, plain, calls, (x, sigma) = counted()
     v = inputs_only(velocity)(x, sigma)
     assert calls == [False] and v.requires_grad
     v.sum().backward()
@@ -146,16 +153,7 @@ def test_each_forward_has_a_backward_of_its_own(wrapper):
 
 
 def test_own_backward_runs_once_and_says_so():
-    calls = []
-    weight = torch.randn(3, 3, requires_grad=True)
-
-    def velocity(x, sigma):
-        calls.append(torch.is_grad_enabled())
-        return torch.tanh(x @ weight) * sigma
-
-    x, sigma = torch.randn(2, 3), torch.tensor(0.5)
-    (plain,) = torch.autograd.grad(velocity(x, sigma).sum(), weight)
-    calls.clear()
+    velocity, weight, plain, calls, (x, sigma) = counted()
     v = own_backward(velocity)(x, sigma)
     v.sum().backward(retain_graph=True)
     assert calls == [True] and weight.grad is not None and torch.equal(plain, weight.grad)
