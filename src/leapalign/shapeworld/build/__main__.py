@@ -80,9 +80,9 @@ def make(out: Path, name: str, train: Callable[[], Any]) -> None:
     record = out / f"{name}.json"
     if record.exists():
         return
-    start = time.monotonic()
+    start, begun_at = time.monotonic(), commit()
     train()
-    done = {"seconds": round(time.monotonic() - start), "commit": commit(), "machine": platform.machine()}
+    done = {"seconds": round(time.monotonic() - start), "commit": begun_at, "machine": platform.machine()}
     record.write_text(json.dumps(done | {"threads": torch.get_num_threads(), "torch": torch.__version__}))
 
 
