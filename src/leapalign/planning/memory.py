@@ -53,9 +53,10 @@ def rewards_here(parts: Parts) -> Iterator[tuple[RewardPlan, Sequence[nn.Module]
     from leapalign.training.engine import reward_names
 
     for name, plan, term in zip(reward_names(parts.run), parts.rewards, parts.run.rewards):
-        sharded = name in parts.run.shard_rewards and parts.rank.world.size > 1 and plan.network is not None
+        sharded = name in parts.run.shard_rewards and parts.rank.world.size > 1
+        network = plan.network if sharded else None
         if not term.device:
-            yield plan, blocks_of(plan.network, f"shard_rewards: the reward {name}") if sharded else ()
+            yield plan, () if network is None else blocks_of(network, f"shard_rewards: the reward {name}")
 
 
 def _reward_bytes(rank: Rank, plan: RewardPlan, blocks: Sequence[nn.Module]) -> int:
