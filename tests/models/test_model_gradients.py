@@ -202,3 +202,13 @@ def test_decode_leaves_autocast(sd3_folder: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = decoder(z)
     assert torch.equal(inside, decoder(z))
+
+
+def test_bfloat16_keeps_no_copies_of_the_weights_between_their_uses(sd3_folder: str) -> None:
+    """As autocast's cache would, to the end of a forward."""
+    model, kept = sd3(sd3_folder, scale=1.0, dtype="bfloat16"), []
+    linear = next(m for m in model.policy.modules() if isinstance(m, nn.Linear))
+    linear.register_forward_hook(lambda *_: kept.append(torch.is_autocast_cache_enabled()))
+    with torch.no_grad():
+        model.velocity(model.encode(PROMPTS))(noise(model), torch.tensor(0.5))
+    assert kept == [False]

@@ -98,13 +98,26 @@ def test_clipping_limits_the_gradient(tiny_run, tiny_module):
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_graph_of_inputs_gives_the_same_weights(tiny_run, tmp_path, micro_batches):
-    """Bit for bit; with several micro-batches to rounding: gradients of leaps are added to .grad one by one."""
+    """Bit for bit, with several micro-batches too: under both, gradients of leaps are added to .grad one by one."""
     size = tiny_run().batch_size
     same = {"steps": 2, "batch_size": size, "micro_batch_size": size // micro_batches}
     everything = weights_after(tiny_run(out=str(tmp_path / "all"), **same))
     inputs = weights_after(tiny_run(out=str(tmp_path / "inputs"), graph="inputs", **same))
     for name, value in everything.items():
-        assert torch.allclose(value, inputs[name], rtol=0, atol=0 if micro_batches == 1 else 1e-6)
+        assert torch.equal(value, inputs[name])
+
+
+@pytest.mark.parametrize("graph", ["all", "inputs"])
+def test_gradients_are_held_once_and_go_with_their_update(tiny_run, graph):
+    """Each of two leaps adds to .grad by itself; AdamW takes a weight at a time; the probe finds no gradient."""
+    run = tiny_run(method=LeapAlign(), graph=graph, micro_batch_size=tiny_run().batch_size)
+    engine, added = loop.build(run), []
+    weight = next(iter(engine.parameters.values()))
+    weight.register_post_accumulate_grad_hook(lambda p: added.append(p.grad.clone()))
+    loop.update(engine, 0)
+    assert len(added) == 2 and not torch.equal(*added)
+    assert engine.optimizer.defaults["foreach"] is False
+    assert all(p.grad is None for p in loop.train(run).engine.parameters.values())
 
 
 def test_blocks_need_a_model_that_has_them(tiny_run):

@@ -216,10 +216,8 @@ def _verified(folder: Path) -> Checkpoint:
     for name, digest in state["files"].items():
         if sha256(folder / name) != digest:
             raise ValueError(f"{name} has other bytes than were written")
-    for file in sorted(
-        folder.glob("*.safetensors")
-    ):  # a sum says that nothing was changed later, not that it was sound
-        _check_sound(file)
+    for file in sorted(folder.glob("*.safetensors")):
+        _check_sound(file)  # a sum says that nothing was changed later, not that it was sound
     _check_progress(state, _step(folder))
     record = json.loads((folder / "run.json").read_text())
     if not isinstance(record, dict):

@@ -205,9 +205,8 @@ def joined(run: Run) -> Iterator[World]:
                 "rank has ended, and its own message says why"
             ) from error
         raise
-    if (
-        ours
-    ):  # after an error the group is left to the end of the process: tidying up could wait for ranks that are gone
+    # after an error the group is left to the end of the process: tidying up could wait for ranks that are gone
+    if ours:
         dist.destroy_process_group()
 
 
