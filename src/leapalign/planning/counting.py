@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 DEVICE = torch.ops.prim.device.default
-SUMS = (torch.ops.aten.add.Tensor, torch.ops.aten.copy_.default, torch.ops.aten.clone.default)  # of gradients
 
 
 @dataclass(eq=False)
@@ -27,7 +26,6 @@ class LiveBytes(TorchDispatchMode):
     events: list[tuple[int, int]] = field(default_factory=list)  # (which storage, + or - bytes), in time
     phases: list[tuple[str, int]] = field(default_factory=list)  # (name, number of events before it)
     living: dict[int, int] = field(default_factory=dict)  # address of a storage -> which
-    sums: list[tuple[int, int]] = field(default_factory=list)  # (a sum or copy, what went into it)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -40,8 +38,6 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tensors_of(result):
             if address(tensor) not in given:  # a view of an argument, or a change in place, makes nothing
                 self._made(tensor.untyped_storage())
-        if func in SUMS:
-            self._link(result, args)
         return result
 
     def _made(self, storage: torch.UntypedStorage) -> None:
@@ -52,10 +48,6 @@ class LiveBytes(TorchDispatchMode):
         self.events.append((which, size))
         weakref.finalize(storage, self._freed, place, which, size).atexit = False
 
-    def _link(self, result: Tensor, args: Any) -> None:
-        terms = [self.living[address(t)] for t in tensors_of(args) if address(t) in self.living]
-        self.sums += [(self.living[address(result)], term) for term in terms if address(result) in self.living]
-
     def _freed(self, place: int, which: int, size: int) -> None:
         self.events.append((which, -size))
         self.living.pop(place, None)
@@ -64,11 +56,8 @@ class LiveBytes(TorchDispatchMode):
         self.phases.append((phase, len(self.events)))
 
     def peaks(self, without: Iterable[Tensor] = ()) -> dict[str, int]:
-        """The most bytes alive in each phase; `without` (living tensors) and what was added up to them do not count."""
+        """The most bytes alive in each phase; `without` (living tensors) does not count."""
         left_out = {self.living[address(t)] for t in without if address(t) in self.living}
-        for total, term in reversed(self.sums):
-            if total in left_out:
-                left_out.add(term)
         now, highest, starts = 0, dict.fromkeys((name for name, _ in self.phases), 0), dict(self._starts())
         phase = ""
         for index, (which, change) in enumerate([*self.events, (-1, 0)]):
