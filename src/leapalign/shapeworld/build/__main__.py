@@ -1,71 +1,40 @@
 """`python -m leapalign.shapeworld.build`: makes the embedded generator, reward and judge, from nothing.
 
-Parts are made in order and kept in `--out`; one that is done is not made again, and the generator goes on from its last
+The generator (after its VAE) and the two CLIP models need nothing of each other, so they are trained side by side, a
+process each. Parts are kept in `--out`; one that is done is not made again, and the generator goes on from its last
 state. With `--install` the finished folders, each with a model card, replace those that ship with the package.
 """
-
-# diffusers and transformers annotate some constructors more narrowly than they accept
-# pyright: reportPrivateImportUsage=false, reportArgumentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import subprocess
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from diffusers import AutoencoderKL
 
 from leapalign.shapeworld.assets import FOLDER
 from leapalign.shapeworld.build import measure
 from leapalign.shapeworld.build.cards import card
-from leapalign.shapeworld.build.clip import JUDGE, REWARD, train_clip
-from leapalign.shapeworld.build.generator import train_generator
-from leapalign.shapeworld.build.harden import harden_clip
-from leapalign.shapeworld.build.vae import train_vae
+from leapalign.shapeworld.build.parts import Build, make_generator, make_rewards
 
 PER_TASK, NUM_STEPS = 300, 8  # of the guidance sweep; the steps are those of the recipes
-SCALES = (1.0, 1.5, 2.0, 3.0, 4.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Build:
-    """Train the embedded default of leapalign."""
-
-    out: Path = Path("build/shapeworld")
-    """Work folder: states, finished parts, measurements."""
-    vae_steps: int = 2400
-    generator_steps: int = 8500
-    reward_steps: int = 3000
-    hardening_steps: int = 2500
-    """Of the reward's second training, against being gamed."""
-    judge_steps: int = 3000
-    seed: int = 0
-    """The VAE's and the generator's; the reward has the next one, the judge the one after."""
-    threads: int = 1
-    """Of torch."""
-    install: bool = False
-    """Put the finished folders into the package."""
+SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0)
 
 
 def main(build: Build) -> None:
-    torch.set_num_threads(build.threads)
-    build.out.mkdir(parents=True, exist_ok=True)
     out = build.out
-    make(out, "vae", lambda: train_vae(out / "vae", build.vae_steps, build.seed))
-    vae = AutoencoderKL.from_pretrained(out / "vae").eval().requires_grad_(False)
-    make(out, "generator", lambda: train_generator(out / "generator", vae, build.generator_steps, build.seed))
-    easy, seed = out / "easy-reward", build.seed + 1
-    make(out, "easy-reward", lambda: train_clip(easy, REWARD, build.reward_steps, seed))
-    make(out, "reward", lambda: harden_clip(easy, out / "reward", REWARD, build.hardening_steps, seed))
-    make(out, "judge", lambda: train_clip(out / "judge", JUDGE, build.judge_steps, build.seed + 2))
+    out.mkdir(parents=True, exist_ok=True)
+    begun_at = commit()
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        for chain in [pool.submit(make, build, begun_at) for make in (make_generator, make_rewards)]:
+            chain.result()
+    torch.set_num_threads(build.threads)
     scores = measured(out)
     print(json.dumps(scores, indent=1))
     for name in ("generator", "reward", "judge"):
@@ -73,17 +42,6 @@ def main(build: Build) -> None:
         if build.install:
             shutil.rmtree(FOLDER / name, ignore_errors=True)
             shutil.copytree(out / name, FOLDER / name)
-
-
-def make(out: Path, name: str, train: Callable[[], Any]) -> None:
-    """Run `train` unless it has been done, and note how long it took and at which commit."""
-    record = out / f"{name}.json"
-    if record.exists():
-        return
-    start, begun_at = time.monotonic(), commit()
-    train()
-    done = {"seconds": round(time.monotonic() - start), "commit": begun_at, "machine": platform.machine()}
-    record.write_text(json.dumps(done | {"threads": torch.get_num_threads(), "torch": torch.__version__}))
 
 
 def commit() -> str:
