@@ -1,15 +1,28 @@
-"""What the embedded reward learns from: near misses are false, spoiled pictures are bad, attacks go uphill."""
+"""What the embedded reward learns from is what it should be; an interrupted build goes on; the command runs."""
 
 from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file
 
 from leapalign.evaluation.geneval import judge
+from leapalign.shapeworld.build import __main__ as command
+from leapalign.shapeworld.build import generator as build_generator
 from leapalign.shapeworld.build.between import between, edited
 from leapalign.shapeworld.build.clip import JUDGE, NEGATIVES, REWARD, Batch, Trainee, contrast
+from leapalign.shapeworld.build.generator import Lesson, train_generator
 from leapalign.shapeworld.build.harden import attacked, hard_loss
+from leapalign.shapeworld.build.parts import Build, make
+from leapalign.shapeworld.build.progress import flat_then_decay
+from leapalign.shapeworld.build.scenes import SLOPPY, STRICT
+from leapalign.shapeworld.build.vae import new_vae
 from leapalign.shapeworld.detector import detect
 from leapalign.shapeworld.world import MAX_OBJECTS, render
 
@@ -85,3 +98,61 @@ def test_scenes_of_a_batch_are_true_of_their_captions():
     verdicts = [judge(caption, found).correct for found, caption in zip(detections, batch.captions)]
     assert np.mean(verdicts) > 0.9
     assert not batch.skip.diagonal().any()
+
+
+def test_a_part_that_is_done_is_not_made_again(tmp_path):
+    made = []
+    for _ in range(2):
+        make(tmp_path, "vae", "abc123", lambda: made.append("vae"))
+    assert made == ["vae"]
+    assert json.loads((tmp_path / "vae.json").read_text())["commit"] == "abc123"
+
+
+def test_a_part_that_fails_is_not_done(tmp_path):
+    def fail() -> None:
+        raise RuntimeError("no power")
+
+    with pytest.raises(RuntimeError, match="no power"):
+        make(tmp_path, "vae", "abc123", fail)
+    assert not (tmp_path / "vae.json").exists()
+
+
+def test_an_interrupted_generator_goes_on_to_the_same_weights(tmp_path, monkeypatch):
+    """Killed in the second lesson, after a state was written in the first: the rest is as if nothing had happened."""
+    lessons = (Lesson(3, SLOPPY, 0, 0.0), Lesson(5, STRICT, 1, 1.0))
+    monkeypatch.setattr(build_generator, "LESSONS", lessons)
+    monkeypatch.setattr(build_generator, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    vae = new_vae().eval().requires_grad_(False)
+    train = partial(train_generator, vae=vae, steps=5, seed=3, num=32, batch=4)
+    train(tmp_path / "whole")
+
+    def killed(_optimizer, _lr, step, _steps) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(build_generator, "flat_then_decay", lambda *args: killed(*args) or flat_then_decay(*args))
+        train(tmp_path / "parts")
+    torch.manual_seed(99)  # a new process has another one
+    train(tmp_path / "parts")
+    for part in ("transformer", "text_encoder", "text_encoder_3"):
+        whole, parts = (weights(tmp_path / name / part) for name in ("whole", "parts"))
+        assert all(torch.equal(tensor, parts[key]) for key, tensor in whole.items()), part
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+@pytest.mark.slow
+def test_the_command_makes_all_parts_with_cards(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "PER_TASK", 1)
+    monkeypatch.setattr(command.measure, "reward_accuracy", partial(command.measure.reward_accuracy, num=2))
+    steps = {f"{part}_steps": 2 for part in ("vae", "generator", "reward", "hardening", "judge")}
+    command.main(Build(out=tmp_path, **steps))
+    for name in ("generator", "reward", "judge"):
+        assert "2 steps" in (tmp_path / name / "README.md").read_text()
+    assert set(json.loads((tmp_path / "scores.json").read_text())) == {"generator", "reward", "judge"}
+    StableDiffusion3Pipeline.from_pretrained(tmp_path / "generator")

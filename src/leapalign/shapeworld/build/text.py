@@ -9,6 +9,8 @@ joint attention stays short.
 
 from __future__ import annotations
 
+import json
+
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
@@ -37,21 +39,25 @@ def words() -> list[str]:
 
 
 def clip_tokenizer(length: int = CLIP_LENGTH) -> CLIPTokenizer:
-    """CLIP's byte-pair tokenizer with merges learnt on our words: each becomes one token, others are spelled."""
+    """CLIP's byte-pair tokenizer with merges learnt on our words: each becomes one token, others are spelled.
+
+    The same at every call: letters that end a word are named to the trainer, which would number them as it meets them,
+    in the random order of its hash table, and break ties between merges by these numbers.
+    """
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     letters = [chr(code) for code in range(33, 127)]
     trainer = trainers.BpeTrainer(
-        vocab_size=4000, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False
+        vocab_size=4000,
+        end_of_word_suffix="</w>",
+        initial_alphabet=letters,
+        special_tokens=[f"{letter}</w>" for letter in letters],
+        show_progress=False,
     )
     bpe.train_from_iterator(words() * 2, trainer)
-    import json
-
     state = json.loads(bpe.to_str())["model"]
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in state["merges"]]
-    tokens = list(state["vocab"])
-    tokens += [letter + "</w>" for letter in letters if letter + "</w>" not in state["vocab"]]
-    vocab = {token: i for i, token in enumerate([*tokens, BOS, EOS])}
+    vocab = {token: i for i, token in enumerate([*state["vocab"], BOS, EOS])}
     return CLIPTokenizer(
         vocab=vocab, merges=merges, bos_token=BOS, eos_token=EOS, pad_token=EOS, unk_token=EOS, model_max_length=length
     )
