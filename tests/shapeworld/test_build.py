@@ -22,6 +22,7 @@ from leapalign.shapeworld.build.harden import attacked, hard_loss
 from leapalign.shapeworld.build.parts import Build, make
 from leapalign.shapeworld.build.progress import flat_then_decay
 from leapalign.shapeworld.build.scenes import SLOPPY, STRICT
+from leapalign.shapeworld.build.text import clip_tokenizer, t5_tokenizer
 from leapalign.shapeworld.build.vae import new_vae
 from leapalign.shapeworld.detector import detect
 from leapalign.shapeworld.world import MAX_OBJECTS, render
@@ -98,6 +99,16 @@ def test_scenes_of_a_batch_are_true_of_their_captions():
     verdicts = [judge(caption, found).correct for found, caption in zip(detections, batch.captions)]
     assert np.mean(verdicts) > 0.9
     assert not batch.skip.diagonal().any()
+
+
+def test_the_tokenizers_are_the_same_at_every_call():
+    """Or a build that goes on would find its text encoders' ids shuffled."""
+    first, *others = [(clip_tokenizer(), t5_tokenizer()) for _ in range(5)]
+    text = "a photo of an orange ring left of a cross and xylophones"
+    for pair in others:
+        for mine, yours in zip(pair, first, strict=True):
+            assert mine.get_vocab() == yours.get_vocab()
+            assert mine(text)["input_ids"] == yours(text)["input_ids"]
 
 
 def test_a_part_that_is_done_is_not_made_again(tmp_path):
