@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,12 @@ class Build:
     """Of torch, in each of the two processes."""
     install: bool = False
     """Put the finished folders into the package."""
+
+
+def end_with_parent() -> None:
+    """In a process of the build: a killed build must not leave one that trains on and writes beside the next build."""
+    if parent := parent_process():
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def make_generator(build: Build, begun_at: str) -> None:
