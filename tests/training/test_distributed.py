@@ -12,30 +12,15 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.fsdp import FSDPModule
 
-import lora_families
-import tiny_pipelines
 from leapalign.errors import RunStopped, UserError
-from leapalign.models.folder import read_once
 from leapalign.run import Run
-from leapalign.training import batches, checkpoints, frozen, layouts, loop, parts
-from leapalign.training.distributed import (
-    VARIABLES,
-    World,
-    check_geometry,
-    fingerprint,
-    joined,
-    one_draw_a_round,
-    world_device,
-)
-from leapalign.training.shards import is_sharded, shard
+from leapalign.training import checkpoints, layouts, loop, parts
 from leapalign.training.tracking import read_metrics
 
 CASES = Path(__file__).with_name("distributed_cases.py")
@@ -311,145 +296,3 @@ parts.sha256 = killed
     assert again.returncode == 0 and "resuming from step-000001" in again.stderr, again.stderr
     assert [m["step"] for m in read_metrics(tmp_path / "run")] == [0, 1, 2, 3, 4]
     assert not list((tmp_path / "run" / "checkpoints").glob(".tmp-*"))
-
-
-def test_a_batch_that_does_not_fit_names_the_nearest_that_do(tiny_run: Callable[..., Run]) -> None:
-    run = tiny_run(batch_size=12, micro_batch_size=2)
-    for ranks in (1, 2, 3, 6):
-        check_geometry(run, World(size=ranks))
-    with pytest.raises(UserError, match=r"batch_size 8 or 16, or micro_batch_size 1 or 3, or 3 or 6 ranks"):
-        check_geometry(run, World(size=4))
-    with pytest.raises(UserError, match=r"use batch_size 10 or 20, or 3 or 6 ranks"):
-        check_geometry(run, World(size=5))
-
-
-def test_sharded_ranks_need_one_draw_at_a_time(tiny_run: Callable[..., Run]) -> None:
-    run = tiny_run(batch_size=24, micro_batch_size=2, samples_per_draw=6, sharding="full")
-    with pytest.raises(UserError, match="use samples_per_draw 4 or 8, 0 for the whole batch, or sharding replicate"):
-        check_geometry(run, World(size=2))
-    check_geometry(replace(run, sharding="replicate"), World(size=2))
-    check_geometry(run, World(size=3))
-    assert one_draw_a_round(run, World(size=3)) and not one_draw_a_round(run, World(size=2))
-    with pytest.raises(UserError, match="shard_ranks 3 does not divide 4 ranks; use 2 or 4"):
-        check_geometry(replace(run, samples_per_draw=0, sharding="hybrid", shard_ranks=3), World(size=4))
-
-
-def test_nothing_is_loaded_before_the_geometry_is_checked(tiny_run, monkeypatch):
-    for name, value in zip(VARIABLES, ("0", "3", "0", "3", "localhost", "1")):
-        monkeypatch.setenv(name, value)
-    run = tiny_run(batch_size=4, micro_batch_size=2, model=None)
-    with pytest.raises(UserError, match="rounds of 3 ranks"):
-        loop.train(run)
-    assert not Path(run.out).exists()
-
-
-def test_ranks_share_out_the_batch_and_change_no_sample(tiny_run: Callable[..., Run]) -> None:
-    run = tiny_run(batch_size=12, micro_batch_size=2)
-    prompts = run.prompts.load()
-    one = list(batches.micro_batches(run, prompts, 5))
-    three = [list(batches.micro_batches(run, prompts, 5, rank, 3)) for rank in range(3)]
-    assert [micro for micros in zip(*three) for micro in micros] == one
-    assert [micro.samples.start for micro in three[1]] == [2, 8]
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [({"LOCAL_RANK": ""}, "expected whole numbers"), ({"RANK": "2"}, "expected ranks below their sizes")],
-)
-def test_a_strange_environment_is_a_sentence(tiny_run, monkeypatch, change, words):
-    for name, value in (dict(zip(VARIABLES, ("0", "2", "0", "2", "localhost", "1"))) | change).items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match=words), joined(tiny_run()):
-        pass
-    monkeypatch.delenv("MASTER_PORT")
-    with pytest.raises(UserError, match="MASTER_PORT is not set; start the ranks with `torchrun"), joined(tiny_run()):
-        pass
-
-
-def test_ranks_have_a_device_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert world_device("cuda:1", World()) == "cuda:1" and world_device("cpu", World(size=2)) == "cpu"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    second = World(rank=5, size=8, local_rank=1, local_size=4)
-    assert world_device("auto", second) == world_device("cuda", second) == "cuda:1"
-    with pytest.raises(UserError, match="device 'cuda:0' would be that of all 8 ranks"):
-        world_device("cuda:0", second)
-    with pytest.raises(UserError, match="rank 6 is number 2 on its machine, which has 2 CUDA devices"):
-        world_device("cuda", replace(second, rank=6, local_rank=2))
-
-
-def test_what_cannot_be_sharded_is_refused(tiny_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    run, two_ranks = tiny_run(sharding="full"), World(size=2, local_size=2)
-    policy = torch.nn.Linear(2, 2)
-    assert shard(replace(run, sharding="auto"), policy, two_ranks, "cpu") is None  # small, and on the CPU
-    with monkeypatch.context() as old, pytest.raises(UserError, match="newer torch"):
-        old.delattr(FSDPModule, "set_force_sum_reduction_for_comms")
-        shard(run, policy, two_ranks, "cpu")
-    policy.hf_quantizer = object()  # pyright: ignore
-    with pytest.raises(UserError, match="a quantised base cannot be sharded"):
-        shard(run, policy, two_ranks, "cpu")
-
-
-def test_frozen_networks_that_cannot_be_sharded_are_refused(tiny_run: Callable[..., Run], tiny_module: Any) -> None:
-    """Unknown names and devices before anything is loaded; the rest before anything is sharded."""
-    two_ranks, name = World(size=2, local_size=2), "tiny-reward"
-    with pytest.raises(UserError, match="there is no reward 'hpsv3'; the run has tiny-reward"):
-        loop.build(tiny_run(model=None, shard_rewards=("hpsv3",)))
-    run = tiny_run(shard_rewards=(name,), shard_text_encoders=True)
-    elsewhere = (replace(run.rewards[0], device="cpu"),)
-    with pytest.raises(UserError, match=r"tiny-reward has a device of its own \(cpu\)"):
-        loop.build(replace(run, model=None, rewards=elsewhere))
-    with pytest.raises(UserError, match="tiny-reward has no network"):
-        frozen.shard_rewards(run, {name: lambda images, prompts: images.mean()}, two_ranks, "cpu")
-    plain = SimpleNamespace(model=torch.nn.Sequential(torch.nn.Linear(2, 2)))
-    with pytest.raises(UserError, match="tiny-reward has no repeated blocks"):
-        frozen.shard_rewards(run, {name: plain}, two_ranks, "cpu")  # type: ignore[dict-item]
-    layer = torch.nn.Linear(2, 2)
-    tied = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([layer, torch.nn.Sequential(layer)])})
-    with pytest.raises(UserError, match="blocks that share weights"):
-        frozen.shard_rewards(run, {name: SimpleNamespace(model=tied)}, two_ranks, "cpu")  # type: ignore[dict-item]
-    with pytest.raises(UserError, match="TinyModel encodes its prompts in a way of its own"):
-        frozen.prepare(run, run.model.load("cpu", "float32"), ["red"], two_ranks, "cpu")
-
-
-def test_a_large_policy_on_cuda_is_sharded_by_itself(tiny_run, monkeypatch):
-    """20 bytes a trained weight against 40 % of a device's memory; draws that differ between ranks forbid it."""
-    policy = torch.nn.Linear(999, 1000)  # 10 ** 6 weights
-    small, large = (SimpleNamespace(total_memory=memory) for memory in (49_000_000, 51_000_000))
-    run = tiny_run(batch_size=8, micro_batch_size=2)
-    for properties, expected in ((small, True), (large, False)):
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, p=properties: p)
-        assert is_sharded(run, policy, World(size=2), "cuda:0") is expected
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: small)
-    assert not is_sharded(replace(run, samples_per_draw=2), policy, World(size=2), "cuda:0")
-    assert not is_sharded(run, policy, World(), "cuda:0") and not is_sharded(
-        replace(run, sharding="replicate"), policy, World(size=2), "cuda:0"
-    )
-
-
-@pytest.mark.parametrize("family", lora_families.FAMILIES)
-def test_a_policy_without_values_lacks_its_weights_and_nothing_else(tmp_path: Path, family: str) -> None:
-    """Whatever else a family's class computes when it is made (rotations, tables) is there: filled, it is the model."""
-    built = lora_families.FAMILIES[family]
-    tiny_pipelines.save(built.build(), tmp_path)
-    config = built.config(str(tmp_path))
-    alone = config.load("cpu", "float32")
-    with read_once(False):
-        model = config.load("cpu", "float32")
-    assert all(p.is_meta for p in model.policy.parameters())
-    buffers = dict(alone.policy.named_buffers())
-    for name, buffer in model.policy.named_buffers():
-        buffer.copy_(buffers[name])
-    model.policy.load_state_dict(alone.policy.state_dict(), assign=True)
-    text, noise = alone.encode(["a red circle"]), alone.noise([torch.Generator().manual_seed(1)])
-    with torch.no_grad():
-        ours, theirs = (m.velocity(text)(noise, torch.tensor(0.5)) for m in (model, alone))
-    assert torch.equal(ours, theirs)
-
-
-def test_a_single_changed_bit_changes_the_fingerprint() -> None:
-    tensors = {"a": torch.randn(7, 5), "b": torch.randn(3).bfloat16(), "c": torch.randn(2, dtype=torch.float64)}
-    before = fingerprint(tensors)
-    assert fingerprint({name: t.clone() for name, t in tensors.items()}) == before
-    tensors["a"].view(torch.int32)[3, 2] ^= 1
-    assert fingerprint(tensors) != before
