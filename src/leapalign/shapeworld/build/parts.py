@@ -33,7 +33,7 @@ class Build:
     """Work folder: states, finished parts, measurements."""
     vae_steps: int = 2400
     generator_steps: int = 8500
-    reward_steps: int = 3000
+    reward_steps: int = 4000
     hardening_steps: int = 2500
     """Of the reward's second training, against being gamed."""
     judge_steps: int = 3000
