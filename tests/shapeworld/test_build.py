@@ -165,11 +165,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_killed_build_leaves_no_process_behind(tmp_path):
     script = (
         "import os, time\n"
-        "from concurrent.futures import ProcessPoolExecutor\n"
-        "from multiprocessing import get_context\n"
-        "from leapalign.shapeworld.build.parts import end_with_parent\n"
+        "from leapalign.shapeworld.build.parts import workers\n"
         "if __name__ == '__main__':\n"
-        "    with ProcessPoolExecutor(1, mp_context=get_context('spawn'), initializer=end_with_parent) as pool:\n"
+        "    with workers() as pool:\n"
         "        print(pool.submit(os.getpid).result(), flush=True)\n"
         "        pool.submit(time.sleep, 600).result()\n"
     )

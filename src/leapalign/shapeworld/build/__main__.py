@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ import tyro
 from leapalign.shapeworld.assets import FOLDER
 from leapalign.shapeworld.build import measure
 from leapalign.shapeworld.build.cards import card
-from leapalign.shapeworld.build.parts import Build, end_with_parent, make_generator, make_rewards
+from leapalign.shapeworld.build.parts import Build, make_generator, make_rewards, workers
 
 PER_TASK, NUM_STEPS = 300, 8  # of the guidance sweep; the steps are those of the recipes
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0)
@@ -31,7 +29,7 @@ def main(build: Build) -> None:
     out = build.out
     out.mkdir(parents=True, exist_ok=True)
     begun_at = commit()
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
+    with workers() as pool:
         for chain in [pool.submit(make, build, begun_at) for make in (make_generator, make_rewards)]:
             chain.result()
     torch.set_num_threads(build.threads)

@@ -11,8 +11,9 @@ import platform
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import parent_process
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,13 @@ class Build:
     """Put the finished folders into the package."""
 
 
-def end_with_parent() -> None:
-    """In a process of the build: a killed build must not leave one that trains on and writes beside the next build."""
+def workers() -> ProcessPoolExecutor:
+    """A process a chain."""
+    return ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """A killed build must not leave a process that trains on and writes beside the next build."""
     if parent := parent_process():
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
