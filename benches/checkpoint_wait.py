@@ -30,12 +30,12 @@ import torch
 import tyro
 from shared import facts
 
+from leapalign.checkpoint import checkpoints
+from leapalign.checkpoint.async_writer import Saver
+from leapalign.checkpoint.checkpoints import Progress
 from leapalign.recipes import shapeworld_leapalign
-from leapalign.training import checkpoints
-from leapalign.training.checkpoints import Progress
 from leapalign.training.engine import Engine, build
 from leapalign.training.loop import update
-from leapalign.training.saver import Saver
 from leapalign.training.weights import EMA
 
 

@@ -29,8 +29,8 @@ import tyro
 from shared import facts
 
 from leapalign.cli import main
+from leapalign.storage.atomic import SCRATCH, sha256
 from leapalign.training import loop
-from leapalign.training.files import SCRATCH, sha256
 from leapalign.training.tracking import read_metrics
 
 _ = (torch._dynamo, torch.utils.tensorboard, loop)

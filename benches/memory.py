@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from leapalign.methods.draft import DRaFT, DRaFTDraws
 from leapalign.methods.leapalign import LeapAlign, LeapDraws
 from leapalign.methods.refl import ReFL, ReFLDraws
-from leapalign.planning.counting import LiveBytes, Saved
+from leapalign.planning.tensor_bytes import LiveBytes, Saved
 from leapalign.recipes import shapeworld_leapalign
 from leapalign.run import Run
 from leapalign.training.engine import Engine, build

@@ -4,8 +4,9 @@
     python benches/methods.py --recipes shapeworld-leapalign shapeworld-refl --seeds 0 1 > methods.json
     python benches/methods.py --guidance 1 1.5 2 3 4 > guidance.json            # base and tuned, each at its best
 
-Training, evaluation and tables are the demo's own (leapalign.demo). All seeds are evaluated over the same prompts and
-noises, which no training seed touches; the base is therefore evaluated once. Standard errors: `over_pictures` of one
+Training, evaluation and tables are the demo's own (leapalign.studies.before_after). All seeds are evaluated over the
+same prompts and noises, which no training seed touches; the base is therefore evaluated once. Standard errors:
+`over_pictures` of one
 run's paired differences (their mean over the seeds, since the seeds share pictures), `over_seeds` of the seeds' means.
 With `--guidance`, base and tuned models are drawn at each scale over the same noises too, and each run is compared with
 the base at the scale where its overall is highest, chosen on these very pictures: as trained (in the base's favour) and
@@ -28,14 +29,14 @@ import tyro
 from shared import facts, with_folders
 
 from leapalign.codec import encode
-from leapalign.demo import HELD_OUT, Study, evaluate_model, summarize
 from leapalign.errors import UserError
 from leapalign.evaluation.evaluate import Evaluation, compare, report
+from leapalign.lookup.recipes import load_recipe, read_run
 from leapalign.prompts import ShapeWorldPrompts
-from leapalign.recipe_files import load_recipe, read_run
 from leapalign.rewards.clip import PickScore
 from leapalign.run import Run, differences, trajectory
 from leapalign.shapeworld.detector import detect
+from leapalign.studies.before_after import HELD_OUT, Study, evaluate_model, summarize
 from leapalign.training.loop import train
 
 TARGETS = {"overall": 0.15, "position": 0.10, "color_attr": 0.10, HELD_OUT: 0.0}  # changes that the demo has to reach

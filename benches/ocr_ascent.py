@@ -34,7 +34,7 @@ from torch import Tensor
 from leapalign.evaluation.text_accuracy import TextAccuracy, TextJudge
 from leapalign.report.pictures import pixels
 from leapalign.rewards.ocr import OCR
-from leapalign.rewards.ocr_model import OCRReward
+from leapalign.rewards.ocr.model import OCRReward
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,15 +33,15 @@ from leapalign.methods.refl import ReFL
 from leapalign.models import flux, flux2, qwen_image, z_image
 from leapalign.models.base import Conditioning
 from leapalign.models.decode import Decoder
-from leapalign.models.folder import PipelineFolder
 from leapalign.models.pipeline import Guidance, PipelineModel, parse_dtype
 from leapalign.planning.activations import GRAPHS, GraphBytes, count_forwards, draw, graph_bytes, latent_bytes
-from leapalign.planning.counting import LiveBytes, Saved
+from leapalign.planning.meta_models import META, fake, fake_mode
+from leapalign.planning.tensor_bytes import LiveBytes, Saved
 from leapalign.planning.texts import TextShape
-from leapalign.planning.weightless import META, fake, fake_mode
 from leapalign.prompts import PromptFile
 from leapalign.rewards.clip import PickScore
 from leapalign.run import RewardTerm, Run
+from leapalign.storage.pipeline_folder import PipelineFolder
 
 BOUND = 0.1  # relative
 METHODS = {"leapalign": LeapAlign(), "refl": ReFL(), "draft-lv": DRaFTLV(), "drtune": DRTune()}

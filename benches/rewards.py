@@ -28,8 +28,8 @@ from shared import facts, synchronized
 from torch import Tensor, nn
 
 from leapalign.errors import UserError
-from leapalign.planning.counting import LiveBytes
 from leapalign.planning.reward_sizes import PUBLISHED, Architecture, hpsv3
+from leapalign.planning.tensor_bytes import LiveBytes
 
 
 @dataclass(frozen=True, kw_only=True)

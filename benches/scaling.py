@@ -31,10 +31,10 @@ from shared import facts
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from leapalign.distributed.world import joined
 from leapalign.recipes import shapeworld_leapalign
 from leapalign.run import Run
 from leapalign.training import loop
-from leapalign.training.distributed import joined
 from leapalign.tuning.lora import LoRA
 
 WAYS: dict[str, dict[str, Any]] = {

@@ -29,10 +29,10 @@ import tyro
 from shared import facts
 from torch import Tensor, nn
 
+from leapalign.distributed.fsdp import shard
+from leapalign.distributed.world import joined
 from leapalign.flow.graph import inputs_only, own_backward
 from leapalign.recipes import shapeworld_leapalign
-from leapalign.training.distributed import joined
-from leapalign.training.shards import shard
 
 WAYS: dict[str, Callable[[Any], Any]] = {"autograd": lambda v: v, "all": own_backward, "inputs": inputs_only}
 INTERVAL = 0.0005  # seconds between two looks

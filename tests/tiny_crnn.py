@@ -9,7 +9,7 @@ import torch
 
 def write_tiny_crnn(folder: Path, *, seed: int = 1, classes: int = 97) -> Path:
     """Sizes that all differ, so that a loader that mixes two of them up fails."""
-    from leapalign.rewards.ocr_model import CRNN
+    from leapalign.rewards.ocr.model import CRNN
 
     torch.manual_seed(seed)
     model = CRNN(channels=(3, 4, 5, 6), hidden=(7, 8), features=(9, 10), classes=classes)

@@ -21,7 +21,7 @@ def write_tiny_hpsv3(folder: Path, *, seed: int = 1) -> Path:
     from safetensors.torch import save_file
     from transformers import Qwen2VLConfig, Qwen2VLModel
 
-    from leapalign.rewards.hpsv3_model import HPSv3Model
+    from leapalign.rewards.hpsv3.model import HPSv3Model
 
     tokenizer = write_tokenizer(folder, "hpsv3_prompt.txt")
     text = TEXT | {"rope_parameters": dict(ROPE), "vocab_size": len(tokenizer) + 50}  # more rows than the weights

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from leapalign.models.prompt_place import entries, gigabytes, limit, place
+from leapalign.models.prompt_embeds.location import entries, gigabytes, limit, place
 
 
 def show(*, clear: bool) -> dict[str, Any]:

@@ -11,18 +11,19 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from leapalign.codec import suggestion
+from leapalign.distributed.world import resolve_device
 from leapalign.errors import UserError
 from leapalign.evaluation.evaluate import Detector, Evaluation, Scorers, compare, evaluate, report
-from leapalign.evaluation.folders import picture_paths, refuse_existing, write_pictures
-from leapalign.evaluation.geneval import check_metadata
+from leapalign.evaluation.image_folder import picture_paths, refuse_existing, write_pictures
 from leapalign.evaluation.sampling import Sampling
-from leapalign.listing import listing
+from leapalign.geneval.rules import check_metadata
+from leapalign.lookup.catalog import listing
+from leapalign.lookup.recipes import load_plugins, read_run
 from leapalign.prompts import Prompt, PromptFile, Prompts, ShapeWorldPrompts
-from leapalign.recipe_files import load_plugins, read_run
 from leapalign.sampling import Source, find_source
 from leapalign.scoring import reward_config
-from leapalign.training.engine import resolve_device, reward_names
-from leapalign.training.files import disk_errors
+from leapalign.storage.atomic import disk_errors
+from leapalign.training.engine import reward_names
 
 if TYPE_CHECKING:
     from leapalign.cli.evaluate import EvaluateFlags

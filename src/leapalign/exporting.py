@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leapalign.errors import UserError
-from leapalign.recipe_files import load_plugins, read_run
+from leapalign.lookup.recipes import load_plugins, read_run
 from leapalign.sampling import run_source
-from leapalign.training.files import disk_errors
+from leapalign.storage.atomic import disk_errors
 
 if TYPE_CHECKING:
     from leapalign.cli.export import ExportFlags

@@ -7,17 +7,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from leapalign.distributed.world import resolve_device
 from leapalign.errors import UserError
-from leapalign.evaluation.folders import picture_paths, refuse_existing, write_pictures
+from leapalign.evaluation.image_folder import picture_paths, refuse_existing, write_pictures
 from leapalign.evaluation.sampling import Sampling, draw_images
+from leapalign.lookup.families import config_for
+from leapalign.lookup.recipes import load_plugins, read_run
 from leapalign.models.base import pointed_at
-from leapalign.models.families import config_for
 from leapalign.prompts import Prompt
 from leapalign.prompts.base import check_text
-from leapalign.recipe_files import load_plugins, read_run
 from leapalign.run import Run
-from leapalign.training.engine import resolve_device
-from leapalign.training.files import disk_errors
+from leapalign.storage.atomic import disk_errors
 from leapalign.tuning.full import FULL
 
 if TYPE_CHECKING:

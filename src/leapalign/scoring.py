@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from leapalign.codec import suggestion
+from leapalign.distributed.world import resolve_device
 from leapalign.errors import RunStopped, UserError
+from leapalign.lookup.recipes import load_file
 from leapalign.prompts import PromptFile
 from leapalign.prompts.base import check_text
-from leapalign.recipe_files import load_file
-from leapalign.training.engine import resolve_device
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,7 +63,7 @@ def reward_classes() -> dict[str, Any]:
     """name -> configuration class, of every file in rewards/."""
     import importlib
 
-    from leapalign.listing import listing
+    from leapalign.lookup.catalog import listing
 
     found = {}
     for entry in listing(("rewards",))["rewards"]:

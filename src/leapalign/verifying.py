@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leapalign.distributed.world import resolve_device
+from leapalign.lookup.recipes import load_plugins
 from leapalign.models.base import pointed_at
-from leapalign.recipe_files import load_plugins
 from leapalign.sampling import find_source
 from leapalign.scoring import reward_classes, reward_config
-from leapalign.training.engine import resolve_device
 from leapalign.verification.checks import Check, note
 from leapalign.verification.files import read_hashes
 from leapalign.verification.pipelines import Trial, check_pipeline

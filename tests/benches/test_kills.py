@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from leapalign.recipe_files import load_file
+from leapalign.lookup.recipes import load_file
 
 BENCHES = Path(__file__).parents[2] / "benches"
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import tiny_pipelines
+from leapalign.lookup.recipes import load_file
 from leapalign.methods.leapalign import LeapAlign
 from leapalign.models.sd3 import SD3
 from leapalign.prompts import PromptFile
-from leapalign.recipe_files import load_file
 from leapalign.rewards.clip import PickScore
 from leapalign.run import RewardTerm, Run
 from tiny_clip import write_tiny_clip

@@ -10,10 +10,10 @@ import torch
 
 from golden_folder import golden
 from leapalign.errors import UserError
+from leapalign.lookup.recipes import load_file
 from leapalign.planning.reward_sizes import clip
-from leapalign.recipe_files import load_file
-from leapalign.rewards.hpsv2_model import from_open_clip
-from leapalign.rewards.imagereward_model import from_original
+from leapalign.rewards.hpsv2.model import from_open_clip
+from leapalign.rewards.imagereward.model import from_original
 
 BENCHES = Path(__file__).parents[2] / "benches"
 

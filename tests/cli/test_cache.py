@@ -10,8 +10,8 @@ import torch
 
 from leapalign.cli import main
 from leapalign.models.base import Text
-from leapalign.models.folder import PipelineFolder
-from leapalign.models.prompt_store import PromptStore
+from leapalign.models.prompt_embeds.store import PromptStore
+from leapalign.storage.pipeline_folder import PipelineFolder
 
 
 def test_show_and_clear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,7 +50,9 @@ def test_help_needs_no_torch_and_no_second():
     assert seconds < 3  # 14 helps; a single one takes about 0.3 s, torch alone about 2 s
 
 
-@pytest.mark.parametrize("module", ["leapalign.recipes", "leapalign.run", "leapalign.prompts", "leapalign.listing"])
+@pytest.mark.parametrize(
+    "module", ["leapalign.recipes", "leapalign.run", "leapalign.prompts", "leapalign.lookup.catalog"]
+)
 def test_configuration_imports_no_torch(module):
     code = f"import {module}, sys; assert not {{'torch', 'numpy'}} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)

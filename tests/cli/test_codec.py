@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from leapalign.codec import decode, dumps, encode, loads
 from leapalign.errors import UserError
+from leapalign.lookup.recipes import load_file
 from leapalign.prompts import PromptFile
-from leapalign.recipe_files import load_file
 from leapalign.recipes import RECIPES, shapeworld_leapalign
 from leapalign.run import Run, config_hash, differences
 

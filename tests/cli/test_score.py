@@ -15,7 +15,7 @@ from PIL import Image
 
 from leapalign.cli import main
 from leapalign.errors import UserError
-from leapalign.recipe_files import load_file
+from leapalign.lookup.recipes import load_file
 from leapalign.rewards.clip import PickScore
 from leapalign.rewards.custom import Custom
 from leapalign.scoring import read_picture, reward_config

@@ -15,12 +15,12 @@ from leapalign.cli import main
 from leapalign.codec import dumps
 from leapalign.errors import UserError
 from leapalign.models.flux2 import _check_layers
-from leapalign.models.folder import PipelineFolder, read_json, shards_of
 from leapalign.models.sd3 import SD3
 from leapalign.recipes import shapeworld_leapalign
 from leapalign.rewards.clip import PickScore
 from leapalign.rewards.imagereward import ImageReward
-from leapalign.tensor_files import read_header
+from leapalign.storage.pipeline_folder import PipelineFolder, read_json, shards_of
+from leapalign.storage.safetensors_header import read_header
 from tiny_checkpoints import write_tiny_imagereward
 
 CONFIG = {"height": 16, "width": 16, "max_sequence_length": 0}

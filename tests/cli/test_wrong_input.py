@@ -11,8 +11,8 @@ import torch
 from leapalign.cli import main
 from leapalign.codec import decode, dumps
 from leapalign.errors import MOST_LINES, RunStopped, UserError, first_time, opening, readable
-from leapalign.evaluation.geneval import check_metadata
 from leapalign.evaluation.sampling import Sampling
+from leapalign.geneval.rules import check_metadata
 from leapalign.models.sd3 import SD3
 from leapalign.prompts import PromptFile, ShapeWorldPrompts
 from leapalign.recipes import shapeworld_leapalign

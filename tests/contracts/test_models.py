@@ -17,29 +17,17 @@ from torch import Tensor
 import leapalign.models
 import tiny_pipelines as tiny
 from leapalign.flow.rollout import rollout
-from leapalign.models import prompt_store
-from leapalign.models.families import config_for
+from leapalign.lookup.families import config_for
 from leapalign.models.flux import Flux
 from leapalign.models.flux2 import Flux2Klein
 from leapalign.models.pipeline import PipelineModel
+from leapalign.models.prompt_embeds import store as prompt_store
 from leapalign.models.qwen_image import QwenImage
 from leapalign.models.sd3 import SD3
 from leapalign.models.z_image import ZImage
 from leapalign.verification.pipelines import Trial, check_pipeline
 
-HELPERS = {  # files of the folder that hold no family
-    "base",
-    "text",
-    "prompt_store",
-    "prompt_place",
-    "decode",
-    "guidance",
-    "folder",
-    "single_file",
-    "families",
-    "pipeline",
-    "reference",
-}
+HELPERS = {"base", "prompt_embeds", "decode", "guidance", "pipeline", "published", "diffusers_reference"}  # no family
 PROMPTS = ["a red circle", "two blue star left of the green square above" + 3 * " and a photo of the square"]
 SIZE: dict[str, Any] = {"height": 16, "width": 24, "max_sequence_length": 5, "decode_chunk": 1}
 CHAT: dict[str, Any] = SIZE | {"max_sequence_length": 48}  # room for the second prompt in its chat format

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 import leapalign.rewards
-from leapalign.recipe_files import load_file
+from leapalign.lookup.recipes import load_file
 from leapalign.rewards.aesthetic import Aesthetic
 from leapalign.rewards.base import RewardConfig
 from leapalign.rewards.clip import CLIPScore, PickScore
@@ -33,21 +33,14 @@ from tiny_clip import write_tiny_clip
 from tiny_crnn import write_tiny_crnn
 from tiny_qwen import write_tiny_hpsv3, write_tiny_unified
 
-HELPERS = {  # files of the folder that hold no reward
+HELPERS = {
     "base",
     "preprocess",
     "checkpoint",
     "linear_head",
-    "clip_model",
-    "clip_files",
-    "hpsv2_model",
-    "aesthetic_model",
-    "imagereward_model",
-    "ocr_model",
-    "hpsv3_model",
+    "pretrained",
     "qwen_vl",
-    "unified_model",
-}
+}  # files of the folder that hold no reward
 PROMPTS = ("a red circle", "two blue star left of a square", "a photo of green")
 QUOTING = ('a sign that says "red"', "'blue star' on a square", 'the word "green"')
 

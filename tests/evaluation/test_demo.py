@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from leapalign.demo import Study, conduct, facts, show
 from leapalign.errors import UserError
-from leapalign.evaluation.geneval import Detection
 from leapalign.evaluation.sampling import Sampling, draw_images
+from leapalign.geneval.rules import Detection
 from leapalign.methods.leapalign import LeapAlign
 from leapalign.prompts import Prompt, ShapeWorldPrompts
 from leapalign.run import RewardTerm, Run
+from leapalign.studies.before_after import Study, conduct, facts, show
 
 TEXTS = {"single_object": ("a red circle", "a blue circle", "a star"), "colors": ("a red square", "a green star")}
 PROMPTS = [

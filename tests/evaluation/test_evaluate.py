@@ -12,7 +12,7 @@ from leapalign.cli import main
 from leapalign.errors import RunStopped, UserError
 from leapalign.evaluating import prompts_of
 from leapalign.evaluation.evaluate import Evaluation, compare, evaluate, report, score
-from leapalign.evaluation.folders import read_pictures, write_pictures
+from leapalign.evaluation.image_folder import read_pictures, write_pictures
 from leapalign.evaluation.sampling import Sampling, draw_images
 from leapalign.prompts import Prompt, PromptFile, ShapeWorldPrompts
 from leapalign.prompts.geneval import GenEvalPrompts

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from leapalign.evaluation.evaluate import compare, score
-from leapalign.evaluation.geneval import Detection
+from leapalign.geneval.rules import Detection
 from leapalign.prompts import Prompt
 from leapalign.report.figures import Curve, curve_svg, running_mean
 from leapalign.report.page import Page, pairs_of, render, spread

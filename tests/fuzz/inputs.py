@@ -21,8 +21,8 @@ from PIL import Image
 from fuzz.given import PIPELINES, REWARDS
 from fuzz.sandbox import Change, Files, Input
 from fuzz.spoil import JUNK, damage, lying, misspelt, spoilt_bytes, spoilt_json
+from leapalign.checkpoint.checkpoints import _digest
 from leapalign.cli import COMMANDS
-from leapalign.training.checkpoints import _digest
 
 CPU = ("--device", "cpu")
 DRAWN = ("--steps", "2", "--size", "16", *CPU)

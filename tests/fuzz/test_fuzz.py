@@ -16,7 +16,7 @@ import leapalign.cli
 from fuzz import given
 from fuzz.inputs import KINDS, LINES
 from fuzz.sandbox import Change, Input
-from leapalign.recipe_files import load_file
+from leapalign.lookup.recipes import load_file
 
 BENCHES = Path(__file__).parents[2] / "benches"
 INPUTS, PROCESSES = 160, 2  # of the run in CI

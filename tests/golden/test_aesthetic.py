@@ -12,7 +12,7 @@ from torch import Tensor
 
 from golden_folder import golden
 from leapalign.rewards.aesthetic import Aesthetic
-from leapalign.rewards.aesthetic_model import AestheticReward
+from leapalign.rewards.aesthetic.model import AestheticReward
 from leapalign.rewards.linear_head import PLACES, WIDTHS
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from golden_folder import golden
 from leapalign.rewards.clip import CLIPScore, Convention
-from leapalign.rewards.clip_model import ClipReward, torchmetrics_mean
+from leapalign.rewards.clip.model import ClipReward, torchmetrics_mean
 from leapalign.rewards.preprocess import to_levels
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from golden_folder import golden, tokenizer
 from leapalign.rewards import preprocess
 from leapalign.rewards.checkpoint import Checkpoint
-from leapalign.rewards.clip_model import ClipReward
+from leapalign.rewards.clip.model import ClipReward
 from leapalign.rewards.hpsv2 import HPSv2
-from leapalign.rewards.hpsv2_model import clip_config, from_open_clip
+from leapalign.rewards.hpsv2.model import clip_config, from_open_clip
 from leapalign.rewards.preprocess import to_levels
 
 

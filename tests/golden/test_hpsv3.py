@@ -19,7 +19,7 @@ from torch import Tensor
 
 from golden_folder import golden
 from leapalign.rewards.hpsv3 import HPSv3
-from leapalign.rewards.hpsv3_model import PIXELS, REWARD_TOKEN, TEMPLATE, HPSv3Reward, expected_shapes, load_chat
+from leapalign.rewards.hpsv3.model import PIXELS, REWARD_TOKEN, TEMPLATE, HPSv3Reward, expected_shapes, load_chat
 from leapalign.rewards.preprocess import to_levels
 from leapalign.rewards.qwen_vl import (
     IMAGE_TOKEN,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from golden_folder import golden, tokenizer
 from leapalign.rewards.checkpoint import Checkpoint
 from leapalign.rewards.imagereward import ImageReward
-from leapalign.rewards.imagereward_model import MEAN, STD, BlipReward, BlipScorer, blip_configs, from_original
+from leapalign.rewards.imagereward.model import MEAN, STD, BlipReward, BlipScorer, blip_configs, from_original
 from leapalign.rewards.linear_head import head_widths
 from leapalign.rewards.preprocess import to_levels
 

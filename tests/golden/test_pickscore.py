@@ -12,7 +12,7 @@ from torch import Tensor
 
 from golden_folder import golden
 from leapalign.rewards.clip import PickScore
-from leapalign.rewards.clip_model import ClipReward
+from leapalign.rewards.clip.model import ClipReward
 from leapalign.rewards.preprocess import to_levels
 
 

@@ -17,9 +17,9 @@ from huggingface_hub.utils import filter_repo_objects
 
 from hub_cache import COMMIT, lay_out
 from leapalign.errors import UserError
-from leapalign.hub import commit_of, find_file, snapshot, split_id
-from leapalign.models.folder import VARIANTS, needed_files
 from leapalign.models.sd3 import SD3
+from leapalign.storage.hub import commit_of, find_file, snapshot, split_id
+from leapalign.storage.pipeline_folder import VARIANTS, needed_files
 
 SIZE: dict[str, Any] = {"height": 16, "width": 16, "max_sequence_length": 5, "guidance_scale": 1.0}
 

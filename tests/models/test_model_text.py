@@ -10,8 +10,8 @@ import torch
 
 from leapalign.models.base import Text
 from leapalign.models.flux import Flux
+from leapalign.models.prompt_embeds.cache import BATCH, PromptCache
 from leapalign.models.sd3 import SD3
-from leapalign.models.text import BATCH, PromptCache
 
 
 class Loads:

@@ -15,11 +15,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from leapalign.flow.rollout import rollout
+from leapalign.models.diffusers_reference import pipeline_latents
 from leapalign.models.flux import Flux
 from leapalign.models.flux2 import Flux2Klein
 from leapalign.models.pipeline import PipelineModel
 from leapalign.models.qwen_image import QwenImage
-from leapalign.models.reference import pipeline_latents
 from leapalign.models.sd3 import SD3
 from leapalign.models.z_image import ZImage
 

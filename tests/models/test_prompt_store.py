@@ -16,14 +16,15 @@ import torch
 
 from hub_cache import lay_out
 from leapalign.errors import UserError
-from leapalign.models import prompt_place, prompt_store
 from leapalign.models.base import Text
 from leapalign.models.flux import Flux
-from leapalign.models.folder import PipelineFolder
-from leapalign.models.prompt_place import cache_plan, prune
-from leapalign.models.prompt_store import PromptStore, file_hash, fingerprint
+from leapalign.models.prompt_embeds import location as prompt_place
+from leapalign.models.prompt_embeds import store as prompt_store
+from leapalign.models.prompt_embeds.cache import BATCH, PromptCache
+from leapalign.models.prompt_embeds.location import cache_plan, prune
+from leapalign.models.prompt_embeds.store import PromptStore, file_hash, fingerprint
 from leapalign.models.sd3 import SD3
-from leapalign.models.text import BATCH, PromptCache
+from leapalign.storage.pipeline_folder import PipelineFolder
 
 SIZE: dict[str, Any] = {"height": 16, "width": 16, "max_sequence_length": 5}
 PROMPTS = ["a red circle", "two blue star", "green"]
@@ -131,12 +132,12 @@ def test_hub_snapshot_and_its_copy_share_entries(sd3_folder: str, tmp_path: Path
 def test_hash_of_a_local_file_is_remembered_until_it_changes(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from leapalign.training import files
+    from leapalign.storage import atomic
 
     (tmp_path / "a").write_bytes(b"one")
     first = file_hash(tmp_path / "a", place)
     with monkeypatch.context() as patch:
-        patch.setattr(files, "sha256", lambda _: never())
+        patch.setattr(atomic, "sha256", lambda _: never())
         assert file_hash(tmp_path / "a", place) == first
     (tmp_path / "a").write_bytes(b"another")
     assert file_hash(tmp_path / "a", place) != first

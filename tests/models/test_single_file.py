@@ -128,7 +128,7 @@ def test_wrong_files_are_a_users_error(sd3_folder: str, tmp_path: Path) -> None:
 
 
 def test_families_without_a_converter_say_so(sd3_folder: str, tmp_path: Path) -> None:
-    from leapalign.models.single_file import load_single_file
+    from leapalign.storage.single_file import load_single_file
 
     save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="diffusers opens no single file as Linear"):

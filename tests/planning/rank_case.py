@@ -17,12 +17,12 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from leapalign.distributed.tensors import local
+from leapalign.distributed.world import joined
 from leapalign.planning.plan import make_plan
 from leapalign.recipes import RECIPES
 from leapalign.run import Run
 from leapalign.training import loop
-from leapalign.training.distributed import joined
-from leapalign.training.weights import local
 from leapalign.tuning.lora import LoRA
 from tiny_recipes import tiny, write_folders
 

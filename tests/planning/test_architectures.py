@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from leapalign.models.folder import open_folder
-from leapalign.planning.architectures import PIPELINES
-from leapalign.planning.parts import numbers_in
-from leapalign.planning.weightless import build_part, folder_of
+from leapalign.models.published import PIPELINES
+from leapalign.planning.components import numbers_in
+from leapalign.planning.meta_models import build_part, folder_of
+from leapalign.storage.pipeline_folder import open_folder
 
 FLUX, MEDIUM = "black-forest-labs/FLUX.1-dev", "stabilityai/stable-diffusion-3.5-medium"
 LARGE, SD3M = "stabilityai/stable-diffusion-3.5-large", "stabilityai/stable-diffusion-3-medium-diffusers"

@@ -14,13 +14,13 @@ import tiny_pipelines
 from leapalign.cli import main
 from leapalign.codec import dumps
 from leapalign.errors import UserError
+from leapalign.lookup.recipes import load_file
 from leapalign.methods.leapalign import LeapAlign
 from leapalign.models.z_image import ZImage
 from leapalign.planning import activations
 from leapalign.planning import plan as planning
 from leapalign.planning.activations import GRAPHS, GraphBytes
 from leapalign.planning.plan import make_plan
-from leapalign.recipe_files import load_file
 from leapalign.recipes import RECIPES
 from leapalign.training import loop
 from lora_families import FAMILIES

@@ -15,13 +15,13 @@ from torch import nn
 
 from leapalign.cli import main
 from leapalign.codec import dumps
+from leapalign.distributed.world import World
 from leapalign.errors import UserError
 from leapalign.planning import plan as planning
-from leapalign.planning import ranks
+from leapalign.planning import sharding
 from leapalign.planning.plan import make_plan
-from leapalign.planning.ranks import Rank, size
+from leapalign.planning.sharding import Rank, size
 from leapalign.recipes import RECIPES
-from leapalign.training.distributed import World
 from leapalign.tuning.lora import LoRA
 from tiny_recipes import tiny, write_folders
 
@@ -73,7 +73,7 @@ def test_what_is_gathered_is_the_rest_and_blocks():
 
 
 def test_phases_and_geometry_of_a_rank(run, monkeypatch):
-    monkeypatch.setattr(ranks, "GATHERED", 1)  # three blocks would be more than this model has
+    monkeypatch.setattr(sharding, "GATHERED", 1)  # three blocks would be more than this model has
     alone, two = make_plan(run), make_plan(replace(run, sharding="full"), ranks=2)
     assert two.geometry["accumulations"] == alone.geometry["accumulations"] // 2 == 2
     assert two.geometry["ranks"] == two.geometry["ranks_that_share_the_weights"] == 2

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from leapalign.errors import UserError
 from leapalign.rewards.hpsv3 import HPSv3
-from leapalign.rewards.hpsv3_model import FILE, TEMPLATE, HPSv3Reward
+from leapalign.rewards.hpsv3.model import FILE, TEMPLATE, HPSv3Reward
 from leapalign.rewards.qwen_vl import fill, read_template, repeat_token, smart_resize, without_tokens
 from tiny_qwen import write_tiny_hpsv3
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from drawn_text import FONTS, drawn, needs_ocr
 from leapalign.errors import UserError
-from leapalign.rewards import ocr_model
 from leapalign.rewards.ocr import OCR, quoted_text
-from leapalign.rewards.ocr_model import ALPHABET, HEIGHT, OCRReward, box, decode, line_widths
+from leapalign.rewards.ocr import model as ocr_model
+from leapalign.rewards.ocr.model import ALPHABET, HEIGHT, OCRReward, box, decode, line_widths
 from leapalign.rewards.preprocess import to_levels
 from tiny_crnn import write_tiny_crnn
 

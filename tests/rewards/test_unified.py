@@ -15,7 +15,7 @@ from PIL import Image
 from leapalign.errors import UserError
 from leapalign.rewards.qwen_vl import IMAGE_TOKEN, PLACEHOLDER, QwenPreprocess, read_template
 from leapalign.rewards.unified import UnifiedReward
-from leapalign.rewards.unified_model import MAX_PIXELS, MIN_PIXELS, UnifiedJudge, parse
+from leapalign.rewards.unified.model import MAX_PIXELS, MIN_PIXELS, UnifiedJudge, parse
 from tiny_qwen import ANSWER, write_tiny_unified
 
 PROMPTS = ["a red circle", "two blue star"]

@@ -16,20 +16,20 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
 
-from leapalign.evaluation.geneval import judge
-from leapalign.shapeworld.build import __main__ as command
-from leapalign.shapeworld.build import generator as build_generator
-from leapalign.shapeworld.build.between import between, edited
-from leapalign.shapeworld.build.clip import JUDGE, NEGATIVES, REWARD, Batch, Trainee, contrast
-from leapalign.shapeworld.build.generator import Lesson, train_generator
-from leapalign.shapeworld.build.harden import attacked, hard_loss
-from leapalign.shapeworld.build.parts import Build, make
-from leapalign.shapeworld.build.progress import flat_then_decay
-from leapalign.shapeworld.build.scenes import SLOPPY, STRICT
-from leapalign.shapeworld.build.text import clip_tokenizer, t5_tokenizer
-from leapalign.shapeworld.build.vae import new_vae
+from leapalign.geneval.rules import judge
 from leapalign.shapeworld.detector import detect
 from leapalign.shapeworld.world import MAX_OBJECTS, render
+from leapalign.studies.shapeworld_build import __main__ as command
+from leapalign.studies.shapeworld_build import generator as build_generator
+from leapalign.studies.shapeworld_build.between import between, edited
+from leapalign.studies.shapeworld_build.clip import JUDGE, NEGATIVES, REWARD, Batch, Trainee, contrast
+from leapalign.studies.shapeworld_build.generator import Lesson, train_generator
+from leapalign.studies.shapeworld_build.harden import attacked, hard_loss
+from leapalign.studies.shapeworld_build.parts import Build, make
+from leapalign.studies.shapeworld_build.progress import flat_then_decay
+from leapalign.studies.shapeworld_build.scenes import SLOPPY, STRICT
+from leapalign.studies.shapeworld_build.text import clip_tokenizer, t5_tokenizer
+from leapalign.studies.shapeworld_build.vae import new_vae
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_killed_build_leaves_no_process_behind(tmp_path):
     script = (
         "import os, time\n"
-        "from leapalign.shapeworld.build.parts import workers\n"
+        "from leapalign.studies.shapeworld_build.parts import workers\n"
         "if __name__ == '__main__':\n"
         "    with workers() as pool:\n"
         "        print(pool.submit(os.getpid).result(), flush=True)\n"

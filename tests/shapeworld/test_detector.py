@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from leapalign.evaluation.geneval import judge
+from leapalign.geneval.rules import judge
 from leapalign.shapeworld.captions import TASKS, evaluation_prompts, scene_of, single
 from leapalign.shapeworld.detector import detect
 from leapalign.shapeworld.world import COLORS, GROUND, SHAPES, Object, place, render

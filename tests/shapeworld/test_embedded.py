@@ -21,10 +21,10 @@ from leapalign.recipes import RECIPES
 from leapalign.rewards.clip import PickScore
 from leapalign.seeds import generator
 from leapalign.shapeworld import captions as c
-from leapalign.shapeworld.assets import FOLDER, NAMES, resolve
-from leapalign.shapeworld.build.measure import reward_accuracy
 from leapalign.shapeworld.detector import detect
 from leapalign.shapeworld.world import render
+from leapalign.storage.embedded import FOLDER, NAMES, resolve
+from leapalign.studies.shapeworld_build.measure import reward_accuracy
 
 PROMPTS = ["a photo of a red circle and a blue square", "a photo of a ring above a cross"]
 
@@ -49,7 +49,7 @@ def test_unknown_embedded_folder_is_refused_and_other_paths_pass() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_each_folder_has_a_card_with_its_making(name: str) -> None:
     text = (FOLDER / name / "README.md").read_text()
-    for fact in ("python -m leapalign.shapeworld.build", "Commit ", "seed ", "steps", " s on", "Data: "):
+    for fact in ("python -m leapalign.studies.shapeworld_build", "Commit ", "seed ", "steps", " s on", "Data: "):
         assert fact in text, fact
 
 

@@ -7,11 +7,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from leapalign.evaluation.geneval import Detection, judge
+from leapalign.geneval.rules import Detection, judge
 from leapalign.shapeworld import captions as c
-from leapalign.shapeworld.build.clip import true_by_accident
-from leapalign.shapeworld.build.scenes import SLOPPY, STRICT, captioned_scene
 from leapalign.shapeworld.world import COLORS, GROUND, SIZE, Object, Scene, coverage, render
+from leapalign.studies.shapeworld_build.clip import true_by_accident
+from leapalign.studies.shapeworld_build.scenes import SLOPPY, STRICT, captioned_scene
 
 
 def seen(scene: Scene) -> list[Detection]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from leapalign.recipe_files import load_file
+from leapalign.lookup.recipes import load_file
 from leapalign.run import Run
 
 RECIPE = Path(__file__).with_name("tiny_recipe.py")

@@ -29,16 +29,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from distributed_models import GuidedSD3, networks, sd3_with_t5
 
 import tiny_pipelines
+from leapalign.checkpoint import checkpoints, sharded
+from leapalign.checkpoint.async_writer import Copies
+from leapalign.checkpoint.checkpoints import Progress
+from leapalign.distributed import broadcast, fsdp_frozen
+from leapalign.distributed.tensors import whole
+from leapalign.distributed.world import World, joined
 from leapalign.errors import NotFinite, RunInterrupted, RunStopped, UserError
+from leapalign.lookup.recipes import load_file
 from leapalign.methods import AlignProp, DRaFT, DRaFTLV, DRTune, LeapAlign, ReFL
 from leapalign.models.sd3 import SD3
-from leapalign.recipe_files import load_file
 from leapalign.run import RewardTerm, Run
-from leapalign.training import broadcast, checkpoints, frozen, loop, parts
-from leapalign.training.checkpoints import Progress
-from leapalign.training.distributed import World, joined
-from leapalign.training.saver import Copies
-from leapalign.training.weights import whole
+from leapalign.training import loop
 from leapalign.tuning.full import FULL
 from leapalign.tuning.lora import LoRA
 
@@ -176,7 +178,7 @@ def killed_in_a_save(run: Run, world: World) -> dict[str, Any]:
     """All ranks save in children, one of which is killed at its n-th fsync or rename; then the newest is restored."""
     engine = loop.build(run, world)
     state = (engine.parameters, engine.ema, engine.optimizer)
-    writers = parts.writers_of(engine.parameters, world)
+    writers = sharded.writers_of(engine.parameters, world)
     Path(run.out, "checkpoints").mkdir(parents=True, exist_ok=True)
     taken = {}
     for step in (1, 2):
@@ -224,7 +226,7 @@ def save_and_die(snapshot: checkpoints.Snapshot, moment: int) -> int:
 
         for name in ("fsync", "replace"):
             setattr(os, name, counted(getattr(os, name)))
-        parts.PATIENCE = 1.0
+        sharded.PATIENCE = 1.0
         try:
             checkpoints.save(snapshot)
         except RunStopped:
@@ -291,7 +293,9 @@ def share(network: torch.nn.Module) -> float:
 def shares(engine: loop.Engine) -> dict[str, Any]:
     """Of each reward's blocks, and of all of it."""
     networks = {name: reward.reward.model for name, reward in engine.rewards.items()}  # type: ignore[attr-defined]
-    blocks = {name: [share(block) for block in frozen.blocks_of(network, name)] for name, network in networks.items()}
+    blocks = {
+        name: [share(block) for block in fsdp_frozen.blocks_of(network, name)] for name, network in networks.items()
+    }
     return {"blocks": blocks, "whole": {name: share(network) for name, network in networks.items()}}
 
 
@@ -341,10 +345,10 @@ def encoded(folder: Path, world: World) -> dict[str, Any]:
     model, alone = config.load("cpu", "float32"), config.load("cpu", "float32")
     if world.main:
         model.prepare(PROMPTS[:2])
-    held, spread = [], frozen.shard_blocks
-    frozen.shard_blocks = lambda blocks, mesh: (spread(blocks, mesh), held.append(blocks))
-    frozen.prepare(replace(tiny(), shard_text_encoders=True), model, PROMPTS, world, "cpu")
-    frozen.shard_blocks = spread
+    held, spread = [], fsdp_frozen.shard_blocks
+    fsdp_frozen.shard_blocks = lambda blocks, mesh: (spread(blocks, mesh), held.append(blocks))
+    fsdp_frozen.prepare(replace(tiny(), shard_text_encoders=True), model, PROMPTS, world, "cpu")
+    fsdp_frozen.shard_blocks = spread
     alone.prepare(PROMPTS)
     ours, theirs = model.encode(PROMPTS).prompts, alone.encode(PROMPTS).prompts
     assert ours.pooled is not None and theirs.pooled is not None

@@ -12,15 +12,15 @@ import torch
 import torch.distributed as dist
 
 import tiny_pipelines
+from leapalign.distributed.world import World
+from leapalign.lookup.recipes import load_file
 from leapalign.models.base import Conditioning, Text
 from leapalign.models.guidance import Guidance, GuidedVelocity
 from leapalign.models.sd3 import SD3, predict
-from leapalign.recipe_files import load_file
 from leapalign.rewards.clip import PickScore
 from leapalign.rewards.hpsv3 import HPSv3
 from leapalign.rewards.imagereward import ImageReward
 from leapalign.run import RewardTerm
-from leapalign.training.distributed import World
 from leapalign.tuning.adapter import attach
 from leapalign.tuning.lora import LoRA
 from leapalign.tuning.targets import find_targets

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from leapalign.checkpoint import checkpoints
 from leapalign.errors import RunStopped
 from leapalign.run import RewardTerm
-from leapalign.training import batches, checkpoints, loop
+from leapalign.training import batches, loop
 from leapalign.training.tracking import read_metrics
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from leapalign.checkpoint import checkpoints, formats
 from leapalign.cli import main
 from leapalign.codec import dumps
 from leapalign.errors import UserError
-from leapalign.training import checkpoints, layouts, loop
-from leapalign.training.files import disk_errors, refuse_links_out, sha256
+from leapalign.storage.atomic import disk_errors, refuse_links_out, sha256
+from leapalign.training import loop
 from leapalign.training.tracking import read_metrics
 
 
@@ -27,7 +28,7 @@ def contents(folder: Path) -> dict[str, str]:
 def weights(run) -> list[str]:
     newest = checkpoints.find(run)
     assert newest
-    return [newest.folder.name, *(newest.state["files"][f"{group}.safetensors"] for group in layouts.GROUPS)]
+    return [newest.folder.name, *(newest.state["files"][f"{group}.safetensors"] for group in formats.GROUPS)]
 
 
 @pytest.fixture

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from leapalign.checkpoint import checkpoints, formats
 from leapalign.errors import UserError
-from leapalign.training import checkpoints, files, layouts, loop
-from leapalign.training.files import sha256
+from leapalign.storage import atomic
+from leapalign.storage.atomic import sha256
+from leapalign.training import loop
 from leapalign.training.tracking import read_metrics, truncate_metrics
 
 
@@ -171,21 +173,21 @@ def test_adamw_goes_on_exactly(tiny_run):
     engine = loop.train(run).engine
     fresh = loop.build(run)
     checkpoints.restore(checkpoints.find(run), fresh.parameters, fresh.ema, fresh.optimizer)
-    saved, restored = (layouts.optimizer_tensors(e.parameters, e.optimizer) for e in (engine, fresh))
+    saved, restored = (formats.optimizer_tensors(e.parameters, e.optimizer) for e in (engine, fresh))
     assert len(saved) == 3 * len(engine.parameters) and float(saved["0.weight.step"]) == 2
     assert saved.keys() == restored.keys() and all(torch.equal(saved[k], restored[k]) for k in saved)
 
 
 def test_a_folder_is_complete_or_absent(tmp_path):
     target = tmp_path / "thing"
-    with files.complete_folder(target) as folder:
+    with atomic.complete_folder(target) as folder:
         (folder / "a").write_text("1")
         assert not target.exists()
-    with pytest.raises(ValueError), files.complete_folder(target) as folder:
+    with pytest.raises(ValueError), atomic.complete_folder(target) as folder:
         (folder / "b").write_text("2")
         raise ValueError
     assert [p.name for p in target.iterdir()] == ["a"]
-    files.clear_scratch(tmp_path)
+    atomic.clear_scratch(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thing"]
 
 

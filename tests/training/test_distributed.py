@@ -18,9 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from leapalign.checkpoint import checkpoints, formats, sharded
 from leapalign.errors import RunStopped, UserError
 from leapalign.run import Run
-from leapalign.training import checkpoints, layouts, loop, parts
+from leapalign.training import loop
 from leapalign.training.tracking import read_metrics
 
 CASES = Path(__file__).with_name("distributed_cases.py")
@@ -106,11 +107,11 @@ def saved_tensors(folder: Path, layout: str) -> dict[str, dict[str, torch.Tensor
     """All tensors of a checkpoint, by group, whole."""
     assert json.loads((folder / "state.json").read_text())["layout"] == layout
     if layout == "whole":
-        return {group: load_file(folder / f"{group}.safetensors") for group in layouts.GROUPS}
+        return {group: load_file(folder / f"{group}.safetensors") for group in formats.GROUPS}
     groups = {
-        g: {n: torch.empty_like(t, device="cpu") for n, t in ts.items()} for g, ts in parts.listed(folder).items()
+        g: {n: torch.empty_like(t, device="cpu") for n, t in ts.items()} for g, ts in sharded.listed(folder).items()
     }
-    parts.read(folder, groups)
+    sharded.read(folder, groups)
     return groups
 
 
@@ -118,7 +119,7 @@ def same_end(first: Path, second: Path, layout: str = "whole") -> None:
     """Checkpoints and metrics of two runs, up to the order of sums; `layout`: of the first."""
     steps = [out / "checkpoints" / "step-000004" for out in (first, second)]
     groups = [saved_tensors(*each) for each in zip(steps, (layout, "whole"))]
-    for group in layouts.GROUPS:
+    for group in formats.GROUPS:
         ours, theirs = (each[group] for each in groups)
         assert ours.keys() == theirs.keys()
         for name, tensor in ours.items():
@@ -176,45 +177,45 @@ def test_a_damaged_part_is_named_and_the_older_checkpoint_offered(two, two_folde
 def test_parts_need_a_torch_that_reads_them(two_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.distributed.checkpoint.hf_storage", None)
     with pytest.raises(UserError, match="a sharded checkpoint needs a newer torch than"):
-        parts.listed(two_folder / "run-full" / "checkpoints" / "step-000002")
+        sharded.listed(two_folder / "run-full" / "checkpoints" / "step-000002")
 
 
 def test_rank_0_waits_for_parts_but_not_for_ever(tmp_path, monkeypatch):
-    writers = parts.Writers(rank=0, ranks=(0, 2), token="")
+    writers = sharded.Writers(rank=0, ranks=(0, 2), token="")
     note = tmp_path / "rank-00002.json"
     (tmp_path / "rank-00000.json").write_text('{"files": {"a": "1"}}')
-    monkeypatch.setattr(parts, "PATIENCE", 0.1)
+    monkeypatch.setattr(sharded, "PATIENCE", 0.1)
     with pytest.raises(RunStopped, match="rank 2 has written nothing of its part of the checkpoint for 0"):
-        parts.collect(tmp_path, writers)
-    monkeypatch.setattr(parts, "PATIENCE", 60)
+        sharded.collect(tmp_path, writers)
+    monkeypatch.setattr(sharded, "PATIENCE", 60)
     threading.Timer(0.2, note.write_text, ['{"error": "No space left"}']).start()
     (tmp_path / "rank-00000.json").write_text('{"files": {"a": "1"}}')
     with pytest.raises(RunStopped, match="rank 2 could not write its part of the checkpoint: No space left"):
-        parts.collect(tmp_path, writers)
+        sharded.collect(tmp_path, writers)
     (tmp_path / "rank-00000.json").write_text('{"files": {"a": "1"}}')
     note.write_text('{"files": {"b": "2"}}')
-    assert parts.collect(tmp_path, writers) == {"a": "1", "b": "2"} and not list(tmp_path.iterdir())
-    monkeypatch.setattr(parts, "PATIENCE_AT_END", 0.1)
+    assert sharded.collect(tmp_path, writers) == {"a": "1", "b": "2"} and not list(tmp_path.iterdir())
+    monkeypatch.setattr(sharded, "PATIENCE_AT_END", 0.1)
     writers.ending.set()
     with pytest.raises(RunStopped, match="rank 0 has written nothing"):
-        parts.collect(tmp_path, writers)
+        sharded.collect(tmp_path, writers)
 
 
 def test_a_rank_that_cannot_write_its_part_says_so_to_rank_0(tmp_path, monkeypatch):
-    part = parts.part_of({"weights": {}}, parts.Writers(rank=0, ranks=(0, 1), token=""))
+    part = sharded.part_of({"weights": {}}, sharded.Writers(rank=0, ranks=(0, 1), token=""))
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(parts, "_write_files", full)
+    monkeypatch.setattr(sharded, "_write_files", full)
     with pytest.raises(OSError, match="No space left"):
-        parts.write(tmp_path / "part", {}, part)
+        sharded.write(tmp_path / "part", {}, part)
     assert json.loads((tmp_path / "part" / "rank-00000.json").read_text()) == {
         "error": "[Errno 28] No space left on device"
     }
-    monkeypatch.setattr(parts, "_write_files", lambda folder, *_: shutil.rmtree(folder) or full())
+    monkeypatch.setattr(sharded, "_write_files", lambda folder, *_: shutil.rmtree(folder) or full())
     with pytest.raises(RunStopped, match="rank 0 has given up the checkpoint"):
-        parts.write(tmp_path / "part", {}, part)
+        sharded.write(tmp_path / "part", {}, part)
 
 
 @pytest.mark.slow
@@ -274,7 +275,7 @@ def test_a_job_killed_in_a_sharded_save_goes_on_from_the_older_checkpoint(tmp_pa
 import os
 from leapalign.training import parts
 
-sha256 = parts.sha256
+sha256 = sharded.sha256
 
 
 def killed(path):
@@ -284,7 +285,7 @@ def killed(path):
     return sha256(path)
 
 
-parts.sha256 = killed
+sharded.sha256 = killed
 """
     recipe.write_text(Path(tiny_module.__file__).read_text() + killed)
     words = ("--device", "cpu", "--sharding", "full", "--checkpoint-every", "1", "--no-self-checks", "--out", "run")

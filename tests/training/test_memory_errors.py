@@ -8,12 +8,13 @@ from typing import ClassVar
 import pytest
 import torch
 
+from leapalign.checkpoint import checkpoints
 from leapalign.cli import main
 from leapalign.codec import dumps
 from leapalign.errors import RunStopped, UserError
 from leapalign.models.sd3 import SD3
 from leapalign.run import RewardTerm
-from leapalign.training import checkpoints, loop, memory_errors
+from leapalign.training import loop, out_of_memory
 
 CPU = RuntimeError(
     "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
@@ -80,12 +81,12 @@ def test_loading_that_needs_too_much_advises_on_what_is_loaded(tiny_run, monkeyp
     monkeypatch.setattr(type(run.model), "load", load)
     with pytest.raises(RunStopped, match=r"loading: out of memory \(\[enforce fail"):
         loop.train(run)
-    assert "1. a recipe that trains a LoRA" in memory_errors.message(run, "loading", CPU, [], loading=True)
+    assert "1. a recipe that trains a LoRA" in out_of_memory.message(run, "loading", CPU, [], loading=True)
 
 
 def test_advice_is_what_the_run_can_still_change(tiny_run):
     def flags(run) -> list[str]:
-        return [text.split(":")[0] for text in memory_errors.settings(run, loading=False)]
+        return [text.split(":")[0] for text in out_of_memory.settings(run, loading=False)]
 
     run = tiny_run(micro_batch_size=4, model=SD3(path="x", decode_chunk=0))
     graph = ["--graph inputs", "--micro-batch-size 2", "--reward-chunk 1", "--model.decode-chunk 1", "--dtype bfloat16"]
@@ -97,5 +98,5 @@ def test_advice_is_what_the_run_can_still_change(tiny_run):
 
 def test_other_errors_go_their_way(tiny_run):
     for error in (RuntimeError("shapes"), UserError("a folder"), ValueError("x")):
-        with pytest.raises(type(error)), memory_errors.explained(tiny_run(), "step 1", []):
+        with pytest.raises(type(error)), out_of_memory.explained(tiny_run(), "step 1", []):
             raise error

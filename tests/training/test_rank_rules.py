@@ -14,11 +14,9 @@ from torch.distributed.fsdp import FSDPModule
 
 import lora_families
 import tiny_pipelines
-from leapalign.errors import UserError
-from leapalign.models.folder import read_once
-from leapalign.run import Run
-from leapalign.training import batches, frozen, loop
-from leapalign.training.distributed import (
+from leapalign.distributed import fsdp_frozen
+from leapalign.distributed.fsdp import is_sharded, shard
+from leapalign.distributed.world import (
     VARIABLES,
     World,
     check_geometry,
@@ -27,7 +25,10 @@ from leapalign.training.distributed import (
     one_draw_a_round,
     world_device,
 )
-from leapalign.training.shards import is_sharded, shard
+from leapalign.errors import UserError
+from leapalign.run import Run
+from leapalign.storage.pipeline_folder import read_once
+from leapalign.training import batches, loop
 
 
 def test_a_batch_that_does_not_fit_names_the_nearest_that_do(tiny_run: Callable[..., Run]) -> None:
@@ -117,16 +118,16 @@ def test_frozen_networks_that_cannot_be_sharded_are_refused(tiny_run: Callable[.
     with pytest.raises(UserError, match=r"tiny-reward has a device of its own \(cpu\)"):
         loop.build(replace(run, model=None, rewards=elsewhere))
     with pytest.raises(UserError, match="tiny-reward has no network"):
-        frozen.shard_rewards(run, {name: lambda images, prompts: images.mean()}, two_ranks, "cpu")
+        fsdp_frozen.shard_rewards(run, {name: lambda images, prompts: images.mean()}, two_ranks, "cpu")
     plain = SimpleNamespace(model=torch.nn.Sequential(torch.nn.Linear(2, 2)))
     with pytest.raises(UserError, match="tiny-reward has no repeated blocks"):
-        frozen.shard_rewards(run, {name: plain}, two_ranks, "cpu")  # type: ignore[dict-item]
+        fsdp_frozen.shard_rewards(run, {name: plain}, two_ranks, "cpu")  # type: ignore[dict-item]
     layer = torch.nn.Linear(2, 2)
     tied = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([layer, torch.nn.Sequential(layer)])})
     with pytest.raises(UserError, match="blocks that share weights"):
-        frozen.shard_rewards(run, {name: SimpleNamespace(model=tied)}, two_ranks, "cpu")  # type: ignore[dict-item]
+        fsdp_frozen.shard_rewards(run, {name: SimpleNamespace(model=tied)}, two_ranks, "cpu")  # type: ignore[dict-item]
     with pytest.raises(UserError, match="TinyModel encodes its prompts in a way of its own"):
-        frozen.prepare(run, run.model.load("cpu", "float32"), ["red"], two_ranks, "cpu")
+        fsdp_frozen.prepare(run, run.model.load("cpu", "float32"), ["red"], two_ranks, "cpu")
 
 
 def test_a_large_policy_on_cuda_is_sharded_by_itself(tiny_run, monkeypatch):

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from leapalign.checkpoint import checkpoints, formats
+from leapalign.checkpoint.async_writer import Copies, Saver
+from leapalign.checkpoint.checkpoints import Progress
 from leapalign.errors import RunStopped, UserError
-from leapalign.training import checkpoints, layouts, loop
-from leapalign.training.checkpoints import Progress
-from leapalign.training.saver import Copies, Saver
+from leapalign.training import loop
 
 
 def files_of(run) -> dict[str, str]:
@@ -132,7 +133,7 @@ def test_a_failed_save_ends_the_run_with_a_sentence(tiny_run, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(layouts, "save_file", full)
+    monkeypatch.setattr(formats, "save_file", full)
     run = tiny_run()
     with pytest.raises(UserError, match=r"the disk is full \(\d+ MiB are free\); make room, then `leapalign resume"):
         loop.train(run)

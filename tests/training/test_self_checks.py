@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 import tiny_pipelines
 from leapalign.errors import UserError
 from leapalign.methods.draft import DRaFT
+from leapalign.models import diffusers_reference
 from leapalign.models import pipeline as pipe
-from leapalign.models import reference
 from leapalign.models.flux import Flux
 from leapalign.models.sd3 import SD3
 from leapalign.prompts import PromptFile
@@ -164,7 +164,7 @@ def test_large_models_are_not_opened_a_second_time(run, monkeypatch):
 def test_a_family_without_a_reference_is_not_compared(tiny_run):
     engine = loop.build(tiny_run())
     text, noise = engine.model.encode([engine.model.prepared[0]]), torch.zeros(1, 3, 4, 4)
-    assert reference.pipeline_latents(engine.model, engine.run.model, text, noise, 2) is None
+    assert diffusers_reference.pipeline_latents(engine.model, engine.run.model, text, noise, 2) is None
 
 
 def test_checks_run_at_start_and_once_at_the_first_save(tiny_run, monkeypatch):

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from leapalign.checkpoint import async_writer, checkpoints, formats
 from leapalign.cli import main
 from leapalign.codec import dumps
 from leapalign.errors import RunInterrupted, UserError
-from leapalign.recipe_files import load_file
-from leapalign.training import checkpoints, layouts, loop, saver, stopping
-from leapalign.training.lock import run_lock
-from leapalign.training.stopping import Stop, on_signals
+from leapalign.lookup.recipes import load_file
+from leapalign.storage.lock import run_lock
+from leapalign.training import loop, preemption
+from leapalign.training.preemption import Stop, on_signals
 from leapalign.training.tracking import read_metrics
 
 PROCESSES = load_file(str(Path(__file__).with_name("processes.py")))
@@ -31,7 +32,7 @@ def trace(out: Path | str) -> list[dict]:
 def weights(run) -> list[str]:
     newest = checkpoints.find(run)
     assert newest
-    return [newest.folder.name, *(newest.state["files"][f"{group}.safetensors"] for group in layouts.GROUPS)]
+    return [newest.folder.name, *(newest.state["files"][f"{group}.safetensors"] for group in formats.GROUPS)]
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_a_run_stops_in_time_to_save_and_comes_to_the_same_end(tiny_run, tmp_pat
 
 def test_time_for_a_step_and_a_save_is_kept(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(preemption.time, "monotonic", lambda: now[0])
     stop = Stop(max_seconds=100, begun=0.0)
     now[0] = 1000.0
     assert stop.reason(5) is None  # the first step is always made
@@ -130,7 +131,10 @@ def test_time_for_a_step_and_a_save_is_kept(monkeypatch):
 def test_an_unmeasured_save_is_reckoned_by_its_bytes(tiny_run):
     engine = loop.build(tiny_run())
     size = sum(4 * p.numel() * p.element_size() for p in engine.parameters.values())
-    assert saver.Saver(asynchronous=True, parameters=engine.parameters).seconds_needed() == size / saver.SLOW_DISK
+    assert (
+        async_writer.Saver(asynchronous=True, parameters=engine.parameters).seconds_needed()
+        == size / async_writer.SLOW_DISK
+    )
 
 
 def test_handlers_are_put_back_and_a_signal_that_is_off_stays_off():
@@ -173,7 +177,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr("leapalign.training.lock.fcntl.flock", refuse)
+    monkeypatch.setattr("leapalign.storage.lock.fcntl.flock", refuse)
     with run_lock(tmp_path):
         pass
     assert "has no locks; start one process" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from leapalign.errors import UserError
-from leapalign.planning.counting import LiveBytes
+from leapalign.planning.tensor_bytes import LiveBytes
 from leapalign.training.weights import EMA, clip_gradients, gradient_norm, trained_parameters
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from leapalign.errors import UserError
 from leapalign.flow.graph import inputs_only
 from leapalign.models.flux import Flux
-from leapalign.models.folder import open_folder
+from leapalign.storage.pipeline_folder import open_folder
 from leapalign.tuning import adapter
 from leapalign.tuning.adapter import adapter_state, lora_layers, merged, restore
 from leapalign.tuning.lora import LoRA

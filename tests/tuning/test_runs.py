@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from leapalign.cli import main
-from leapalign.demo import Study, conduct
 from leapalign.methods.draft import DRaFT
 from leapalign.models.flux import Flux
 from leapalign.prompts import Prompt
 from leapalign.rewards.clip import CLIPScore
 from leapalign.run import Run
+from leapalign.storage.atomic import sha256
+from leapalign.studies.before_after import Study, conduct
 from leapalign.training import loop
-from leapalign.training.files import sha256
 from leapalign.tuning.adapter import lora_layers
 from leapalign.tuning.lora import LoRA
 from lora_families import FAMILIES, disturb, our_images, pipeline_images

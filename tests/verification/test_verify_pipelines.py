@@ -20,7 +20,7 @@ from transformers import CLIPTokenizer
 import tiny_pipelines as tiny
 from hub_cache import lay_out
 from leapalign.cli import main
-from leapalign.models import reference, sd3
+from leapalign.models import diffusers_reference, sd3
 from leapalign.models.flux import Flux
 from leapalign.models.sd3 import SD3
 from leapalign.verification import known, pipelines
@@ -290,7 +290,7 @@ def test_a_good_folder_of_the_other_families(family: str, tmp_path: Path) -> Non
     (latents,) = (c for c in checks if c.check.startswith("latents"))
     assert latents.state == "good" and float(latents.came) < float(latents.expected.split()[-1]) / 10
     wrong = replace(config, guidance_scale=1.0) if family != "flux2" else replace(config, text_layers=(2, 1, 4))
-    settings = reference.call_settings(config, DiffusionPipeline.from_pretrained(config.path))
+    settings = diffusers_reference.call_settings(config, DiffusionPipeline.from_pretrained(config.path))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipelines, "call_settings", lambda *_: settings)
         assert ("sampler", "latents, ours and the pipeline's own") in differing(check_pipeline(wrong, TRIAL, None))

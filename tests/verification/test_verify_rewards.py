@@ -123,7 +123,7 @@ def test_reward_without_a_gradient_of_the_users_own(tmp_path: Path, capsys: pyte
 
 
 def test_preprocessing_that_differs_between_tensors_and_files(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from leapalign.rewards.clip_model import ClipReward
+    from leapalign.rewards.clip.model import ClipReward
 
     monkeypatch.setattr(ClipReward, "score_pictures", lambda self, pictures, prompts: self(
         torch.rand(len(pictures), 3, 24, 24), prompts).detach())  # fmt: skip

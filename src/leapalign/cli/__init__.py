@@ -27,7 +27,7 @@ from leapalign.cli.train import resume_command, train_command
 from leapalign.cli.verify import verify_command
 from leapalign.codec import suggestion
 from leapalign.errors import RunInterrupted, RunStopped, UserError, is_out_of_memory, readable, reason
-from leapalign.training.files import DISK_PROBLEMS
+from leapalign.storage.atomic import DISK_PROBLEMS
 
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab and the ends of lines
 USAGE = """usage: leapalign COMMAND ...

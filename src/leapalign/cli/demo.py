@@ -31,7 +31,7 @@ class DemoFlags:
 
 def demo_command(argv: list[str]) -> None:
     flags = tyro.cli(DemoFlags, args=argv, prog="leapalign demo")
-    from leapalign.demo import main as conduct_demo
+    from leapalign.studies.before_after import main as conduct_demo
 
     out = Path(flags.out or time.strftime("runs/demo-%Y%m%d-%H%M%S"))
     with redirect_stdout(sys.stderr if flags.json else sys.stdout):

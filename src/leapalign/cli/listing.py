@@ -23,7 +23,7 @@ class ListFlags:
 
 def list_command(argv: list[str]) -> None:
     flags = tyro.cli(ListFlags, args=argv, prog="leapalign list")
-    from leapalign.listing import KINDS, listing, rewards_table
+    from leapalign.lookup.catalog import KINDS, listing, rewards_table
 
     table = listing(KINDS if flags.kind == "all" else (flags.kind,))
     width = 2 + max(len(entry["name"]) for entries in table.values() for entry in entries)

@@ -33,7 +33,7 @@ class TrainFlags:
 
 
 def train_command(argv: list[str]) -> None:
-    from leapalign.recipe_files import load_recipe, plugins_in
+    from leapalign.lookup.recipes import load_recipe, plugins_in
 
     word, rest = _split_recipe(argv)
     recipe = load_recipe(word, plugins_in(rest))
@@ -88,7 +88,7 @@ class ResumeFlags:
 
 
 def resume_command(argv: list[str]) -> None:
-    from leapalign.recipe_files import load_plugins, read_run
+    from leapalign.lookup.recipes import load_plugins, read_run
 
     flags = tyro.cli(ResumeFlags, args=argv, prog="leapalign resume")
     run = read_run(flags.run / "run.json", load_plugins(flags.plugin))

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from leapalign.errors import RunStopped, UserError
-from leapalign.evaluation.geneval import Detection, Verdict, judge, overall, paired_difference, summary
 from leapalign.evaluation.sampling import Sampling, draw_images
+from leapalign.geneval.rules import Detection, Verdict, judge, overall, paired_difference, summary
 from leapalign.prompts import Prompt
 
 if TYPE_CHECKING:

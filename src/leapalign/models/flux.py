@@ -20,8 +20,8 @@ from leapalign.tuning.full import FULL
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from leapalign.models.folder import PipelineFolder
     from leapalign.models.pipeline import PipelineModel
+    from leapalign.storage.pipeline_folder import PipelineFolder
     from leapalign.tuning.base import Tuning
 
 TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
@@ -49,7 +49,7 @@ class Flux:
     def load(self, device: str, dtype: str, tuning: Tuning = FULL) -> PipelineModel:
         """Open the folder. Raises UserError on a folder, size or length that cannot work."""
         from leapalign.models import pipeline as pipe
-        from leapalign.models.folder import open_folder
+        from leapalign.storage.pipeline_folder import open_folder
 
         precision = pipe.parse_dtype(dtype)
         if not 1 <= self.max_sequence_length <= 512:
@@ -106,7 +106,7 @@ def _text_encoder(folder: PipelineFolder, policy: Any, length: int, dtype: Any) 
     """Loads the text encoders; returns prompts -> Text, by the pipeline's own `encode_prompt`."""
     from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
-    from leapalign.models.folder import load_part
+    from leapalign.storage.pipeline_folder import load_part
 
     device = policy.device
     parts = {name: load_part(folder, name, dtype) for name in TEXT_PARTS}

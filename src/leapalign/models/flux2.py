@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from leapalign.models.decode import Decoder
-    from leapalign.models.folder import PipelineFolder
     from leapalign.models.pipeline import PipelineModel
+    from leapalign.storage.pipeline_folder import PipelineFolder
     from leapalign.tuning.base import Tuning
 
 PATCH = 2  # latents of the VAE in one of ours, along each side
@@ -54,7 +54,7 @@ class Flux2Klein:
     def load(self, device: str, dtype: str, tuning: Tuning = FULL) -> PipelineModel:
         """Open the folder. Raises UserError on a folder, size, length or layer that cannot work."""
         from leapalign.models import pipeline as pipe
-        from leapalign.models.folder import open_folder
+        from leapalign.storage.pipeline_folder import open_folder
 
         precision = pipe.parse_dtype(dtype)
         if not 1 <= self.max_sequence_length <= 512:
@@ -124,14 +124,14 @@ def _decode(vae: Any, z: Tensor) -> Tensor:
 
 def _scale(config: Flux2Klein, folder: PipelineFolder) -> float:
     """A distilled network has its guidance inside: one branch."""
-    from leapalign.models.folder import INDEX, read_json
+    from leapalign.storage.pipeline_folder import INDEX, read_json
 
     distilled = read_json(folder.path / INDEX).get("is_distilled", False)
     return 1.0 if distilled else config.guidance_scale
 
 
 def _check_layers(layers: tuple[int, ...], folder: PipelineFolder, width: int) -> None:
-    from leapalign.models.folder import read_json
+    from leapalign.storage.pipeline_folder import read_json
 
     place = folder.path / "text_encoder" / "config.json"
     count, hidden = (read_json(place).get(key) for key in ("num_hidden_layers", "hidden_size"))
@@ -151,7 +151,7 @@ def _text_encoder(config: Flux2Klein, folder: PipelineFolder, device: str, dtype
     from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline
 
     from leapalign.models import pipeline as pipe
-    from leapalign.models.folder import load_part
+    from leapalign.storage.pipeline_folder import load_part
 
     tokenizer = pipe.load_chat_tokenizer(folder)
     encoder = load_part(folder, "text_encoder", dtype).to(device)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from leapalign.errors import UserError, first_time, opening
 from leapalign.models.base import Conditioning, Text
 from leapalign.models.decode import Decoder
-from leapalign.models.folder import PipelineFolder, load_part, save_with
 from leapalign.models.guidance import Guidance, GuidedVelocity, in_precision
-from leapalign.models.prompt_store import PromptStore
-from leapalign.models.text import Encoder, PromptCache
+from leapalign.models.prompt_embeds.cache import Encoder, PromptCache
+from leapalign.models.prompt_embeds.store import PromptStore
+from leapalign.storage.pipeline_folder import PipelineFolder, load_part, save_with
 from leapalign.tuning.adapter import merged, switched_off
 
 if TYPE_CHECKING:

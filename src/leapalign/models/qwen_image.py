@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from leapalign.models.decode import Decoder
-    from leapalign.models.folder import PipelineFolder
     from leapalign.models.pipeline import PipelineModel
+    from leapalign.storage.pipeline_folder import PipelineFolder
     from leapalign.tuning.base import Tuning
 
 TEXT_PARTS = ("text_encoder", "tokenizer")
@@ -58,7 +58,7 @@ class QwenImage:
     def load(self, device: str, dtype: str, tuning: Tuning = FULL) -> PipelineModel:
         """Open the folder. Raises UserError on a folder, size or length that cannot work."""
         from leapalign.models import pipeline as pipe
-        from leapalign.models.folder import open_folder
+        from leapalign.storage.pipeline_folder import open_folder
 
         precision = pipe.parse_dtype(dtype)
         if not 1 <= self.max_sequence_length <= 1024:
@@ -153,7 +153,7 @@ def _text_encoder(folder: PipelineFolder, device: str, length: int, dtype: Any) 
     from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
 
     from leapalign.models import pipeline as pipe
-    from leapalign.models.folder import load_part
+    from leapalign.storage.pipeline_folder import load_part
 
     parts = {name: load_part(folder, name, dtype) for name in TEXT_PARTS}
     parts["text_encoder"].to(device)

@@ -20,8 +20,8 @@ from leapalign.tuning.full import FULL
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from leapalign.models.folder import PipelineFolder
     from leapalign.models.pipeline import PipelineModel
+    from leapalign.storage.pipeline_folder import PipelineFolder
     from leapalign.tuning.base import Tuning
 
 TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
@@ -47,7 +47,7 @@ class SD3:
     def load(self, device: str, dtype: str, tuning: Tuning = FULL) -> PipelineModel:
         """Open the folder. Raises UserError on a folder, size or length that cannot work."""
         from leapalign.models import pipeline as pipe
-        from leapalign.models.folder import open_folder
+        from leapalign.storage.pipeline_folder import open_folder
 
         precision = pipe.parse_dtype(dtype)
         needed = ("transformer", "vae", "scheduler", *TEXT_PARTS[:4])
@@ -117,7 +117,7 @@ def _text_encoder(folder: PipelineFolder, policy: Any, length: int, dtype: Any) 
     """Loads the text encoders; returns prompts -> Text, by the pipeline's own `encode_prompt`."""
     from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 
-    from leapalign.models.folder import load_part
+    from leapalign.storage.pipeline_folder import load_part
 
     device = policy.device
     parts = {name: load_part(folder, name, dtype) for name in TEXT_PARTS}

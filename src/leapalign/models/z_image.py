@@ -21,9 +21,9 @@ from leapalign.tuning.full import FULL
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from leapalign.models.folder import PipelineFolder
     from leapalign.models.guidance import Guidance
     from leapalign.models.pipeline import PipelineModel
+    from leapalign.storage.pipeline_folder import PipelineFolder
     from leapalign.tuning.base import Tuning
 
 TEXT_PARTS = ("text_encoder", "tokenizer")
@@ -54,7 +54,7 @@ class ZImage:
     def load(self, device: str, dtype: str, tuning: Tuning = FULL) -> PipelineModel:
         """Open the folder. Raises UserError on a folder, size, length or guidance that cannot work."""
         from leapalign.models import pipeline as pipe
-        from leapalign.models.folder import open_folder
+        from leapalign.storage.pipeline_folder import open_folder
 
         precision = pipe.parse_dtype(dtype)
         _check_guidance(self)
@@ -149,7 +149,7 @@ def _text_encoder(folder: PipelineFolder, device: str, length: int, dtype: Any) 
     from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 
     from leapalign.models import pipeline as pipe
-    from leapalign.models.folder import load_part
+    from leapalign.storage.pipeline_folder import load_part
 
     parts = {"tokenizer": pipe.load_chat_tokenizer(folder), "text_encoder": load_part(folder, "text_encoder", dtype)}
     parts["text_encoder"].to(device)

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from leapalign.flow.graph import with_graph
 from leapalign.flow.rollout import Velocity
 from leapalign.models.base import Conditioning
-from leapalign.planning.counting import LiveBytes, Saved
+from leapalign.planning.tensor_bytes import LiveBytes, Saved
 from leapalign.run import Run
 from leapalign.seeds import generator
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from leapalign.models.folder import INDEX
+from leapalign.storage.pipeline_folder import INDEX
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from leapalign.distributed.fsdp_frozen import blocks_of
+from leapalign.distributed.world import BUCKET
 from leapalign.models.pipeline import parse_dtype
 from leapalign.planning.activations import Forwards, GraphBytes, latent_bytes
-from leapalign.planning.parts import Parts, quantization_of
-from leapalign.planning.ranks import ALONE, Rank, bytes_of, largest_gathered
+from leapalign.planning.components import Parts, quantization_of
 from leapalign.planning.rewards import RewardPlan
-from leapalign.training.distributed import BUCKET
-from leapalign.training.frozen import blocks_of
+from leapalign.planning.sharding import ALONE, Rank, bytes_of, largest_gathered
 
 FLOAT32 = 4  # bytes
 QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.5}  # of a weight

@@ -16,20 +16,20 @@ from typing import Any
 
 import torch
 
+from leapalign.distributed.fsdp_frozen import check_names
 from leapalign.errors import UserError
 from leapalign.models.base import Conditioning
 from leapalign.models.pipeline import parse_dtype
-from leapalign.models.prompt_place import cache_plan, limit
-from leapalign.models.prompt_store import WORTHWHILE
+from leapalign.models.prompt_embeds.location import cache_plan, limit
+from leapalign.models.prompt_embeds.store import WORTHWHILE
 from leapalign.planning import texts
 from leapalign.planning.activations import GRAPHS, Forwards, GraphBytes, count_forwards, forward_bytes, graph_bytes
+from leapalign.planning.components import Parts, parts_of_run, path_of, quantization_of
 from leapalign.planning.downloads import Download, hub_file, pipeline_parts
 from leapalign.planning.memory import FLOAT32, always, phases, policy_bytes, reward_bytes, trained_bytes
-from leapalign.planning.parts import Parts, parts_of_run, path_of, quantization_of
-from leapalign.planning.ranks import first_rank, world_of
-from leapalign.planning.weightless import folder_of
+from leapalign.planning.meta_models import folder_of
+from leapalign.planning.sharding import first_rank, world_of
 from leapalign.run import Run
-from leapalign.training.frozen import check_names
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from leapalign.rewards.aesthetic_model import AestheticReward, AestheticScorer
-from leapalign.rewards.clip_model import ClipReward, Head
-from leapalign.rewards.hpsv3_model import PIXELS, HPSv3Model, HPSv3Reward
-from leapalign.rewards.imagereward_model import BlipReward, BlipScorer, imagereward_preprocess
+from leapalign.rewards.aesthetic.model import AestheticReward, AestheticScorer
+from leapalign.rewards.clip.model import ClipReward, Head
+from leapalign.rewards.hpsv3.model import PIXELS, HPSv3Model, HPSv3Reward
+from leapalign.rewards.imagereward.model import BlipReward, BlipScorer, imagereward_preprocess
 from leapalign.rewards.linear_head import WIDTHS, LinearHead
 from leapalign.rewards.preprocess import Preprocess
 from leapalign.rewards.qwen_vl import QwenPreprocess

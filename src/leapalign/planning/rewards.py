@@ -14,9 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leapalign.errors import UserError
 from leapalign.planning.downloads import Download, hub_file
+from leapalign.planning.meta_models import META, fake
 from leapalign.planning.reward_sizes import PUBLISHED, Architecture, clip
-from leapalign.planning.weightless import META, fake
-from leapalign.rewards.clip_files import read_json, resolve, torch_dtype
+from leapalign.rewards.pretrained import read_json, resolve, torch_dtype
 from leapalign.run import RewardTerm
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

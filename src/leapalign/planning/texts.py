@@ -15,7 +15,7 @@ import torch
 
 from leapalign.errors import UserError
 from leapalign.models.base import Text
-from leapalign.models.folder import PipelineFolder
+from leapalign.storage.pipeline_folder import PipelineFolder
 
 
 @dataclass(frozen=True, kw_only=True)

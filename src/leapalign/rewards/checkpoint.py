@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from leapalign.errors import UserError, is_out_of_memory, opening
-from leapalign.rewards.clip_files import find
+from leapalign.rewards.pretrained import find
 
 M = TypeVar("M", bound=nn.Module)
 

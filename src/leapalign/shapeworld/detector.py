@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from scipy import ndimage
 
-from leapalign.evaluation.geneval import Detection
+from leapalign.geneval.rules import Detection
 from leapalign.shapeworld.world import COLORS, GROUND, SHAPES, SIZE, coverage
 
 if TYPE_CHECKING:

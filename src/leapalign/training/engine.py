@@ -15,15 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leapalign.distributed import broadcast
+from leapalign.distributed.fsdp import Shards
+from leapalign.distributed.fsdp_frozen import check_names, prepare, shard_rewards
+from leapalign.distributed.tensors import Named
+from leapalign.distributed.world import World, resolve_device, world_device
 from leapalign.errors import UserError
 from leapalign.methods.objective import Hinge
 from leapalign.prompts import Prompt
 from leapalign.run import RewardTerm, Run
-from leapalign.training import batches, broadcast
-from leapalign.training.distributed import World, world_device
-from leapalign.training.frozen import check_names, prepare, shard_rewards
-from leapalign.training.shards import Shards
-from leapalign.training.weights import EMA, Named, trained_parameters
+from leapalign.training import batches
+from leapalign.training.weights import EMA, trained_parameters
 
 ALONE = World()
 
@@ -148,13 +150,3 @@ def _adamw(run: Run, parameters: Named) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         parameters.values(), lr=run.learning_rate, betas=run.betas, weight_decay=run.weight_decay, foreach=False
     )
-
-
-def resolve_device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r}: {str(error).splitlines()[0]}; use cpu, cuda or auto") from None
-    return name

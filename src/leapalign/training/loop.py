@@ -25,26 +25,27 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from leapalign.checkpoint import checkpoints
+from leapalign.checkpoint.async_writer import Saver
+from leapalign.checkpoint.checkpoints import Checkpoint, Progress
+from leapalign.checkpoint.sharded import writers_of
 from leapalign.codec import dumps
+from leapalign.distributed.world import joined, sum_gradients
 from leapalign.errors import NotFinite, UserError
 from leapalign.flow.graph import with_graph
 from leapalign.flow.rollout import Velocity, rollout
 from leapalign.methods.base import Surrogate
 from leapalign.methods.objective import LatentGradient, latent_gradient
 from leapalign.run import Run
-from leapalign.training import batches, checkpoints, memory_errors, self_checks
+from leapalign.storage.atomic import complete_folder, disk_errors, write_text
+from leapalign.storage.lock import run_lock
+from leapalign.training import batches, out_of_memory, self_checks
 from leapalign.training.batches import MicroBatch, noise_generators
-from leapalign.training.checkpoints import Checkpoint, Progress
-from leapalign.training.distributed import joined, sum_gradients
 from leapalign.training.engine import Engine, build
-from leapalign.training.files import complete_folder, disk_errors, write_text
-from leapalign.training.guard import check_gradients, check_rows
-from leapalign.training.lock import run_lock
+from leapalign.training.finite import check_gradients, check_rows
 from leapalign.training.metrics import batch_metrics, of_all_ranks
-from leapalign.training.parts import writers_of
-from leapalign.training.saver import Saver
+from leapalign.training.preemption import Stop, on_signals
 from leapalign.training.session import Session, open_folder, tell
-from leapalign.training.stopping import Stop, on_signals
 from leapalign.training.summary import summarize
 from leapalign.training.tracking import Metrics, Silent, Tracker, kept_metrics
 from leapalign.training.weights import clip_gradients, gradient_norm
@@ -94,7 +95,7 @@ def train(
                     origin = checkpoints.find(run, checkpoint)
                     changes = checkpoints.check_unchanged(run, origin, allow_changes)
             origin = world.from_main(origin)
-            with memory_errors.explained(run, "loading", [], loading=True):
+            with out_of_memory.explained(run, "loading", [], loading=True):
                 engine = build(run, world)
                 with world.agreed():
                     progress = checkpoints.restore(origin, engine.parameters, engine.ema, engine.optimizer)
@@ -134,7 +135,7 @@ def _train_steps(
     engine: Engine, progress: Progress, tracker: Tracker | Silent, stop: Stop, on_step: Callable[[Metrics], None] | None
 ) -> None:
     run, begun = engine.run, time.monotonic() - progress.seconds
-    plan = memory_errors.parts_in_memory(engine.parameters, engine.ema.shadow, engine.model.policy)
+    plan = out_of_memory.parts_in_memory(engine.parameters, engine.ema.shadow, engine.model.policy)
     with on_signals(stop), Saver(asynchronous=run.async_checkpoints, parameters=engine.parameters) as saver:
         parts = {"progress": progress, "tracker": tracker, "saver": saver, "stop": stop}
         session = Session(engine=engine, writers=writers_of(engine.parameters, engine.world), **parts)
@@ -142,7 +143,7 @@ def _train_steps(
             tracker.log({"step": 0} | probe(engine))
         while progress.step < run.steps:
             started = time.monotonic()
-            with memory_errors.explained(run, f"step {progress.step + 1}", plan):
+            with out_of_memory.explained(run, f"step {progress.step + 1}", plan):
                 metrics = _step(session)
                 progress.seconds = time.monotonic() - begun
                 metrics = {"step": progress.step} | metrics | {"seconds": time.monotonic() - started}

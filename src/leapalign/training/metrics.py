@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from leapalign.distributed.world import World
 from leapalign.methods.objective import LatentGradient
-from leapalign.training.distributed import World
 from leapalign.training.tracking import Metrics
 
 Part = tuple[dict[str, Tensor], LatentGradient]  # of a micro-batch: the method's metrics, the objective

@@ -18,9 +18,9 @@ from torch import Tensor
 from leapalign.errors import UserError
 from leapalign.flow.rollout import rollout
 from leapalign.models.base import Conditioning
-from leapalign.models.reference import pipeline_latents
+from leapalign.models.diffusers_reference import pipeline_latents
+from leapalign.storage.atomic import SCRATCH
 from leapalign.training.batches import micro_batches, noise_generators
-from leapalign.training.files import SCRATCH
 
 if TYPE_CHECKING:
     from leapalign.training.engine import Engine

@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from leapalign.checkpoint import checkpoints
+from leapalign.checkpoint.async_writer import Saver
+from leapalign.checkpoint.checkpoints import Checkpoint, Progress
+from leapalign.checkpoint.sharded import Writers
 from leapalign.errors import NotFinite, RunInterrupted, UserError
 from leapalign.run import Run, differences
-from leapalign.training import checkpoints, self_checks
-from leapalign.training.checkpoints import Checkpoint, Progress
-from leapalign.training.files import refuse_links_out, refuse_other_kinds
-from leapalign.training.lock import LOCK
-from leapalign.training.parts import Writers
-from leapalign.training.saver import Saver
-from leapalign.training.stopping import Stop
+from leapalign.storage.atomic import refuse_links_out, refuse_other_kinds
+from leapalign.storage.lock import LOCK
+from leapalign.training import self_checks
+from leapalign.training.preemption import Stop
 from leapalign.training.tracking import Metrics, Silent, Tracker
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from leapalign.checkpoint.checkpoints import Progress
 from leapalign.run import Run
-from leapalign.training.checkpoints import Progress
-from leapalign.training.files import write_text
+from leapalign.storage.atomic import write_text
 from leapalign.training.tracking import read_metrics
 
 

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from leapalign.errors import UserError
-from leapalign.training.files import write_text
+from leapalign.storage.atomic import write_text
 
 Metrics = dict[str, Any]
 QUIET_SECONDS = 5.0  # between two plain lines where there is no terminal

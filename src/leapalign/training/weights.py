@@ -6,16 +6,14 @@ weights only. The paper evaluates and ships these averages (arXiv 2604.15311, Se
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
+from leapalign.distributed.tensors import Named, whole
 from leapalign.errors import UserError
-
-Named = Mapping[str, Tensor]
 
 
 def trained_parameters(policy: nn.Module) -> Named:
@@ -70,35 +68,11 @@ class EMA:
 
 
 @torch.no_grad()
-def copy_into(targets: Named, values: Named) -> None:
-    """Write values into the tensors of the same names; whole values into sharded tensors too."""
-    for name, target in targets.items():
-        target.copy_(like(values[name], target))
-
-
-@torch.no_grad()
 def _exchange(p: Tensor, other: Tensor) -> Tensor:
     """`p` takes the values of `other`; returns where its own lie now: in `other`, or in a copy if dtypes differ."""
     own = p.clone()
     p.copy_(other)
     return other.copy_(own) if other.dtype == own.dtype else own
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor with all its parts; every rank must call it for the same ones."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def like(value: Tensor, target: Tensor) -> Tensor:
-    """A whole tensor spread as `target` is, without exchange: every rank has it. Others are given back."""
-    if not isinstance(target, DTensor) or isinstance(value, DTensor):
-        return value
-    return distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
 
 
 def _master(p: Tensor) -> Tensor:

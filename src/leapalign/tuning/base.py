@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from leapalign.models.folder import PipelineFolder
+    from leapalign.storage.pipeline_folder import PipelineFolder
 
 
 class Tuning(Protocol):

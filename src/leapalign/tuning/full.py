@@ -12,7 +12,7 @@ from leapalign.models.base import pointed_at
 if TYPE_CHECKING:
     import torch
 
-    from leapalign.models.folder import PipelineFolder
+    from leapalign.storage.pipeline_folder import PipelineFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class FullFineTuning:
         """The transformer in float32; under another `dtype` the forward is autocast over these weights."""
         import torch
 
-        from leapalign.models.folder import load_policy
+        from leapalign.storage.pipeline_folder import load_policy
 
         return load_policy(folder, device, torch.float32).requires_grad_(True)
 

@@ -20,7 +20,7 @@ from leapalign.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from leapalign.models.folder import PipelineFolder
+    from leapalign.storage.pipeline_folder import PipelineFolder
 
 
 Quantization: TypeAlias = Literal["none", "int8", "nf4"]
@@ -54,7 +54,7 @@ class LoRA:
 
     def load_policy(self, folder: PipelineFolder, device: str, dtype: torch.dtype) -> Any:
         """The frozen transformer with an adapter that changes nothing yet. UserError on targets that match nothing."""
-        from leapalign.models.folder import load_policy
+        from leapalign.storage.pipeline_folder import load_policy
         from leapalign.tuning.adapter import attach, initialise
         from leapalign.tuning.quantization import compute_in, quantization_config
         from leapalign.tuning.targets import find_targets
@@ -112,7 +112,7 @@ class LoRA:
         """`pipeline`: base and adapter, merged. `lora`, `comfyui`: one file (the latter opens the base for sizes)."""
         import torch
 
-        from leapalign.training.files import complete_folder
+        from leapalign.storage.atomic import complete_folder
         from leapalign.tuning.files import read_lora, write_lora
 
         if format == "pipeline":

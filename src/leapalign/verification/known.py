@@ -1,6 +1,6 @@
 """The published models by the numbers of their transformers, and what the paper measured on them (arXiv 2604.15311).
 
-Sizes and schedulers are those that ship for plans (leapalign.planning.architectures), public facts that could not be
+Sizes and schedulers are those that ship for plans (leapalign.models.published), public facts that could not be
 compared with the hub's own files when this was written.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from leapalign.planning.architectures import PIPELINES
+from leapalign.models.published import PIPELINES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,16 @@ from torch import Tensor
 
 from leapalign.errors import UserError
 from leapalign.flow.rollout import rollout
-from leapalign.models.folder import INDEX, TRANSFORMER, PipelineFolder, check_part, locate, parts_of, read_json
-from leapalign.models.reference import as_ours, call_settings, open_pipeline
+from leapalign.models.diffusers_reference import as_ours, call_settings, open_pipeline
+from leapalign.storage.pipeline_folder import (
+    INDEX,
+    TRANSFORMER,
+    PipelineFolder,
+    check_part,
+    locate,
+    parts_of,
+    read_json,
+)
 from leapalign.verification import known
 from leapalign.verification.checks import Check, different, good, note, within
 from leapalign.verification.files import Hashes, check_hashes, check_weights

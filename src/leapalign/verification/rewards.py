@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from leapalign.errors import UserError
-from leapalign.hub import cached_folder, is_hub_id
-from leapalign.models.folder import read_json
-from leapalign.shapeworld.assets import resolve
-from leapalign.tensor_files import read_header
+from leapalign.storage.embedded import resolve
+from leapalign.storage.hub import cached_folder, is_hub_id
+from leapalign.storage.pipeline_folder import read_json
+from leapalign.storage.safetensors_header import read_header
 from leapalign.verification import known
 from leapalign.verification.checks import Check, different, good, note, within
 from leapalign.verification.files import Hashes, check_dtypes, check_finite, check_hashes, check_weights

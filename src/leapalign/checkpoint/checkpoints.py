@@ -1,0 +1,294 @@
+"""Checkpoints: everything that the next step depends on, complete or absent, in safetensors and JSON only.
+
+    RUN/checkpoints/step-000050/  weights.safetensors  ema.safetensors  optimizer.safetensors  run.json  state.json
+                                  or, of sharded weights, files of each rank's parts (`parts`)
+    RUN/checkpoints/newest.json   the name of the newest one, so that a deleted one is missed
+
+Frozen weights are not copied: the run's model is loaded again. There is no random state and no place in the prompts to
+keep, because all randomness and the order of the prompts are functions of (seed, step, sample, purpose); the learning
+rate is one of the step. state.json holds the step, counters, elapsed time, how far metrics.jsonl was, versions, the
+configuration's hash, the sha256 of every other file and its own.
+
+`layout` in state.json says how tensors are stored: "whole" is a file a group, "sharded" files of each rank's parts. A
+checkpoint of any layout and number of ranks resumes on any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from leapalign.checkpoint import formats, sharded
+from leapalign.checkpoint.sharded import Part, Writers, part_of
+from leapalign.codec import encode
+from leapalign.distributed.tensors import Named, local
+from leapalign.errors import UserError
+from leapalign.run import Run, config_hash, differences, trajectory
+from leapalign.storage.atomic import clear_scratch, complete_folder, remove_folder, scratch_folder, sha256, write_text
+from leapalign.storage.safetensors_header import read_header
+from leapalign.training.weights import EMA
+
+PACKAGES = ("leapalign", "torch", "diffusers", "transformers", "safetensors")
+NEWEST = "newest.json"
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what damaged JSON leads to
+_NAME = re.compile(r"step-(\d{6,})")
+_RECORDS = {"run.json", "state.json"}
+_PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0  # updates done, skipped ones included
+    skipped: int = 0  # updates without gradient
+    bad_batches: int = 0  # of those, the ones that were NaN or infinite
+    seconds: float = 0.0  # spent in all processes so far
+    metrics_bytes: int = 0  # of metrics.jsonl that belong to these steps
+    changes: list[dict[str, Any]] = field(default_factory=list)  # {"step", "changes"}: settings changed on the way
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What a checkpoint will hold, taken at one moment."""
+
+    run: Run
+    progress: dict[str, Any]
+    tensors: dict[str, Named]  # by group
+    part: Part | None = None  # which of a sharded checkpoint's they are; None: these are all
+
+    @property
+    def step(self) -> int:
+        return self.progress["step"]
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for named in self.tensors.values() for t in named.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """One whose bytes are those that were written."""
+
+    folder: Path
+    state: dict[str, Any]
+    record: dict[str, Any]  # its run.json
+
+
+def take(
+    run: Run,
+    progress: Progress,
+    parameters: Named,
+    ema: EMA,
+    optimizer: torch.optim.Optimizer,
+    writers: Writers | None = None,
+) -> Snapshot:  # views: whoever writes it later must copy the tensors first
+    """The run as it is now; with `writers`, this rank's part of it."""
+    groups = formats.groups_of(parameters, ema, optimizer)
+    part = part_of(groups, writers) if writers else None
+    tensors: dict[str, Named] = {g: {name: local(t) for name, t in named.items()} for g, named in groups.items()}
+    return Snapshot(run=run, progress=asdict(progress), tensors=tensors, part=part)
+
+
+def save(snapshot: Snapshot, before_rename: Callable[[], None] = lambda: None) -> Path:
+    """Write a checkpoint and prune older ones; killed at any moment, it is complete or absent.
+
+    `before_rename` puts on the disk what the checkpoint relies on (the metrics up to its step). Of a sharded one,
+    ranks other than 0 write their part only, and do not wait for the others.
+    """
+    run, part = snapshot.run, snapshot.part
+    target = _folder(run) / f"step-{snapshot.step:06d}"
+    if part and part.writers.rank > 0:
+        sharded.write(scratch_folder(target, part.writers.token), snapshot.tensors, part)
+        return target
+    if not target.exists():  # else a process was killed between this checkpoint and the pruning
+        _write(target, snapshot, before_rename)
+    write_text(_folder(run) / NEWEST, json.dumps({"name": target.name}) + "\n")
+    for old in complete(run)[: -run.keep_checkpoints]:
+        remove_folder(old)
+    return target
+
+
+def _write(target: Path, snapshot: Snapshot, before_rename: Callable[[], None]) -> None:
+    record, part = encode(snapshot.run), snapshot.part
+    with complete_folder(target, part.writers.token if part else "") as folder:
+        files = formats.write(folder, snapshot.tensors, part)
+        (folder / "run.json").write_text(json.dumps(record, indent=2))
+        state: dict[str, Any] = {
+            **snapshot.progress,
+            **formats.record(snapshot.tensors, part),
+            "config": config_hash(record),
+            "versions": versions(),
+            "files": files | {"run.json": sha256(folder / "run.json")},
+        }
+        (folder / "state.json").write_text(json.dumps(state | {"self": _digest(state)}, indent=2))
+        before_rename()
+
+
+def find(run: Run, name: str = "") -> Checkpoint | None:
+    """The newest checkpoint, or the one of that name, once every byte of it has been compared; None where none is.
+
+    Raises UserError for a damaged, deleted or unknown one, with the newest good one among the others.
+    """
+    folder = _folder(run)
+    if folder.is_dir():
+        clear_scratch(folder)
+    names = [path.name for path in complete(run)]
+    if name and name not in names:
+        raise UserError(f"{folder}: there is no checkpoint {name!r}; there are {', '.join(names) or 'none'}")
+    _refuse_deleted(run, name, names)
+    if not names:
+        return None
+    chosen = folder / (name or names[-1])
+    try:
+        return _verified(chosen)
+    except UNREADABLE as error:
+        raise UserError(f"{chosen}: the checkpoint is damaged ({error}); {_way_out(run, chosen)}") from None
+
+
+def restore(origin: Checkpoint | None, parameters: Named, ema: EMA, optimizer: torch.optim.Optimizer) -> Progress:
+    """Put a checkpoint into the given objects; a run that has none yet starts at its first step."""
+    if origin is None:
+        return Progress()
+    formats.read(origin.folder, origin.state["layout"], parameters, ema, optimizer)
+    return Progress(**{f.name: origin.state[f.name] for f in fields(Progress)})
+
+
+def set_aside(run: Run, origin: Checkpoint) -> list[Path]:
+    """Give the checkpoints after `origin` other names, with the metrics as they were: their steps are made again."""
+    later = [path for path in complete(run) if _step(path) > _step(origin.folder)]
+    moved = []
+    for path in reversed(later):
+        moved.append(_free_name(path.with_name(f"unused-{path.name}")))
+        path.rename(moved[-1])
+    if later:
+        lines = (Path(run.out) / "metrics.jsonl").read_bytes()
+        _free_name(moved[0].with_name(f"{moved[0].name}.metrics.jsonl")).write_bytes(lines)
+        write_text(_folder(run) / NEWEST, json.dumps({"name": origin.folder.name}) + "\n")
+    return moved
+
+
+def check_unchanged(run: Run, origin: Checkpoint | None, allow: bool = False) -> list[str]:
+    """The settings that are not those of the checkpoint; UserError that lists them unless they are allowed."""
+    if origin is None or config_hash(origin.record) == config_hash(encode(run)):
+        return []
+    changes = differences(trajectory(origin.record), trajectory(encode(run)))
+    if not allow:
+        listed = "\n  ".join(changes)
+        raise UserError(
+            f"{run.out}: run.json is not what the checkpoint was trained with:\n  {listed}\n"
+            f"Undo the change, or go on with it: `leapalign resume {run.out} --allow-changes`, or start a new run with "
+            "`leapalign train`"
+        )
+    return changes
+
+
+def complete(run: Run) -> list[Path]:
+    """Checkpoints, oldest first: a folder has this name only once it is complete."""
+    return sorted((p for p in _folder(run).glob("step-*") if _NAME.fullmatch(p.name)), key=_step)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that the numbers come from."""
+    return {package: version(package) for package in PACKAGES}
+
+
+def _verified(folder: Path) -> Checkpoint:
+    """Raises what a damaged file makes its readers raise."""
+    state = json.loads((folder / "state.json").read_text())
+    own = state.pop("self")
+    if own != _digest(state):
+        raise ValueError("state.json has other bytes than were written")
+    expected = formats.tensor_files(state) | _RECORDS
+    present = {path.name for path in folder.iterdir()}
+    if odd := (set(state["files"]) | {"state.json"}) ^ expected or expected - present:
+        raise ValueError(f"{min(odd)} is missing or unknown")
+    if pickles := sorted(name for name in present if PurePosixPath(name).suffix in _PICKLES):
+        raise ValueError(f"{pickles[0]} is no part of a checkpoint; pickled files are never opened, remove it")
+    for name, digest in state["files"].items():
+        if sha256(folder / name) != digest:
+            raise ValueError(f"{name} has other bytes than were written")
+    for file in sorted(folder.glob("*.safetensors")):
+        _check_sound(file)  # a sum says that nothing was changed later, not that it was sound
+    _check_progress(state, _step(folder))
+    record = json.loads((folder / "run.json").read_text())
+    if not isinstance(record, dict):
+        raise ValueError("run.json is no object")
+    return Checkpoint(folder=folder, state=state, record=record)
+
+
+def _check_progress(state: dict[str, Any], step: int) -> None:
+    """As `Progress` counts, and of the step that the folder is named after."""
+    for each in fields(Progress):
+        value, known = state[each.name], getattr(Progress(), each.name)
+        kinds = (int, float) if isinstance(known, float) else (type(known),)
+        if type(value) not in kinds or (not isinstance(value, list) and not 0 <= value < math.inf):
+            raise ValueError(f"state.json says {each.name} {value!r}")
+    if state["step"] != step:
+        raise ValueError(f"state.json is of step {state['step']}")
+
+
+def _check_sound(file: Path) -> None:
+    try:
+        read_header(file)
+    except ValueError as error:
+        raise ValueError(f"{file.name} {error}") from error
+
+
+def _is_good(folder: Path) -> bool:
+    try:
+        return bool(_verified(folder))
+    except UNREADABLE:
+        return False
+
+
+def _way_out(run: Run, bad: Path | None) -> str:
+    good = next((path for path in reversed(complete(run)) if path != bad and _is_good(path)), None)
+    if good is None:
+        return f"no other one is good: train again, `leapalign train {run.out}/run.json --out ANOTHER`"
+    return f"{good.name} is good: `leapalign resume {run.out} --checkpoint {good.name}` goes on from it"
+
+
+def _refuse_deleted(run: Run, name: str, names: list[str]) -> None:
+    """Going on silently from an older one, or from the start, would throw the later metrics away."""
+    marker = _folder(run) / NEWEST
+    if (Path(run.out) / "run.json").exists() and not marker.parent.is_dir():  # they are made together
+        raise UserError(f"{marker.parent}: this folder was there and is gone; {_way_out(run, None)}")
+    if name or not marker.exists():
+        return
+    try:
+        newest = json.loads(marker.read_text())["name"]
+        gone = not names or int(_NAME.fullmatch(newest)[1]) > _step(Path(names[-1]))  # type: ignore[index]
+    except UNREADABLE as error:
+        raise UserError(f"{marker}: not readable ({error}); remove it to resume from the newest folder") from None
+    if gone:
+        raise UserError(f"{marker.parent / newest}: this checkpoint was there and is gone; {_way_out(run, None)}")
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _free_name(path: Path) -> Path:
+    number = 2
+    free = path
+    while free.exists():
+        free, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return free
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _folder(run: Run) -> Path:
+    return Path(run.out) / "checkpoints"

@@ -1,0 +1,113 @@
+"""How a checkpoint stores tensors: "whole", a safetensors file a group, or "sharded", files of each rank's parts.
+
+One process, and ranks that hold whole weights, write the first; ranks with sharded weights the second (`parts`). Both
+are read into whole and into sharded tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from leapalign.checkpoint import sharded
+from leapalign.checkpoint.sharded import Part
+from leapalign.distributed.tensors import Named, copy_into
+from leapalign.errors import UserError
+from leapalign.storage.atomic import sha256
+from leapalign.training.weights import EMA
+
+GROUPS = ("weights", "ema", "optimizer")
+LAYOUTS = ("whole", "sharded")
+
+
+def groups_of(parameters: Named, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, Named]:
+    """All tensors that a run is, by group."""
+    return dict[str, Named](zip(GROUPS, (parameters, ema.shadow, optimizer_tensors(parameters, optimizer))))
+
+
+def optimizer_tensors(parameters: Named, optimizer: torch.optim.Optimizer) -> Named:
+    """AdamW's state as `<parameter>.<exp_avg | exp_avg_sq | step>`; nothing for weights that were never stepped."""
+    return {f"{name}.{key}": value for name, p in parameters.items() for key, value in optimizer.state[p].items()}
+
+
+def write(folder: Path, groups: Mapping[str, Named], part: Part | None) -> dict[str, str]:
+    """Write the tensors, and wait for the other ranks' parts where this is one; file -> sha256."""
+    if part:
+        sharded.write(folder, groups, part)
+        return sharded.collect(folder, part.writers)
+    for group, named in groups.items():
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}, _file(folder, group))
+    return {path.name: sha256(path) for path in folder.iterdir()}
+
+
+def record(groups: Mapping[str, Named], part: Part | None) -> dict[str, Any]:
+    """What state.json says of it."""
+    if part is None:
+        return {"layout": "whole"}
+    return {"layout": "sharded", "ranks": part.writers.ranks, "groups": sum(bool(named) for named in groups.values())}
+
+
+def tensor_files(state: Mapping[str, Any]) -> set[str]:
+    """The files that there must be for the tensors of a checkpoint. ValueError where its layout is unknown."""
+    if state["layout"] not in LAYOUTS:
+        raise ValueError(f"its layout is {state['layout']!r}, and this version reads {', '.join(LAYOUTS)}")
+    if state["layout"] == "sharded":
+        return sharded.file_names(state["ranks"], state["groups"])
+    return {f"{group}.safetensors" for group in GROUPS}
+
+
+def read(folder: Path, layout: str, parameters: Named, ema: EMA, optimizer: torch.optim.Optimizer) -> None:
+    """Put what is saved into these objects. UserError where it is another model's."""
+    saved = sharded.listed(folder) if layout == "sharded" else {g: load_file(_file(folder, g)) for g in GROUPS}
+    _check_shapes(folder, saved["weights"], parameters)
+    _check_shapes(folder, saved["ema"], ema.shadow)
+    _check_moments(folder, saved.get("optimizer", {}), parameters)
+    moments = _moments(saved.get("optimizer", {}), parameters)
+    groups = dict[str, Named](zip(GROUPS, (parameters, ema.shadow, moments)))
+    if layout == "sharded":
+        sharded.read(folder, groups)
+    else:
+        for group, named in groups.items():
+            copy_into(named, saved[group])
+    for full_name, value in moments.items():
+        name, _, key = full_name.rpartition(".")
+        optimizer.state[parameters[name]][key] = value
+
+
+def _moments(saved: Named, parameters: Named) -> dict[str, Tensor]:
+    """Places for AdamW's state, spread as the weights are; torch keeps the count of steps on the CPU."""
+    places = {}
+    for full_name, value in saved.items():
+        name, _, key = full_name.rpartition(".")
+        on_cpu = key == "step"
+        places[full_name] = torch.zeros_like(value, device="cpu") if on_cpu else torch.zeros_like(parameters[name])
+    return places
+
+
+def _check_shapes(folder: Path, saved: Named, expected: Named) -> None:
+    if odd := sorted(saved.keys() ^ expected.keys()):
+        raise UserError(f"{folder}: it holds other weights than the model trains, for instance {odd[0]}")
+    for name, tensor in expected.items():
+        if saved[name].shape != tensor.shape:
+            shapes = f"{list(saved[name].shape)} in the checkpoint, {list(tensor.shape)} in the model"
+            raise UserError(f"{folder}: {name} is {shapes}; this is another model")
+
+
+def _check_moments(folder: Path, saved: Named, parameters: Named) -> None:
+    """AdamW's: two of a parameter's own shape, and a count."""
+    for full_name, tensor in saved.items():
+        name, _, key = full_name.rpartition(".")
+        shape = parameters[name].shape if name in parameters else None
+        expected = {"exp_avg": shape, "exp_avg_sq": shape, "step": torch.Size()}.get(key)
+        if shape is None or expected != tensor.shape or not tensor.is_floating_point():
+            said = f"the optimizer's state has {full_name} {list(tensor.shape)}"
+            raise UserError(f"{folder}: {said}, which is no state of what the model trains; this is another model")
+
+
+def _file(folder: Path, group: str) -> Path:
+    return folder / f"{group}.safetensors"

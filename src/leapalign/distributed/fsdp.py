@@ -1,0 +1,163 @@
+"""Sharded weights: FSDP2's `fully_shard` on every block of the policy, then on what is left of it.
+
+Between forwards a rank holds its part of each weight (a DTensor) and, where the weight is trained, the same part of its
+gradient, moments and average. Where some weights are frozen (LoRA), these are sharded and the trained ones, which are
+small, stay whole on every rank: so float32 adapters and their bfloat16 base need no common group, and nothing but
+their gradients' sum is exchanged for them.
+
+Gradients are summed, not averaged: the loss is divided by the whole batch already.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from leapalign.distributed.tensors import whole
+from leapalign.distributed.world import World, one_draw_a_round
+from leapalign.errors import UserError
+from leapalign.flow.graph import runs_again
+from leapalign.flow.rollout import Velocity
+from leapalign.run import Run
+
+ROOM = 0.4  # of a device's memory for what a rank keeps for the whole run; beyond it, `auto` shards
+QUANTISED = "a quantised base cannot be sharded; use --sharding replicate, or --tuning.quantization none"
+KEPT = 20  # bytes a trained weight: float32 weight, gradient, two moments, average
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """A policy whose weights are spread over the ranks."""
+
+    policy: FSDPModule
+    shell: nn.Module  # the same policy with no memory for its weights: takes them up, whole, to be saved
+    gather_in_rollout: bool
+
+    def velocity(self, velocity: Velocity) -> Velocity:
+        """The same one; under `gather_in_rollout` a forward without graph leaves the weights whole for the next."""
+        if not self.gather_in_rollout:
+            return velocity
+
+        def gathered(x: Tensor, sigma: Tensor) -> Tensor:
+            self.policy.set_reshard_after_forward(torch.is_grad_enabled())
+            return velocity(x, sigma)
+
+        return gathered
+
+    @contextmanager
+    def rollout(self) -> Iterator[None]:
+        """Around forwards between which no weight changes: afterwards no rank holds more than its part."""
+        try:
+            yield
+        finally:
+            if self.gather_in_rollout:
+                self.policy.set_reshard_after_forward(True)
+                for module in _groups(self.policy):
+                    module.reshard()
+
+    def whole_policy(self, keep: bool, *, frozen: bool) -> nn.Module | None:
+        """The policy with whole weights on the CPU where `keep` is true; every rank must call it.
+
+        Without `frozen`, weights that are not trained stay without values: enough to save what is.
+        """
+        state = {}
+        for name, p in self.policy.named_parameters():  # type: ignore[attr-defined]
+            if frozen or p.requires_grad:
+                tensor = whole(p.detach())
+                if keep:
+                    state[name] = tensor.cpu()
+        if not keep:
+            return None
+        policy = copy.deepcopy(self.shell)
+        policy.load_state_dict(state, strict=False, assign=True)
+        return policy
+
+
+def shard(run: Run, policy: nn.Module, world: World, device: str) -> Shards | None:
+    """Spread the policy over the ranks' devices, where the run asks for it. UserError where it cannot be."""
+    if not is_sharded(run, policy, world, device):
+        return None
+    if getattr(policy, "hf_quantizer", None) is not None:
+        raise UserError(QUANTISED)
+    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+        raise UserError(f"sharded weights need a newer torch than {torch.__version__}; use --sharding replicate")
+    shell = _shell(policy)
+    mesh = mesh_of(run, world, device)
+    trained = {p for p in policy.parameters() if p.requires_grad}
+    whole_on_each = trained if len(trained) < len(list(policy.parameters())) else set()
+    for module in (*repeated_blocks(policy), policy):
+        # the root too: left gathered after a forward it would miss the next change of its weights
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole_on_each)
+    for module in _groups(policy):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+        module.register_forward_hook(_reshard_again)  # type: ignore[attr-defined]
+    return Shards(policy=policy, shell=shell, gather_in_rollout=run.gather_in_rollout)  # type: ignore[arg-type]
+
+
+def _reshard_again(module: FSDPModule, _inputs: Any, _output: Any) -> None:
+    """A forward in the backward leaves FSDP2's weights gathered, as suits a block that is run again just before its own
+    backward. Where the whole model is run again, that would be all of them at once."""
+    if runs_again():
+        module.reshard()
+
+
+def may_shard(run: Run, world: World, device: str) -> bool:
+    """Before the policy is there: whether it is sharded, or its size decides."""
+    if world.size == 1 or run.sharding == "replicate":
+        return False
+    return run.sharding != "auto" or (device.startswith("cuda") and one_draw_a_round(run, world))
+
+
+def is_sharded(run: Run, policy: nn.Module, world: World, device: str, memory: int = 0) -> bool:
+    """`auto` shards on CUDA what would fill more than ROOM of a device, if the draws allow it.
+
+    `memory`: the device's bytes; 0 = ask it.
+    """
+    if not may_shard(run, world, device) or run.sharding != "auto":
+        return may_shard(run, world, device)
+    if getattr(policy, "hf_quantizer", None) is not None:
+        return False
+    kept = sum(p.numel() * (KEPT if p.requires_grad else p.element_size()) for p in policy.parameters())
+    return kept > ROOM * (memory or torch.cuda.get_device_properties(device).total_memory)
+
+
+def repeated_blocks(policy: nn.Module) -> list[nn.Module]:
+    """The repeated blocks: the elements of the policy's own lists of modules."""
+    return [block for child in policy.children() if isinstance(child, nn.ModuleList) for block in child]
+
+
+def _groups(policy: Any) -> list[FSDPModule]:
+    return [module for module in policy.modules() if isinstance(module, FSDPModule)]
+
+
+def mesh_of(run: Run, world: World, device: str) -> DeviceMesh:
+    """The ranks as the run's sharding arranges them; `device` is that of a rank, or its type."""
+    device, inner = device.partition(":")[0], shared_by(run, world)
+    if run.sharding != "hybrid":
+        return init_device_mesh(device, (world.size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device, (world.size // inner, inner), mesh_dim_names=("replicate", "shard"))
+
+
+def shared_by(run: Run, world: World) -> int:
+    """How many ranks share one copy of what is sharded. UserError where they do not divide the world."""
+    inner = (run.shard_ranks or world.local_size) if run.sharding == "hybrid" else world.size
+    if world.size % inner:
+        raise UserError(f"{world.size} ranks are not made of machines of {inner}; give shard_ranks")
+    return inner
+
+
+def _shell(policy: nn.Module) -> nn.Module:
+    """A copy in which the weights have shapes only; it still is of the model's own class."""
+    memo: dict[int, Any] = {}
+    for p in policy.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+    return copy.deepcopy(policy, memo)

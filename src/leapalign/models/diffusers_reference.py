@@ -1,0 +1,123 @@
+"""diffusers' own pipeline: what our sampler must agree with, around a loaded policy or opened from the folder."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from leapalign.models.base import Conditioning, Text
+
+
+@torch.no_grad()
+def pipeline_latents(model: Any, config: Any, text: Conditioning, noise: Tensor, num_steps: int) -> Tensor | None:
+    """The latents [B, C, h, w] that diffusers makes of `noise`; None for a model that is no pipeline of diffusers.
+
+    `config`: the model's configuration (guidance). No part but the scheduler is loaded a second time. As in our own
+    sampler, the policy alone computes in the model's dtype; text, latents and the scheduler's sums are float32.
+    """
+    kind, folder = getattr(config, "pipeline", ""), getattr(model, "folder", None)
+    if not kind or folder is None:
+        return None
+    pipeline = _around(model, kind)
+    settings = call_settings(config, pipeline) | _embeddings(text, len(noise), pipeline)
+    settings.pop("negative_prompt", None)  # its features are among the embeddings, if it counts
+    packed = pipeline._pack_latents(noise, *noise.shape) if _packs(pipeline) else noise
+    with torch.autocast(noise.device.type, dtype=torch.bfloat16, enabled=model.dtype == torch.bfloat16):
+        latents = pipeline(latents=packed, num_inference_steps=num_steps, output_type="latent", **settings).images
+    return as_ours(latents, pipeline, model)
+
+
+def open_pipeline(config: Any, folder: Path) -> Any:
+    """The whole pipeline in float32, with its own text encoders and weights."""
+    import diffusers
+
+    from leapalign.storage.pipeline_folder import INDEX, read_json
+
+    index = read_json(folder / INDEX)
+    absent = {name: None for name, part in index.items() if isinstance(part, list) and len(part) == 2 and not part[1]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of the argument's name, which older versions need
+        pipeline = getattr(diffusers, config.pipeline).from_pretrained(
+            folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True, **absent
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def call_settings(config: Any, pipeline: Any) -> dict[str, Any]:
+    """Our settings, by the names that the pipeline's call has for them; those that it has not are left out."""
+    names = {name: name for name in vars(config)} | dict(getattr(config, "renamed", ()))
+    takes = inspect.signature(type(pipeline).__call__).parameters
+    return {theirs: getattr(config, ours) for ours, theirs in names.items() if theirs in takes}
+
+
+def as_ours(latents: Tensor, pipeline: Any, model: Any) -> Tensor:
+    """What the pipeline returns as latents in our layout, [B, C, h, w]."""
+    shape = (len(latents), *model.latent_shape)
+    if _packs(pipeline):  # tokens of 2 x 2
+        return pipeline._unpack_latents(latents, *shape[2:], vae_scale_factor=1).reshape(shape)
+    if hasattr(pipeline, "_patchify_latents"):  # FLUX.2: as its VAE takes them
+        return (pipeline._patchify_latents(latents) - model.decoder.shift) * model.decoder.scale
+    return latents
+
+
+class InFloat32:
+    """The policy as the pipeline sees it: float32 in and out, where it would round latents to the weights' dtype."""
+
+    dtype = torch.float32
+
+    def __init__(self, policy: Any) -> None:
+        self._policy = policy
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._policy, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return tree_map_only(Tensor, Tensor.float, self._policy(*args, **kwargs))
+
+
+def _around(model: Any, kind: str) -> Any:
+    """The pipeline of loaded parts, without text encoders."""
+    import diffusers
+
+    from leapalign.storage.pipeline_folder import load_part
+
+    pipeline_class = getattr(diffusers, kind)
+    takes = inspect.signature(pipeline_class.__init__).parameters
+    parts: dict[str, Any] = {name: None for name in takes if name.startswith(("text_encoder", "tokenizer"))}
+    parts |= {"transformer": model.policy, "vae": model.decoder.vae, "scheduler": load_part(model.folder, "scheduler")}
+    if "is_distilled" in takes:
+        parts["is_distilled"] = not model.guidance.active
+    pipeline = pipeline_class(**parts)
+    pipeline.transformer = InFloat32(model.policy)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _packs(pipeline: Any) -> bool:
+    return hasattr(pipeline, "_unpack_latents")
+
+
+def _embeddings(text: Conditioning, rows: int, pipeline: Any) -> dict[str, Any]:
+    """The encoded prompts, as the pipeline's call takes them."""
+    takes = inspect.signature(type(pipeline).__call__).parameters
+    found = _named("", text.prompts, as_list="prompt_embeds_mask" not in takes)
+    if text.negative:
+        found |= _named("negative_", text.negative.expand(rows), as_list="prompt_embeds_mask" not in takes)
+    return {name: value for name, value in found.items() if name in takes and value is not None}
+
+
+def _named(prefix: str, text: Text, as_list: bool) -> dict[str, Any]:
+    """`as_list`: texts with a mask become a list of texts without padding, as Z-Image has them."""
+    tokens: Any = text.tokens.float()
+    if as_list and text.mask is not None:
+        tokens = [row[counts] for row, counts in zip(tokens, text.mask)]
+    pooled = text.pooled.float() if text.pooled is not None else None
+    names = ("prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_mask")
+    return {prefix + name: value for name, value in zip(names, (tokens, pooled, text.mask))}

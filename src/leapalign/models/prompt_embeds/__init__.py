@@ -1,0 +1,1 @@
+"""Prompt embeds: cached in memory and on disk."""

@@ -1,0 +1,214 @@
+"""Encoded prompts on disk: one safetensors file each, so that a second run never loads the text encoders.
+
+An entry's place is decided by what decides its numbers: the content of the text encoders' and tokenizers' files (so a
+hub snapshot, its copy and a tuned pipeline of it share entries), the settings, the kind of device, the versions of the
+libraries, and the prompt. Entries are written beside their place and renamed into it, so several processes may write
+and read at once; each carries the sha256 of its tensors, and one that does not agree is reported and made again.
+
+    PLACE/KEY/key.json             which model and settings KEY stands for
+    PLACE/KEY/SHA256.safetensors   the prompt with that sha256
+    PLACE/hashes/                  sha256 of local files, by path, size and time, so that they are read once
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leapalign.errors import UserError
+from leapalign.models.prompt_embeds.location import SCRATCH, CachePlan, free_bytes, limit, place, prune
+from leapalign.storage.safetensors_header import read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from leapalign.models.base import Text
+    from leapalign.storage.pipeline_folder import PipelineFolder
+
+FORMAT = 1  # of entries and keys; another number finds none of the older ones
+HEADER = 512  # bytes of a file besides its tensors, about
+WORTHWHILE = 64 * 2**20  # bytes of text encoders; smaller ones are run again in the time that files take
+
+
+@dataclass(eq=False, kw_only=True)
+class PromptStore:
+    """The entries of one model with one set of settings."""
+
+    root: Path
+    limit: int
+    folder: PipelineFolder
+    parts: tuple[str, ...]  # those that encode: text encoders and tokenizers
+    settings: Mapping[str, Any]  # whatever else decides the numbers
+    needed: set[Path] = field(default_factory=set)  # by this process: not pruned by it
+
+    @staticmethod
+    def of(folder: PipelineFolder, parts: tuple[str, ...], settings: Mapping[str, Any]) -> PromptStore | None:
+        """None where there is nothing to gain (small text encoders) or the user wants none."""
+        most = limit()
+        weights = (file for part in parts for file in (folder.path / part).glob("*.safetensors"))
+        if not most or sum(file.stat().st_size for file in weights) < WORTHWHILE:
+            return None
+        return PromptStore(root=place(), limit=most, folder=folder, parts=parts, settings=settings)
+
+    @cached_property
+    def key(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "classes": {part: self.folder.parts[part][1] for part in self.parts if part in self.folder.parts},
+            "files": fingerprint(self.folder.path, self.parts, self.root),
+            "settings": dict(self.settings),
+            "versions": _versions(),
+        }
+
+    @cached_property
+    def home(self) -> Path:
+        text = json.dumps(self.key, sort_keys=True)
+        home = self.root / hashlib.sha256(text.encode()).hexdigest()[:32]
+        with _writing(self.root):
+            home.mkdir(parents=True, exist_ok=True)
+            described = {"model": str(self.folder.path), **self.key}
+            _replace(home / "key.json", json.dumps(described, indent=2).encode())
+        return home
+
+    def file(self, prompt: str) -> Path:
+        return self.home / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
+
+    def has(self, prompt: str) -> bool:
+        """Whether a whole file is there, by its header and length; marks it as used. Its hash is checked by `read`."""
+        file = self.file(prompt)
+        self.needed.add(file)
+        try:
+            read_header(file)
+            os.utime(file)
+        except FileNotFoundError:
+            return False
+        except ValueError as error:
+            return _report(file, str(error))
+        return True
+
+    def read(self, prompt: str) -> Text | None:
+        """None where there is no entry, or a damaged one, which is reported and removed."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        from leapalign.models.base import Text
+
+        file = self.file(prompt)
+        try:
+            data = file.read_bytes()
+        except FileNotFoundError:
+            return None
+        try:
+            noted = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+            tensors = load(data)
+            wrong = "its sha256 is not the recorded one" if noted["sha256"] != _digest(tensors) else ""
+            wrong = wrong or ("it holds another prompt" if noted["prompt"] != prompt else "")
+        except (ValueError, KeyError, TypeError, SafetensorError) as error:
+            wrong = f"it cannot be read ({error})"
+        if wrong:
+            _report(file, wrong)
+            return None
+        return Text(**tensors)
+
+    def write(self, prompt: str, row: Text) -> None:
+        from safetensors.torch import save
+
+        named = {"tokens": row.tokens, "pooled": row.pooled, "mask": row.mask}
+        tensors = {name: tensor.contiguous() for name, tensor in named.items() if tensor is not None}
+        with _writing(self.root):
+            _replace(self.file(prompt), save(tensors, {"sha256": _digest(tensors), "prompt": prompt}))
+
+    def make_room(self, count: int, bytes_each: int) -> None:
+        """For so many entries more, by removing those of other runs that were used least recently. Raises UserError."""
+        present = sum(file.stat().st_size for file in self.needed if file.is_file())
+        more = count * (bytes_each + HEADER)
+        plan = CachePlan(place=self.root, limit=self.limit, free=free_bytes(self.root) + present, needed=present + more)
+        if plan.problem:
+            raise UserError(plan.problem)
+        prune(self.root, self.limit - more, keep=self.needed)
+
+
+def fingerprint(folder: Path, parts: Iterable[str], root: Path) -> str:
+    """sha256 over the names and contents of the parts' files. Local files' own hashes are remembered at `root`."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for file in sorted((folder / part).rglob("*")):
+            if file.suffix in {".safetensors", ".json", ".txt", ".model", ".jinja"} and file.is_file():
+                digest.update(f"{part}/{file.relative_to(folder / part)} {file_hash(file, root)}\n".encode())
+    return digest.hexdigest()
+
+
+def file_hash(file: Path, root: Path) -> str:
+    """sha256 of a file: the name of its blob in the hub's cache, or what was computed when it last changed."""
+    real = file.resolve()
+    if real.parent.name == "blobs" and len(real.name) == 64:
+        return real.name
+    stat = real.stat()
+    state = f"{real} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
+    noted = root / "hashes" / hashlib.sha256(state.encode()).hexdigest()
+    if noted.is_file() and len(value := noted.read_text(encoding="ascii")) == 64:
+        return value
+    from leapalign.storage.atomic import sha256
+
+    value = sha256(real)
+    with _writing(root):
+        noted.parent.mkdir(parents=True, exist_ok=True)
+        _replace(noted, value.encode())
+    return value
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "diffusers", "transformers")}
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of names, types, shapes and bytes."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _report(file: Path, what: str) -> bool:
+    """A damaged entry is taken away, so that it is made again."""
+    warnings.warn(f"prompt cache: {file}: {what}; it is removed, and the prompt is encoded again", stacklevel=4)
+    file.unlink(missing_ok=True)
+    return False
+
+
+def _replace(target: Path, data: bytes) -> None:
+    """Complete or absent, whoever else writes it."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=SCRATCH)
+    try:
+        with os.fdopen(handle, "wb") as scratch:
+            scratch.write(data)
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _writing(root: Path) -> Iterator[None]:
+    """Around what writes at the place: a read-only or full disk is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"the prompt cache at {root} cannot be written ({error.strerror or error}); set LEAPALIGN_CACHE to "
+            "another folder, or LEAPALIGN_CACHE_GB=0 to keep prompts in memory"
+        ) from error

@@ -1,0 +1,124 @@
+"""What a plan is made of: the run's model, parts and rewards without weights, and their numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from leapalign.distributed.fsdp_frozen import blocks_of
+from leapalign.errors import UserError
+from leapalign.models.pipeline import PipelineModel
+from leapalign.models.published import Pipeline
+from leapalign.planning.meta_models import build_part, fake, fake_mode, load_weightless, twin
+from leapalign.planning.rewards import RewardPlan, plan_reward
+from leapalign.planning.sharding import ALONE, Rank
+from leapalign.run import Run
+from leapalign.storage.pipeline_folder import INDEX, PipelineFolder, open_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """All of it, without weights."""
+
+    run: Run
+    model: PipelineModel
+    folder: PipelineFolder
+    known: Pipeline | None
+    kind: str
+    rewards: list[RewardPlan]
+    mode: FakeTensorMode
+    weights: dict[str, int]  # part of the pipeline -> how many
+    text_blocks: dict[str, int]  # text encoder -> how many of them in blocks that are sharded on demand
+    rank: Rank = ALONE
+
+    @property
+    def trained(self) -> int:
+        """How many numbers of the policy are trained."""
+        return sum(p.numel() for p in self.model.policy.parameters() if p.requires_grad)
+
+    @property
+    def branches(self) -> int:
+        """Forwards of the policy for one velocity."""
+        return 2 if self.model.guidance.active else 1
+
+
+def path_of(run: Run) -> str:
+    path = getattr(run.model, "path", None)
+    if not isinstance(path, str):
+        raise UserError(f"--dry-run plans diffusers pipelines; {type(run.model).__name__} has no path of one")
+    return path
+
+
+def parts_of_run(run: Run, path: Path, known: Pipeline | None) -> Parts:
+    """`path`: a pipeline folder; `known`: what is known of it where it has no weights. UserError with what is wrong."""
+    kind = _pipeline_class(path)
+    folder = open_folder(str(path), kind, ())
+    if known is None:
+        _check_weights(folder)
+    weights: dict[str, int] = {}
+
+    def build(folder: PipelineFolder, name: str, dtype: torch.dtype | None = None) -> Any:
+        part = build_part(folder, name, dtype)
+        if isinstance(part, nn.Module):
+            weights[name] = numbers_in(part)
+        return part
+
+    # the base is quantised while it is read: planned as bfloat16, and its bytes counted in memory.py
+    tuning = replace(run.tuning, quantization="none") if quantization_of(run) else run.tuning
+    model = load_weightless(replace(run.model, path=str(path)), run.dtype, tuning, build)
+    if not isinstance(model, PipelineModel):
+        raise UserError(f"--dry-run plans diffusers pipelines; {type(run.model).__name__} loads none")
+    text = {name: build(folder, name) for name in folder.parts if name.startswith("text_encoder")}
+    text_blocks = {}
+    if run.shard_text_encoders:
+        what = "shard_text_encoders: "
+        text_blocks = {n: sum(map(numbers_in, blocks_of(part, what + n))) for n, part in text.items() if part}
+    mode = fake_mode()
+    fake(model.policy, mode)
+    fake(model.decoder.vae, mode)
+    model.decoder = replace(model.decoder, scale=twin(model.decoder.scale, mode), shift=twin(model.decoder.shift, mode))
+    model.device = "cpu"
+    rewards = [plan_reward(term, run.dtype, mode) for term in run.rewards]
+    return Parts(
+        run=run,
+        model=model,
+        folder=folder,
+        known=known,
+        kind=kind,
+        rewards=rewards,
+        mode=mode,
+        weights=weights,
+        text_blocks=text_blocks,
+    )
+
+
+def _pipeline_class(path: Path) -> str:
+    from leapalign.storage.pipeline_folder import read_json
+
+    if not (path / INDEX).is_file():
+        raise UserError(f"{path} is not a diffusers pipeline folder: it has no {INDEX}")
+    return str(read_json(path / INDEX).get("_class_name"))
+
+
+def _check_weights(folder: PipelineFolder) -> None:
+    for name in folder.parts:
+        place = folder.path / name
+        if name.startswith(("text_encoder", "transformer", "vae")) and not any(place.glob("*.safetensors")):
+            raise UserError(f"{place} has no safetensors; copy the folder completely")
+
+
+def quantization_of(run: Run) -> str:
+    kind = getattr(run.tuning, "quantization", "none")
+    return "" if kind == "none" else kind
+
+
+def numbers_in(module: nn.Module) -> int:
+    """What its file holds: weights, tied ones once, and saved buffers (SD3's table of positions)."""
+    saved = module.state_dict().keys()
+    buffers = [buffer for name, buffer in module.named_buffers() if name in saved]
+    return sum(tensor.numel() for tensor in (*module.parameters(), *buffers))

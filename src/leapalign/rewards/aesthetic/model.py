@@ -1,0 +1,98 @@
+"""The aesthetic score on a transformers `CLIPModel`'s picture tower; the text tower is dropped after loading."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from leapalign.errors import UserError
+from leapalign.rewards.base import check_images, check_inputs, check_pictures, tried
+from leapalign.rewards.checkpoint import read_checkpoint
+from leapalign.rewards.clip.model import project, unit_length
+from leapalign.rewards.linear_head import LinearHead, head_dtype, head_widths
+from leapalign.rewards.preprocess import Preprocess
+from leapalign.rewards.pretrained import load_model, load_preprocess, resolve, torch_dtype
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import CLIPModel
+
+
+class AestheticScorer(nn.Module):
+    """The picture tower and the head; nothing of the text."""
+
+    def __init__(self, clip: CLIPModel, head: LinearHead) -> None:
+        super().__init__()
+        self.vision_model = clip.vision_model
+        self.visual_projection = clip.visual_projection
+        self.head = head
+
+
+@dataclass(frozen=True, kw_only=True)
+class AestheticReward:
+    """Scores images [B, 3, H, W] in [0, 1]; see `leapalign.rewards.base.Reward`. Prompts have no influence."""
+
+    name: str
+    model: AestheticScorer
+    preprocess: Preprocess
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Differentiable scores [B]."""
+        check_inputs(self.name, images, prompts)
+        return self.score_images(images)
+
+    def score_images(self, images: Tensor) -> Tensor:
+        """Differentiable scores [B], without prompts that nothing would read."""
+        check_images(self.name, images)
+        return self._scores(self.preprocess(images))
+
+    @torch.no_grad()  # Pillow's path is for evaluating picture files
+    def score_pictures(self, pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        """Scores [B] of 8-bit pictures of any sizes through the reference preprocessing."""
+        check_pictures(self.name, pictures, prompts)
+        return self._scores(self.preprocess.pictures(pictures))
+
+    def _scores(self, pixel_values: Tensor) -> Tensor:
+        return self.score(self.image_features(pixel_values)).to(pixel_values.device)
+
+    def image_features(self, pixel_values: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, size, size] to projected features [B, D] of any length, on the model's device."""
+        return project(self.model.vision_model, self.model.visual_projection, pixel_values)
+
+    def score(self, features: Tensor) -> Tensor:
+        """Features [B, D] of any length to scores [B], at least float32."""
+        return self.model.head(unit_length(features))
+
+
+def load_aesthetic(
+    name: str, path: str, head: str, files: Sequence[str], processor: str, device: str, dtype: str
+) -> AestheticReward:
+    """CLIP and head. UserError if one is missing, if they do not fit, or if the CLIP has another activation."""
+    target, folder = torch_dtype(name, dtype), resolve(path)
+    checkpoint = read_checkpoint(name, head, files)
+    widths = head_widths(checkpoint)
+    linear = checkpoint.fill(lambda: LinearHead(widths), checkpoint.weights)
+    linear.to(device, head_dtype(target))
+    clip, _ = load_model(name, folder, device, dtype)
+    vision: Any = clip.config.vision_config  # transformers types it as dict or None
+    if vision.hidden_act != "quick_gelu":
+        raise UserError(
+            f"{name}: {folder} says hidden_act {vision.hidden_act!r} for its picture tower; the head was trained on "
+            "OpenAI's ViT-L/14, which needs 'quick_gelu' (a published picture scored 4.44 without it instead of 5.05). "
+            "Use openai/clip-vit-large-patch14, or correct vision_config.hidden_act if these are its weights"
+        )
+    if widths[0] != clip.config.projection_dim:
+        raise UserError(
+            f"{name}: the head in {checkpoint.file} reads {widths[0]} numbers, but the CLIP at {folder} gives "
+            f"{clip.config.projection_dim}; the published head (768) belongs to OpenAI's ViT-L/14"
+        )
+    reward = AestheticReward(
+        name=name,
+        model=AestheticScorer(clip, linear).eval(),
+        preprocess=load_preprocess(name, resolve(processor) or folder, vision.image_size, "half-even"),
+    )
+    return tried(name, folder, reward)

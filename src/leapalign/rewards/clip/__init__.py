@@ -1,0 +1,95 @@
+"""PickScore (arXiv 2305.01569) and CLIPScore (arXiv 2104.08718): the cosine between a picture and its prompt.
+
+Both run on any folder of a transformers `CLIPModel` with safetensors weights: published or embedded, local or hub id.
+The numbers in papers come on different scales; the scale is a field here, and nothing rescales behind it.
+
+Departure: the published CLIPScores end in max(., 0), whose gradient vanishes for every picture that fits badly. It is
+left out unless `clamp` is set.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from leapalign.rewards.clip.model import ClipReward
+
+Convention = Literal["cosine", "hessel", "torchmetrics"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PickScore:
+    """A CLIP trained on what people picked. Preprocessing as in transformers: shortest edge, centre crop, floor."""
+
+    name: ClassVar[str] = "pickscore"
+    differentiable: ClassVar[bool] = True
+    reads_prompt: ClassVar[bool] = True
+    resolution: ClassVar[str] = "224 (shortest edge, centre crop; the folder's own number counts)"
+    output_range: ClassVar[str] = "[-1, 1], published model about 0.2; output=logit: x exp(logit_scale), about 100"
+    code_licence: ClassVar[str] = "Apache-2.0 (ours, on transformers)"
+    weights_licence: ClassVar[str] = "not stated here: see the model card (its repository is MIT, unverified)"
+    memory: ClassVar[str] = "3.9 GB in float32 (ViT-H/14, 986 M parameters)"
+
+    path: str = "yuvalkirstain/PickScore_v1"
+    """A CLIPModel folder, a hub id, or embedded:reward / embedded:judge."""
+    processor: str = ""
+    """Where tokenizer and preprocessor_config.json are; empty: with the model."""
+    output: Literal["cosine", "logit"] = "cosine"
+    """cosine: what the paper's threshold 0.4 means. logit: exp(logit_scale) x cosine, what tables report."""
+
+    def load(self, device: str = "cpu", dtype: str = "float32", *, prompts: bool = True) -> ClipReward:
+        """`prompts=False`: only token ids will be scored, so that the folder needs no tokenizer."""
+        from leapalign.rewards.clip.model import Head, load_clip_reward
+
+        return load_clip_reward(
+            self.name,
+            self.path,
+            self.processor,
+            Head(logit_scale=self.output == "logit"),
+            device,
+            dtype,
+            prompts=prompts,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPScore:
+    """A CLIP as it is, in three named conventions that differ in scale, caption prefix and crop.
+
+    | convention   | score                | caption             | odd crop remainder     |
+    |--------------|----------------------|---------------------|------------------------|
+    | cosine       | cos                  | as it is            | half to even (OpenAI)  |
+    | hessel       | 2.5 cos              | "A photo depicts …" | half to even (OpenAI)  |
+    | torchmetrics | 100 cos              | as it is            | floor (transformers)   |
+    """
+
+    name: ClassVar[str] = "clipscore"
+    differentiable: ClassVar[bool] = True
+    reads_prompt: ClassVar[bool] = True
+    resolution: ClassVar[str] = "224 (shortest edge, centre crop; the folder's own number counts)"
+    output_range: ClassVar[str] = "[-1, 1], usually 0.1 to 0.35; hessel x 2.5, torchmetrics x 100"
+    code_licence: ClassVar[str] = "Apache-2.0 (ours, on transformers)"
+    weights_licence: ClassVar[str] = "not stated here: see the model card (OpenAI's CLIP repository is MIT, unverified)"
+    memory: ClassVar[str] = "1.7 GB in float32 (ViT-L/14)"
+
+    path: str = "openai/clip-vit-large-patch14"
+    """A CLIPModel folder, a hub id, or embedded:reward / embedded:judge. OpenAI's need hidden_act quick_gelu."""
+    processor: str = ""
+    """Where tokenizer and preprocessor_config.json are; empty: with the model."""
+    convention: Convention = "cosine"
+    clamp: bool = False
+    """True: the published max(., 0), for tables. It has no gradient below 0."""
+
+    def load(self, device: str = "cpu", dtype: str = "float32", *, prompts: bool = True) -> ClipReward:
+        """`prompts=False`: only token ids will be scored, so that the folder needs no tokenizer."""
+        from leapalign.rewards.clip.model import Head, load_clip_reward
+
+        scale = {"cosine": 1.0, "hessel": 2.5, "torchmetrics": 100.0}[self.convention]
+        head = Head(
+            scale=scale,
+            clamp=self.clamp,
+            prefix="A photo depicts " if self.convention == "hessel" else "",
+            rounding="floor" if self.convention == "torchmetrics" else "half-even",
+        )
+        return load_clip_reward(self.name, self.path, self.processor, head, device, dtype, prompts=prompts)

@@ -1,0 +1,148 @@
+"""A transformers `CLIPModel` as a reward: frozen weights, cached text, gradient at the picture.
+
+Image and text features are L2-normalised as in CLIP (arXiv 2103.00020, Fig. 3); the score is their cosine, scaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import Linear, Module
+
+from leapalign.errors import UserError
+from leapalign.rewards.base import check_ids, check_inputs, check_pictures, tried
+from leapalign.rewards.preprocess import Preprocess
+from leapalign.rewards.pretrained import load_model, load_preprocess, load_tokenizer, resolve
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import CLIPModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """From the cosine to a published number."""
+
+    scale: float = 1.0
+    logit_scale: bool = False  # multiply by the model's exp(logit_scale)
+    clamp: bool = False  # max(., 0): NaN stays NaN
+    prefix: str = ""  # stands before every caption
+    rounding: Literal["floor", "half-even"] = "floor"  # of the centre crop
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipReward:
+    """Scores images [B, 3, H, W] in [0, 1]; see `leapalign.rewards.base.Reward`.
+
+    Text features are computed once a prompt, without graph, and kept: 4 KB each for ViT-H. One prompt at a time, so
+    that a feature never depends in its last bits on which other prompts were new, and a resumed run repeats exactly.
+    """
+
+    name: str
+    model: CLIPModel
+    preprocess: Preprocess
+    head: Head
+    logit_scale: float  # exp of the model's parameter, taken before its weights are rounded to half precision
+    tokenizer: Any  # transformers has no common public type; None: ids only
+    cache: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Differentiable scores [B]."""
+        check_inputs(self.name, images, prompts)
+        return self.score(self.image_features(self.preprocess(images)), self.text_features(prompts))
+
+    def score_ids(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Differentiable scores [B] for captions given as token ids [B, L], the head's prefix included."""
+        check_ids(self.name, images, input_ids)
+        text = self.text_features_of_ids(input_ids, attention_mask)
+        return self.score(self.image_features(self.preprocess(images)), text)
+
+    @torch.no_grad()  # Pillow's path is for evaluating picture files
+    def score_pictures(self, pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        """Scores [B] of 8-bit pictures of any sizes through the reference preprocessing."""
+        check_pictures(self.name, pictures, prompts)
+        return self.score(self.image_features(self.preprocess.pictures(pictures)), self.text_features(prompts))
+
+    def score(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        """Normalised features [..., D], which may broadcast, to scores [...]."""
+        cosine = (image_features * text_features.to(image_features)).sum(-1)
+        scaled = cosine * (self.logit_scale if self.head.logit_scale else self.head.scale)
+        return scaled.clamp(min=0) if self.head.clamp else scaled
+
+    def image_features(self, pixel_values: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, size, size] to [B, D] of length 1, on the device of the pixels."""
+        features = project(self.model.vision_model, self.model.visual_projection, pixel_values)
+        return unit_length(features).to(pixel_values.device)
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Compute what is kept of these prompts, where it is not there yet."""
+        for prompt in prompts:
+            if prompt not in self.cache:
+                self.cache[prompt] = self.text_features_of_ids(*self.tokenize(prompt))[0]
+
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts to [B, D] of length 1, on the model's device."""
+        self.prepare(prompts)
+        return torch.stack([self.cache[prompt] for prompt in prompts])
+
+    @torch.no_grad()  # nothing upstream of the text is trained
+    def text_features_of_ids(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Token ids [B, L] to [B, D] of length 1. What follows the end token has no influence."""
+        mask = None if attention_mask is None else attention_mask.to(self.model.device)
+        pooled = self.model.text_model(input_ids=input_ids.to(self.model.device), attention_mask=mask).pooler_output
+        return unit_length(self.model.text_projection(pooled))
+
+    def tokenize(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """Ids and mask [1, L], L = the model's text length; longer prompts are cut and keep their end token."""
+        if self.tokenizer is None:
+            raise UserError(f"{self.name}: loaded with prompts=False; only score_ids works. Load with prompts=True")
+        config: Any = self.model.config.text_config
+        tokens = self.tokenizer(
+            [self.head.prefix + prompt],
+            padding="max_length",
+            truncation=True,
+            max_length=config.max_position_embeddings,
+            return_tensors="pt",
+        )
+        return tokens["input_ids"], tokens["attention_mask"]
+
+
+def project(vision: Module, projection: Linear, pixel_values: Tensor) -> Tensor:
+    """Normalised pixels [B, 3, size, size] to projected features [B, D] of any length, on the weights' device."""
+    # The weight itself as the target: its device and its dtype.
+    return projection(vision(pixel_values=pixel_values.to(projection.weight)).pooler_output)
+
+
+def unit_length(features: Tensor) -> Tensor:
+    """L2-normalised in at least float32: a half-precision cosine has two digits."""
+    features = features if features.dtype == torch.float64 else features.float()
+    return features / features.norm(dim=-1, keepdim=True)
+
+
+def torchmetrics_mean(scores: Tensor) -> Tensor:
+    """torchmetrics' value of a batch: it averages the raw 100 cos first and clamps the mean, not the pairs."""
+    return scores.mean().clamp(min=0)
+
+
+def load_clip_reward(
+    name: str, path: str, processor: str, head: Head, device: str, dtype: str, *, prompts: bool
+) -> ClipReward:
+    """Weights, preprocessing and (for `prompts`) tokenizer of a folder or hub id. UserError if something is missing."""
+    folder = resolve(path)
+    processor_folder = resolve(processor) if processor else folder
+    model, logit_scale = load_model(name, folder, device, dtype)
+    vision: Any = model.config.vision_config  # transformers types them as dict or None
+    text: Any = model.config.text_config
+    reward = ClipReward(
+        name=name,
+        model=model,
+        preprocess=load_preprocess(name, processor_folder, vision.image_size, head.rounding),
+        head=head,
+        logit_scale=logit_scale,
+        tokenizer=load_tokenizer(name, processor_folder, text.vocab_size) if prompts else None,
+    )
+    return tried(name, folder, reward) if prompts else reward

@@ -1,0 +1,46 @@
+"""HPSv2 and HPSv2.1 (arXiv 2306.09341): the cosine of a CLIP ViT-H/14 that was tuned on what people preferred.
+
+The published checkpoint is read as it is and runs on transformers' `CLIPModel`; neither open_clip nor the base weights
+of LAION are needed. A picture keeps its whole area: the longest side becomes 224 and zeros (black) fill the rest.
+
+Departures: a picture that is not square and whose longer side is 224 already is padded, where the published code leaves
+it as it is. HTML entities in captions stay as they are written, and `<end_of_text>` in a caption is plain text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from leapalign.rewards.clip.model import ClipReward
+
+FILES = {"2.1": "HPS_v2.1_compressed.pt", "2.0": "HPS_v2_compressed.pt"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HPSv2:
+    """Human Preference Score: the cosine, as published. Tables of HPSv2's own benchmark show it times 100."""
+
+    name: ClassVar[str] = "hpsv2"
+    differentiable: ClassVar[bool] = True
+    reads_prompt: ClassVar[bool] = True
+    resolution: ClassVar[str] = "224 (longest side, padded with zeros; the checkpoint's own number counts)"
+    output_range: ClassVar[str] = "[-1, 1], published v2.1 about 0.2 to 0.42"
+    code_licence: ClassVar[str] = "Apache-2.0 (ours, on transformers)"
+    weights_licence: ClassVar[str] = "Apache-2.0 according to its repository: see the model card"
+    memory: ClassVar[str] = "3.9 GB in float32 (ViT-H/14, 986 M parameters)"
+
+    path: str = "xswu/HPSv2"
+    """The checkpoint file (.pt or .safetensors, original key names), or a folder or hub id that has it."""
+    version: Literal["2.1", "2.0"] = "2.1"
+    """Which file of a folder or hub id; one architecture, one scale. A file as `path` is taken as it is."""
+    processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    """Folder or hub id of CLIP's tokenizer; empty: beside the checkpoint."""
+
+    def load(self, device: str = "cpu", dtype: str = "float32", *, prompts: bool = True) -> ClipReward:
+        """`prompts=False`: only token ids will be scored, so that no tokenizer is needed."""
+        from leapalign.rewards.hpsv2.model import load_hpsv2
+
+        files = (FILES[self.version], "model.safetensors")
+        return load_hpsv2(self.name, self.path, files, self.processor, device, dtype, prompts=prompts)

@@ -1,0 +1,254 @@
+"""HPSv3 (arXiv 2508.03789) on transformers' Qwen2VLModel: the published weights, renamed, and their conventions.
+
+- Positions are sequential (0, 1, 2, …) on all three rotary axes: as trained, not Qwen2-VL's own two-dimensional ones.
+- The head runs in float32 over a backbone of any precision, on the hidden state at <|Reward|>. Attention is causal, so
+  the tokens behind it are not computed.
+- One sample at a time: no padding, so a score has the same bits in any company. 8 G parameters over some 800 tokens
+  keep a device busy without a batch.
+
+Departures: texts of special tokens are taken out of prompts; a picture too narrow for a block of 28 pixels is an error,
+where published code goes on with a size of 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from leapalign.errors import UserError, opening
+from leapalign.rewards.base import check_images, check_inputs, tried
+from leapalign.rewards.pretrained import find, load_tokenizer, read_json, torch_dtype
+from leapalign.rewards.qwen_vl import Chat, Patches, QwenPreprocess, check_tokens, check_vision, read_template
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import Qwen2VLConfig, Qwen2VLModel
+
+FILE, TEMPLATE, REWARD_TOKEN = "HPSv3.safetensors", "hpsv3_prompt.txt", "<|Reward|>"
+PIXELS = 448 * 448  # the least and the most that a picture is resized to
+EMBEDDING = "model.embed_tokens.weight"  # the published name
+WIDTHS = (1024, 16, 2)  # of the head's three layers
+DROPOUT = 0.05  # of the training; it only gives the layers their published numbers
+
+
+class HPSv3Model(nn.Module):
+    """Backbone and head; ids [L] and one picture to (mean, log of the spread) [2]."""
+
+    def __init__(self, backbone: Qwen2VLModel) -> None:
+        super().__init__()
+        self.backbone = backbone
+        width: int = backbone.language_model.config.hidden_size
+        self.rm_head = nn.Sequential(
+            nn.Linear(width, WIDTHS[0]),
+            nn.ReLU(),
+            nn.Dropout(DROPOUT),
+            nn.Linear(WIDTHS[0], WIDTHS[1]),
+            nn.ReLU(),
+            nn.Linear(WIDTHS[1], WIDTHS[2]),
+        )
+
+    def forward(self, ids: Tensor, picture: Patches) -> Tensor:
+        """`ids` ends with the token whose hidden state is read."""
+        head: Any = self.rm_head[0]
+        with KeepDouble() if head.weight.dtype == torch.float64 else nullcontext():
+            return self.rm_head(self.hidden(ids, picture).to(head.weight.dtype))
+
+    def hidden(self, ids: Tensor, picture: Patches) -> Tensor:
+        """The last hidden state [width] of ids [L]."""
+        backbone: Any = self.backbone  # transformers' annotations are narrower than its code
+        device = backbone.device
+        ids, grid = ids.to(device)[None], torch.tensor([picture.grid], device=device)
+        embeds = backbone.get_input_embeddings()(ids)
+        tokens = backbone.get_image_features(picture.values.to(device), grid)
+        places = (ids == backbone.config.image_token_id)[..., None]
+        embeds = embeds.masked_scatter(places, tokens.pooler_output[0].to(embeds.dtype))
+        positions = torch.arange(ids.shape[1], device=device).expand(3, 1, -1)
+        out = backbone.language_model(inputs_embeds=embeds, position_ids=positions, use_cache=False)
+        return out.last_hidden_state[0, -1]
+
+
+class KeepDouble(TorchFunctionMode):
+    """transformers computes norms and rotations in float32, whatever the weights are; float64 stays float64 here."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        lowers = func is Tensor.float or (func is Tensor.to and torch.float32 in (*args[1:], *(kwargs or {}).values()))
+        if lowers and args[0].dtype == torch.float64:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HPSv3Reward:
+    """Scores images [B, 3, H, W] in [0, 1]; see `leapalign.rewards.base.Reward`."""
+
+    name: str
+    model: HPSv3Model
+    preprocess: QwenPreprocess
+    reward_token_id: int
+    chat: Chat | None  # None: ids only
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Differentiable scores [B]."""
+        check_inputs(self.name, images, prompts)
+        pictures = self.preprocess(images)
+        return self.outputs(pictures, self.tokenize(prompts, pictures))[:, 0].to(images.device)
+
+    def score_ids(self, images: Tensor, input_ids: Sequence[Tensor]) -> Tensor:
+        """Differentiable scores [B] for whole chat texts as rows of ids [L]; what follows <|Reward|> is not read."""
+        check_images(self.name, images)
+        if len(input_ids) != len(images):
+            raise ValueError(
+                f"{self.name}: {len(images)} images and {len(input_ids)} rows of ids; give one row an image"
+            )
+        return self.outputs(self.preprocess(images), input_ids)[:, 0].to(images.device)
+
+    @torch.no_grad()  # Pillow's path is for evaluating picture files
+    def score_pictures(self, pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        """Scores [B] of 8-bit pictures of any sizes through the reference preprocessing."""
+        if len(pictures) != len(prompts):
+            raise ValueError(
+                f"{self.name}: {len(pictures)} pictures and {len(prompts)} prompts; give one prompt a picture"
+            )
+        patches = [self.preprocess.picture(picture) for picture in pictures]
+        return self.outputs(patches, self.tokenize(prompts, patches))[:, 0]
+
+    def outputs(self, pictures: Sequence[Patches], input_ids: Sequence[Tensor]) -> Tensor:
+        """(mean, log of the spread) [B, 2] of B pictures with a row of ids each."""
+        rows = [self.until_reward(ids, picture) for ids, picture in zip(input_ids, pictures)]
+        return torch.stack([self.model(ids, picture) for ids, picture in zip(rows, pictures)])
+
+    def until_reward(self, ids: Tensor, picture: Patches) -> Tensor:
+        """Ids up to and with <|Reward|>. ValueError without one, or with other than the picture's image tokens."""
+        ends = (ids == self.reward_token_id).nonzero()
+        found = int((ids == self.model.backbone.config.image_token_id).sum())
+        if len(ends) != 1 or found != picture.num_tokens:
+            raise ValueError(
+                f"{self.name}: a row of ids has {len(ends)} reward tokens and {found} image tokens; "
+                f"expected 1 and {picture.num_tokens} for a grid of {picture.grid[1]} x {picture.grid[2]} patches"
+            )
+        return ids[: int(ends) + 1]
+
+    def tokenize(self, prompts: Sequence[str], pictures: Sequence[Patches]) -> list[Tensor]:
+        """The chat text of each prompt as ids [L], with the image tokens that its picture needs."""
+        if self.chat is None:
+            raise UserError(f"{self.name}: loaded with prompts=False; only score_ids works. Load with prompts=True")
+        return [self.chat(prompt, picture.num_tokens) for prompt, picture in zip(prompts, pictures)]
+
+
+def load_hpsv3(name: str, path: str, processor: str, device: str, dtype: str, *, prompts: bool) -> HPSv3Reward:
+    """Published weights on the backbone that `processor` describes. UserError if something is missing or other."""
+    known = torch_dtype(name, dtype)
+    config, weights = load_config(name, processor), load_weights(name, path)
+    vocabulary = len(weights[EMBEDDING])  # <|Reward|> came last, so config.json's number is another
+    config.text_config.vocab_size = vocabulary
+    chat = load_chat(name, processor, vocabulary, config.image_token_id) if prompts else None
+    reward = HPSv3Reward(
+        name=name,
+        model=build_model(name, path, config, weights, known).to(device),
+        preprocess=QwenPreprocess(min_pixels=PIXELS, max_pixels=PIXELS),
+        reward_token_id=vocabulary - 1,
+        chat=chat,
+    )
+    return tried(name, path, reward) if prompts else reward
+
+
+def load_config(name: str, folder: str) -> Any:
+    """The backbone's sizes as a Qwen2VLConfig."""
+    from transformers import Qwen2VLConfig
+
+    config = read_json(folder, "config.json")
+    if config.get("model_type") != "qwen2_vl":
+        raise UserError(
+            f"{name}: no config.json of a Qwen2-VL model at {folder!r}; expected Qwen/Qwen2-VL-7B-Instruct as a local "
+            "folder or as a hub id that can be reached (HF_HUB_OFFLINE=1 forbids it). Name it with `processor`"
+        )
+    check_vision(name, folder, config.get("vision_config", {}))
+    with opening(f"{name}: config.json at {folder!r} is none of a Qwen2-VL model", "fetch it again"):
+        return Qwen2VLConfig(**config)
+
+
+def load_weights(name: str, path: str) -> dict[str, Tensor]:
+    """The file's tensors by their published names, without lm_head, which scores nothing."""
+    from safetensors import SafetensorError, safe_open
+
+    file = path if Path(path).is_file() else find(path, FILE)
+    if file is None:
+        raise UserError(
+            f"{name}: no {FILE} at {path!r}; expected that file, a local folder with it, or a hub id that can be "
+            "reached (HF_HUB_OFFLINE=1 forbids it). Give --path or fetch the model first"
+        )
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            weights = {key: tensors.get_tensor(key) for key in tensors.keys() if not key.startswith("lm_head.")}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{name}: {file} is no safetensors file that can be read: {error}") from error
+    if EMBEDDING not in weights:
+        raise UserError(f"{name}: {file} has no {EMBEDDING}; expected the published {FILE}, with its own key names")
+    return weights
+
+
+def build_model(
+    name: str, path: str, config: Qwen2VLConfig, weights: dict[str, Tensor], dtype: torch.dtype
+) -> HPSv3Model:
+    """Frozen, in eval mode; the head in at least float32. `weights` is emptied. UserError unless they fit exactly."""
+    from transformers import Qwen2VLModel
+
+    head = {key: weights.pop(key) for key in list(weights) if key.startswith("rm_head.")}
+    backbone = {renamed(key): weights.pop(key) for key in list(weights)}
+    with opening(f"{name}: the backbone's config.json makes no model", "give that of the file's own backbone"):
+        expected = expected_shapes(config)
+    check_weights(name, path, expected, backbone | head)
+    built: Any = Qwen2VLModel.from_pretrained(None, config=config, state_dict=backbone, dtype=dtype)
+    model = HPSv3Model(built)
+    model.rm_head.load_state_dict({key.removeprefix("rm_head."): value for key, value in head.items()})
+    model.rm_head.to(torch.promote_types(dtype, torch.float32))
+    return model.requires_grad_(False).eval()
+
+
+def renamed(key: str) -> str:
+    """A published name to that of transformers' Qwen2VLModel: model.layers.0… to language_model.layers.0…"""
+    return "language_model." + key.removeprefix("model.") if key.startswith("model.") else key
+
+
+def check_weights(name: str, path: str, expected: dict[str, list[int]], weights: dict[str, Tensor]) -> None:
+    for word, keys in (("lacks", expected.keys() - weights.keys()), ("has unknown", weights.keys() - expected.keys())):
+        if keys:
+            raise UserError(
+                f"{name}: {path} {word} {len(keys)} weights, e.g. {min(keys)}; expected the published {FILE} and the "
+                "config.json of its backbone, Qwen/Qwen2-VL-7B-Instruct"
+            )
+    for key, shape in expected.items():
+        if list(weights[key].shape) != shape:
+            raise UserError(
+                f"{name}: {key} at {path} has shape {list(weights[key].shape)}, by config.json it is {shape}; "
+                "give the config.json of the file's own backbone with `processor`"
+            )
+
+
+def expected_shapes(config: Qwen2VLConfig) -> dict[str, list[int]]:
+    """Name and shape of each weight, backbone's and head's, without memory for any."""
+    from transformers import Qwen2VLModel
+
+    with torch.device("meta"):
+        model = HPSv3Model(Qwen2VLModel(config))
+    return {key.removeprefix("backbone."): list(weight.shape) for key, weight in model.state_dict().items()}
+
+
+def load_chat(name: str, folder: str, vocabulary: int, image_token_id: int) -> Chat:
+    """The backbone's tokenizer with <|Reward|> as its last token, and the instruction."""
+    tokenizer, template = load_tokenizer(name, folder, vocabulary), read_template(TEMPLATE)
+    tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
+    if len(tokenizer) != vocabulary or tokenizer.convert_tokens_to_ids(REWARD_TOKEN) != vocabulary - 1:
+        raise UserError(
+            f"{name}: the tokenizer at {folder} has {len(tokenizer)} entries with {REWARD_TOKEN}, the weights "
+            f"{vocabulary}; give the one of Qwen/Qwen2-VL-7B-Instruct with `processor`"
+        )
+    check_tokens(name, folder, tokenizer, template, image_token_id)
+    return Chat(tokenizer=tokenizer, template=template)

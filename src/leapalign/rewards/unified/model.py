@@ -1,0 +1,161 @@
+"""UnifiedReward (arXiv 2503.05236): ask Qwen2.5-VL about one picture at a time and read the number in its answer."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from leapalign.errors import UserError
+from leapalign.rewards.base import check_inputs
+from leapalign.rewards.preprocess import CLIP_MEAN, CLIP_STD
+from leapalign.rewards.pretrained import BICUBIC, check_architecture, load_tokenizer, read_json, read_model, torch_dtype
+from leapalign.rewards.qwen_vl import BLOCK, Chat, Patches, QwenPreprocess, check_tokens, check_vision, read_template
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+MODEL_TYPE = "qwen2_5_vl"
+HIGHEST = 5.0
+MIN_PIXELS, MAX_PIXELS = 56 * 56, 3584 * 3584  # Qwen2.5-VL's own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is asked, and which line of the answer counts."""
+
+    template: str  # a file of this folder
+    axis: str  # "Alignment", "Coherence" or "Style"
+    max_new_tokens: int
+
+
+@dataclass(kw_only=True, eq=False)
+class UnifiedJudge:
+    """Scores images [B, 3, H, W] in [0, 1] without gradient; see `leapalign.rewards.base.Reward`.
+
+    `failures` counts the texts without a readable number since loading; their scores are NaN. A picture that is not
+    finite has the score NaN as well, and is not asked about.
+    """
+
+    name: str
+    model: Qwen2_5_VLForConditionalGeneration
+    preprocess: QwenPreprocess
+    chat: Chat
+    question: Question
+    failures: int = 0
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores [B]."""
+        check_inputs(self.name, images, prompts)
+        return self.scores(self.preprocess(images.detach()), prompts).to(images.device)
+
+    def score_pictures(self, pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        """Scores [B] of 8-bit pictures of any sizes through the reference preprocessing."""
+        if len(pictures) != len(prompts):
+            raise ValueError(
+                f"{self.name}: {len(pictures)} pictures and {len(prompts)} prompts; give one prompt a picture"
+            )
+        return self.scores([self.preprocess.picture(picture) for picture in pictures], prompts)
+
+    def scores(self, pictures: Sequence[Patches], prompts: Sequence[str]) -> Tensor:
+        """One number a picture, float32 (float64 for a model in float64)."""
+        numbers = [self.score(picture, prompt) for picture, prompt in zip(pictures, prompts)]
+        return torch.tensor(numbers, dtype=torch.promote_types(self.model.dtype, torch.float32))
+
+    def score(self, picture: Patches, prompt: str) -> float:
+        if not bool(picture.values.isfinite().all()):
+            return math.nan  # the network would answer something
+        number = parse(self.answer(picture, prompt), self.question.axis)
+        self.failures += math.isnan(number)
+        return number
+
+    @torch.no_grad()  # a text has no gradient
+    def answer(self, picture: Patches, prompt: str) -> str:
+        """The generated text; one that met the length limit loses its last line, which may end in half a number."""
+        ids = self.chat(prompt, picture.num_tokens)[None].to(self.model.device)
+        model: Any = self.model  # transformers' annotations are narrower than its code
+        out = model.generate(
+            **self.inputs(ids, picture),
+            max_new_tokens=self.question.max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+        )
+        new = out[0, ids.shape[1] :]
+        text = self.chat.tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text if int(new[-1]) in self.end_tokens() else text.rpartition("\n")[0]
+
+    def inputs(self, ids: Tensor, picture: Patches) -> dict[str, Tensor]:
+        device = ids.device
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "pixel_values": picture.values.to(device),
+            "image_grid_thw": torch.tensor([picture.grid], device=device),
+        }
+        # Newer releases of transformers want to be told where the picture is, older ones refuse the argument.
+        if "mm_token_type_ids" in inspect.signature(self.model.forward).parameters:
+            inputs["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
+        return inputs
+
+    def end_tokens(self) -> set[int]:
+        ends: Any = self.model.generation_config.eos_token_id
+        return set(ends) if isinstance(ends, list) else {ends}
+
+
+def parse(text: str, axis: str) -> float:
+    """The number in "Alignment Score (1-5): 3.62", the first such line of `axis`; NaN without one in [0, 5].
+
+    The published pattern is [0-5](?:\\.\\d+)?, which reads 4 from 45 and 3 from 3,5; those are NaN here.
+    """
+    found = re.search(rf"{axis} Score \(1-5\):\s*(\d+(?:\.\d+)?)(?![.,]?\d)", text, re.ASCII)
+    number = float(found[1]) if found else math.nan
+    return number if number <= HIGHEST else math.nan
+
+
+def load_unified(name: str, folder: str, processor: str, question: Question, device: str, dtype: str) -> UnifiedJudge:
+    """Weights, preprocessing and tokenizer of a folder or hub id. UserError if something is missing or other."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    architecture = Qwen2_5_VLForConditionalGeneration
+    config = check_architecture(name, folder, architecture.__name__, MODEL_TYPE)
+    check_vision(name, folder, config.get("vision_config", {}))  # before gigabytes are read
+    model = read_model(name, folder, architecture, MODEL_TYPE, torch_dtype(name, dtype))
+    tokenizer, template = (
+        load_tokenizer(name, processor, len(model.get_input_embeddings().weight)),
+        read_template(question.template),
+    )
+    check_tokens(name, processor, tokenizer, template, model.config.image_token_id)
+    return UnifiedJudge(
+        name=name,
+        model=model.to(device),
+        preprocess=load_limits(name, processor),
+        chat=Chat(tokenizer=tokenizer, template=template),
+        question=question,
+    )
+
+
+def load_limits(name: str, folder: str) -> QwenPreprocess:
+    """The folder's pixel limits, which have two spellings; without a file, Qwen2.5-VL's own."""
+    config = read_json(folder, "preprocessor_config.json") or read_json(folder, "processor_config.json")
+    config = config.get("image_processor", config)  # transformers 5 nests it
+    size = config.get("size") or {}
+    low = config.get("min_pixels") or size.get("shortest_edge") or MIN_PIXELS
+    high = config.get("max_pixels") or size.get("longest_edge") or MAX_PIXELS
+    usual = {"resample": BICUBIC, "image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD)}
+    usual |= dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
+    if not BLOCK**2 <= low <= high or any(config.get(key, value) != value for key, value in usual.items()):
+        raise UserError(
+            f"{name}: the preprocessing in {folder} is not Qwen2.5-VL's (bicubic resize to at least {BLOCK**2} pixels, "
+            f"normalised as CLIP's): {json.dumps(config)}; use the processor files of a Qwen2.5-VL model"
+        )
+    return QwenPreprocess(min_pixels=low, max_pixels=high)

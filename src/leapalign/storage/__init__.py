@@ -1,0 +1,1 @@
+"""Files and folders: the hub's cache, pipeline folders, safetensors, atomic writes, locks."""

@@ -1,0 +1,1 @@
+"""Experiments that train, evaluate and report as a whole."""

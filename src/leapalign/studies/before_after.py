@@ -1,0 +1,218 @@
+"""The demo: evaluate the embedded base, align it with LeapAlign, evaluate again, and leave a page to look at.
+
+Nothing is chosen by its result: prompts, noises and the pictures shown are fixed by the seed before training, and every
+number comes with its standard error. Base and tuned model are both opened from their folders, as a user would.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leapalign.errors import UserError
+
+if TYPE_CHECKING:
+    from leapalign.evaluation.evaluate import Detector, Evaluation
+    from leapalign.prompts import Prompt
+    from leapalign.report.page import Page
+    from leapalign.run import Run
+
+PER_TASK = 60  # pictures a task, before and again after: overall to about ± 0.025
+QUICK_PER_TASK, QUICK_STEPS = 4, 4
+REWARD, HELD_OUT = "reward", "held_out_reward"  # names in summary.json
+WORDS = {REWARD: "Reward, the one trained on", HELD_OUT: "Held-out reward, never trained on"}
+PICTURES = 4  # pairs a task on the page
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A run between two evaluations of its model over the same prompts and noises."""
+
+    run: Run
+    held_out: Any  # a reward that the run does not train on, a dataclass of leapalign.rewards
+    prompts: Sequence[Prompt]
+    detector: Detector | None
+    command: str
+    batch_size: int = 60
+    evaluation_seed: int = 0  # not the run's: so that runs of several seeds compare
+
+
+def main(out: Path, *, seed: int = 0, steps: int = 0, quick: bool = False, device: str = "auto") -> dict[str, Any]:
+    """What `leapalign demo` calls; returns summary.json's content. `steps` 0: the recipe's. `quick`: to see it work."""
+    from leapalign.prompts import ShapeWorldPrompts
+    from leapalign.recipes import shapeworld_leapalign
+    from leapalign.rewards.clip import PickScore
+    from leapalign.shapeworld.detector import detect
+
+    recipe = shapeworld_leapalign()
+    num_steps = steps or (QUICK_STEPS if quick else recipe.steps)
+    run = replace(recipe, name="demo", out=str(out), seed=seed, steps=num_steps, device=device)
+    study = Study(
+        run=run,
+        held_out=PickScore(path="embedded:judge"),
+        prompts=ShapeWorldPrompts(split="test", num=QUICK_PER_TASK if quick else PER_TASK).load(),
+        detector=detect,
+        command=f"leapalign demo --out {out} --seed {seed} --steps {num_steps}{' --quick' if quick else ''}",
+    )
+    summary = conduct(study)
+    show(summary, out)
+    return summary
+
+
+def conduct(study: Study) -> dict[str, Any]:
+    """Evaluate, train, evaluate; writes everything into run.out and returns what summary.json holds."""
+    from leapalign.evaluation.evaluate import compare
+    from leapalign.training.loop import train
+
+    run, out, begun = study.run, Path(study.run.out), time.monotonic()
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out}: this folder is not empty; give another --out")
+    before = evaluate_model(study, run.model.load, "the base")
+    trained_from = time.monotonic()
+    result = train(run)
+    trained_to = time.monotonic()
+    tuned = partial(run.tuning.load_tuned, run.model, str(result.saved))
+    after = evaluate_model(study, tuned, "the tuned model")
+    times = {
+        "base_evaluation": trained_from - begun,
+        "training": trained_to - trained_from,
+        "tuned_evaluation": time.monotonic() - trained_to,
+    }
+    comparison = compare(before, after)
+    write_pictures(out, before, after)
+    write_page(study, before, after, comparison, times)
+    seconds = time.monotonic() - begun
+    summary = summarize(result.summary, comparison, times, seconds) | {run.tuning.output: str(result.saved)}
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def evaluate_model(study: Study, load: Callable[[str, str], Any], words: str) -> Evaluation:
+    """A model's evaluation with its rewards by the names of summary.json; says so on stderr."""
+    from leapalign.distributed.world import resolve_device
+    from leapalign.evaluation.evaluate import evaluate
+    from leapalign.evaluation.sampling import Sampling
+
+    run, begun = study.run, time.monotonic()
+    _say(f"evaluating {words}: {len(study.prompts)} pictures")
+    device = resolve_device(run.device)
+    rewards = {REWARD: run.rewards[0].reward.load(device, run.dtype), HELD_OUT: study.held_out.load(device, run.dtype)}
+    sampling = Sampling(num_steps=run.num_sampling_steps, batch_size=study.batch_size, seed=study.evaluation_seed)
+    loaded = load(device, run.dtype)
+    result = evaluate(loaded, study.prompts, sampling=sampling, rewards=rewards, detector=study.detector)
+    _say(f"  {time.monotonic() - begun:.0f} s")
+    return result
+
+
+def summarize(
+    training: dict[str, Any], comparison: dict[str, Any], times: dict[str, float], seconds: float
+) -> dict[str, Any]:
+    """summary.json: GenEval and both rewards before and after with standard errors, and the probe's rewards."""
+    geneval = dict(comparison.get("geneval", {}))
+    overall = geneval.pop("overall", None)
+    rewards = comparison["rewards"]
+    return {
+        "geneval": {**overall, "per_task": geneval} if overall else None,
+        "reward": rewards[REWARD],
+        "held_out_reward": rewards[HELD_OUT],
+        "probe_reward": training["reward"],
+        "images": comparison["images"],
+        "steps": training["steps"],
+        "skipped": training["skipped"],
+        "seconds": round(seconds, 3),
+        "seconds_of": {name: round(value, 3) for name, value in times.items()},
+        "name": training["name"],
+        "out": training["out"],
+    }
+
+
+def write_pictures(out: Path, before: Evaluation, after: Evaluation) -> None:
+    """before.png and after.png: the same places, the same noise, a row for each task; verdicts.png: what was found."""
+    import torch
+
+    from leapalign.report.page import spread
+    from leapalign.report.pictures import draw_verdicts, grid
+
+    tags = before.tags
+    rows = [r for tag in dict.fromkeys(tags) for r in spread([i for i, t in enumerate(tags) if t == tag], 10)]
+    columns = min(10, len(rows))
+    for name, evaluation in (("before", before), ("after", after)):
+        grid(evaluation.images[torch.tensor(rows)], columns, scale=3).save(out / f"{name}.png")
+    if after.verdicts:
+        draw_verdicts(after, rows).save(out / "verdicts.png")
+
+
+def write_page(
+    study: Study, before: Evaluation, after: Evaluation, comparison: dict[str, Any], times: dict[str, float]
+) -> None:
+    """report.html."""
+    from leapalign.codec import encode
+    from leapalign.report.page import Page, pairs_of, write_report
+    from leapalign.training.tracking import read_metrics
+
+    out = Path(study.run.out)
+    page: Page = Page(
+        title=f"LeapAlign: {study.run.name}",
+        run=encode(study.run),
+        metrics=read_metrics(out),
+        comparison=comparison,
+        rewards=WORDS,
+        pairs=pairs_of(before, after, PICTURES),
+        commands=(study.command, f"leapalign train {out}/run.json --out runs/again   # the training alone, replayed"),
+        facts=facts(times),
+    )
+    write_report(out / "report.html", page)
+
+
+def facts(times: dict[str, float]) -> dict[str, str]:
+    """Machine, time, versions: what a number needs beside it."""
+    import os
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    parts = ", ".join(f"{name.replace('_', ' ')} {seconds:.0f} s" for name, seconds in times.items())
+    packages = ("leapalign", "torch", "diffusers", "transformers")
+    return {
+        "Time": f"{sum(times.values()):.0f} s: {parts}",
+        "Machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "Versions": ", ".join(f"{name} {version(name)}" for name in packages) + f", Python {platform.python_version()}",
+    }
+
+
+def show(summary: dict[str, Any], out: Path) -> None:
+    """A short table, and where to look."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from leapalign.report.page import TASK_NAMES
+
+    table = Table(title=f"{summary['steps']} steps, {summary['seconds']:.0f} s; ± one standard error")
+    for name in ("", "before", "after", "change (paired)"):
+        table.add_column(name, justify="left" if not name else "right")
+    geneval = summary["geneval"]
+    for tag, row in (geneval["per_task"] if geneval else {}).items():
+        table.add_row(TASK_NAMES.get(tag, tag), *_cells(row))
+    if geneval:
+        table.add_row("GenEval overall", *_cells(geneval), style="bold", end_section=True)
+    table.add_row("reward", *_cells(summary["reward"]))
+    table.add_row("held-out reward", *_cells(summary["held_out_reward"]))
+    console = Console()
+    console.print(table)
+    console.print(f"look at {out / 'report.html'}; the tuned pipeline is {out / 'pipeline'}", soft_wrap=True)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    names = (("before", ".3f"), ("after", ".3f"), ("difference", "+.3f"))
+    return [f"{row[name]:{form}} ± {row[f'{name}_standard_error']:.3f}" for name, form in names]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
