@@ -85,7 +85,7 @@ def wait(bench: CheckpointWait, folder: Path) -> dict[str, object]:
 def restart(bench: CheckpointWait, folder: Path) -> dict[str, object]:
     """From SIGKILL to the next finished step of the resumed process."""
     out, seconds, processor = folder / "killed", [], []
-    flags = {"out": out, "steps": 10_000, "checkpoint-every": 1, "probe-every": 0, "batch-size": bench.batch_size}
+    flags = {"out": out, "steps": 10_000, "checkpoint-every": 1, "evaluate-every": 0, "batch-size": bench.batch_size}
     flags |= {"micro-batch-size": bench.batch_size, "device": "cpu"}
     process = _start(["train", "shapeworld-leapalign", *(str(w) for n, v in flags.items() for w in (f"--{n}", v))])
     _until_new_line(out, process)
@@ -111,7 +111,9 @@ def _children_seconds() -> float:
 def _engine(bench: CheckpointWait, folder: Path) -> Engine:
     """Some large trained weights that no forward uses, but that are averaged, stepped and saved."""
     size = bench.batch_size
-    run = replace(shapeworld_leapalign(), batch_size=size, micro_batch_size=size, steps=1, probe_size=1, device="cpu")
+    run = replace(
+        shapeworld_leapalign(), batch_size=size, micro_batch_size=size, steps=1, evaluation_size=1, device="cpu"
+    )
     run = replace(run, out=str(folder / "wait"), keep_checkpoints=1)
     engine = build(run)
     (folder / "wait" / "checkpoints").mkdir(parents=True)

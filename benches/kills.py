@@ -101,7 +101,7 @@ def killed(bench: Kills, out: Path, moments: random.Random, seconds: float) -> l
 
 
 def _lines(out: Path) -> int:
-    """Steps in metrics.jsonl, whose first line is the base model's probe."""
+    """Steps in metrics.jsonl, whose first line is the base model's evaluation on the fixed set."""
     path = out / "metrics.jsonl"
     return max(0, path.read_bytes().count(b"\n") - 1) if path.exists() else 0
 
@@ -126,7 +126,7 @@ def argv(bench: Kills, out: Path) -> list[str]:
     if (out / "run.json").exists():
         return ["resume", str(out), "--plugin", str(RECIPE)]
     flags = {"steps": bench.steps, "checkpoint-every": bench.checkpoint_every, "out": out}
-    flags |= {"prompts.path": out.parent / "prompts.txt", "probe-every": 5}
+    flags |= {"prompts.path": out.parent / "prompts.txt", "evaluate-every": 5}
     return ["train", f"{RECIPE}:tiny", *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
 
 

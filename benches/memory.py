@@ -156,7 +156,7 @@ def recipe(bench: Memory) -> Run:
     run = with_folders(shapeworld_leapalign(), bench.generator, bench.reward)
     run = replace(run, batch_size=bench.batch_size, micro_batch_size=bench.batch_size, device="cpu")
     model = replace(run.model, decode_chunk=bench.decode_chunk)
-    return replace(run, model=model, reward_chunk=bench.decode_chunk, steps=1, probe_size=1)
+    return replace(run, model=model, reward_chunk=bench.decode_chunk, steps=1, evaluation_size=1)
 
 
 def main(bench: Memory) -> dict[str, Any]:

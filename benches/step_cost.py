@@ -65,7 +65,9 @@ def engine_of(bench: StepCost) -> Engine:
     """The ShapeWorld LeapAlign recipe, whole batch at once, everything of the graph kept."""
     recipe = with_folders(shapeworld_leapalign(), bench.generator, bench.reward)
     size = bench.batch_size
-    run = replace(recipe, batch_size=size, micro_batch_size=size, steps=1, probe_size=1, num_sampling_steps=bench.steps)
+    run = replace(
+        recipe, batch_size=size, micro_batch_size=size, steps=1, evaluation_size=1, num_sampling_steps=bench.steps
+    )
     return build(replace(run, learning_rate=0.0, graph="all", device=bench.device))
 
 

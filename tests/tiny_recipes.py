@@ -40,7 +40,7 @@ def tiny(run: Run, folder: Path, out: Path) -> Run:
         batch_size=4,
         micro_batch_size=2,
         num_sampling_steps=5,
-        probe_size=2,
+        evaluation_size=2,
         device="cpu",
     )
 

@@ -59,16 +59,16 @@ class Run:
     keep_checkpoints: int = 2
     async_checkpoints: bool = True  # copied to CPU memory at once and written beside the training
     max_hours: float = 0.0  # of one process: it stops in time to save, with exit status 75; 0 = no limit
-    max_bad_batches: int = 0  # batches of NaN or infinity that are left out and counted before the run stops
+    max_nonfinite_batches: int = 0  # batches of NaN or infinity that are left out and counted before the run stops
     self_checks: bool = True  # at start-up and at the first save; seconds
     sharding: Literal["auto", "replicate", "full", "hybrid"] = "auto"  # of the weights over ranks (docs/distributed.md)
     shard_ranks: int = 0  # hybrid: ranks that share one copy of the weights; 0 = those of a machine
     gather_in_rollout: bool = False  # sharded weights stay whole between forwards without graph: memory for traffic
     shard_rewards: tuple[str, ...] = ()  # names of rewards whose weights are spread over the ranks too: hpsv3, ...
     shard_text_encoders: bool = False  # spread them over the ranks while prompts are encoded
-    probe_every: int = 10  # steps between two scores of the averaged weights on fixed prompts and noise; 0 = never
-    probe_size: int = 32  # samples of that fixed set
-    probe_seed: int = 0  # of that fixed set: not of the run, so that runs compare
+    evaluate_every: int = 10  # steps between two scores of the averaged weights on fixed prompts and noise; 0 = never
+    evaluation_size: int = 32  # samples of that fixed set
+    evaluation_seed: int = 0  # of that fixed set: not of the run, so that runs compare
 
     def __post_init__(self) -> None:
         _check_counts(self)
@@ -83,13 +83,13 @@ class Run:
 # What may differ between a run and its resumption: none of these changes a step that both take.
 FREE_FIELDS = frozenset(
     {"name", "out", "steps", "checkpoint_every", "keep_checkpoints", "async_checkpoints"}
-    | {"max_hours", "max_bad_batches", "self_checks", "sharding", "shard_ranks", "gather_in_rollout"}
+    | {"max_hours", "max_nonfinite_batches", "self_checks", "sharding", "shard_ranks", "gather_in_rollout"}
     | {"shard_rewards", "shard_text_encoders"}
 )
 MOST = 10**9  # of anything that is counted: beyond it is a slip of the hand, or a file that lies
 _LEAST = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "num_sampling_steps": 1, "checkpoint_every": 1}
-_LEAST |= {"keep_checkpoints": 1, "probe_size": 1, "samples_per_draw": 0, "reward_chunk": 0, "probe_every": 0}
-_LEAST |= {"warmup_steps": 0, "decay_steps": 0, "max_bad_batches": 0, "shard_ranks": 0}
+_LEAST |= {"keep_checkpoints": 1, "evaluation_size": 1, "samples_per_draw": 0, "reward_chunk": 0, "evaluate_every": 0}
+_LEAST |= {"warmup_steps": 0, "decay_steps": 0, "max_nonfinite_batches": 0, "shard_ranks": 0}
 
 
 def _check_counts(run: Run) -> None:

@@ -45,7 +45,7 @@ def table(bench, tmp_path_factory) -> dict:
         steps=1,
         batch_size=2,
         micro_batch_size=2,
-        probe_size=1,
+        evaluation_size=1,
         device="cpu",
     )
     return bench.measure(run, steps=(4, 8), leaps=(2, 3), full=True)

@@ -132,7 +132,18 @@ def test_a_nan_stops_with_picture_and_prompt(pictures, capsys, tmp_path):
 
 
 def test_the_documented_example_trains_with_both_rewards(tmp_path, capsys):
-    flags = ["--steps", "2", "--batch-size", "4", "--micro-batch-size", "4", "--probe-size", "2", "--device", "cpu"]
+    flags = [
+        "--steps",
+        "2",
+        "--batch-size",
+        "4",
+        "--micro-batch-size",
+        "4",
+        "--evaluation-size",
+        "2",
+        "--device",
+        "cpu",
+    ]
     assert main(["train", f"{EXAMPLE}:warmer", *flags, "--out", str(tmp_path / "run")]) == 0
     last = read_metrics(tmp_path / "run")[-1]
     assert {"reward/custom", "reward/pickscore", "hinge/custom", "slope/custom", "slope/pickscore"} <= last.keys()

@@ -151,7 +151,7 @@ def test_a_nul_in_run_json():
 
 
 def test_counts_have_an_end():
-    for change in ({"steps": 10**10}, {"probe_size": 10**10}, {"warmup_steps": -1}):
+    for change in ({"steps": 10**10}, {"evaluation_size": 10**10}, {"warmup_steps": -1}):
         with pytest.raises(UserError, match="and at most 1000000000"):
             replace(shapeworld_leapalign(), **change)
     for wrong in ({"num": 0}, {"num": 10**9}, {"seed": -1}):

@@ -45,8 +45,8 @@ def study(model_config, reward_config, held_out_config, tmp_path_factory) -> Stu
         num_sampling_steps=4,
         learning_rate=3e-3,
         ema_decay=0.5,
-        probe_every=1,
-        probe_size=4,
+        evaluate_every=1,
+        evaluation_size=4,
         device="cpu",
     )
     return Study(run=run, held_out=held_out_config, prompts=PROMPTS, detector=bright, command="leapalign demo")

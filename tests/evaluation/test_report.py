@@ -44,13 +44,13 @@ def result(found: int):
 @pytest.fixture(scope="module")
 def html() -> str:
     before, after = result(3), result(7)
-    metrics = [{"step": 0, "probe_reward": 0.25}]
+    metrics = [{"step": 0, "evaluation_reward": 0.25}]
     metrics += [{"step": s, "reward": s / 10, "loss": 1 - s / 10, "grad_norm": 0.5} for s in range(1, 9)]
     return render(
         Page(
             title=f"A run {EVIL}",
             run={"steps": 8, "batch_size": 4, "seed": 11, "name": EVIL},
-            metrics=[*metrics, {"step": 9, "probe_reward": 0.5}],
+            metrics=[*metrics, {"step": 9, "evaluation_reward": 0.5}],
             comparison=compare(before, after),
             rewards={"reward": "Reward", "held_out_reward": "Held out"},
             pairs=pairs_of(before, after, 3),
@@ -90,7 +90,7 @@ def test_the_page_shows_the_numbers(html: str) -> None:
         "two cores &amp; a",
     ):
         assert words in text
-    assert html.count("<svg viewBox") == 4  # the probe, batch reward, loss, gradient norm
+    assert html.count("<svg viewBox") == 4  # evaluation reward, batch reward, loss, gradient norm
     assert html.count("<img ") == 2 * (3 + 1)  # three distinct prompts of one task, the only one of the other
 
 

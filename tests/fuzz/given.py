@@ -73,7 +73,7 @@ def runs() -> dict[str, Run]:
         steps=1,
         batch_size=2,
         num_sampling_steps=2,
-        probe_every=0,
+        evaluate_every=0,
         self_checks=False,
         device="cpu",
     )

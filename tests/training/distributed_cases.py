@@ -91,7 +91,7 @@ def compared(
 def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]:
     """By name."""
     small = replace(
-        tiny(), model=TinyModel(double=True), batch_size=8, micro_batch_size=1, probe_size=5, sharding="replicate"
+        tiny(), model=TinyModel(double=True), batch_size=8, micro_batch_size=1, evaluation_size=5, sharding="replicate"
     )
     small = replace(small, prompts=replace(small.prompts, path=str(folder / "prompts.txt")))
     real = replace(
@@ -99,7 +99,7 @@ def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]
         model=GuidedSD3(),
         num_sampling_steps=3,
         batch_size=4,
-        probe_size=3,
+        evaluation_size=3,
         learning_rate=1e-3,
     )
     full, lora = replace(real, sharding="full"), replace(real, tuning=LoRA(rank=2, init="gaussian"), learning_rate=1e-2)
@@ -130,7 +130,7 @@ def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]
     named["full, killed in a save"] = lambda: killed_in_a_save(killed, world)
     terms = networks(folder, world)
     large = tuple(term.reward.name for term in terms)
-    judged = replace(small, rewards=terms, shard_rewards=large, micro_batch_size=2, reward_chunk=1, probe_size=3)
+    judged = replace(small, rewards=terms, shard_rewards=large, micro_batch_size=2, reward_chunk=1, evaluation_size=3)
     judged = replace(judged, batch_size=2 * world.size)
     named["sharded rewards"] = lambda: compared(judged, world, 1, shares)
     units = tuple(replace(term, unit_gradient=True) for term in terms[:2])
@@ -274,7 +274,7 @@ def saved(folder: Path, run: Run, world: World) -> dict[str, Any]:
         tiny_pipelines.save(tiny_pipelines.sd3_pipeline(with_t5=False), folder / "sd3")
     dist.barrier()
     model = SD3(path=str(folder / "sd3"), height=8, width=8, guidance_scale=3.0, max_sequence_length=0)
-    run = replace(run, model=model, steps=1, probe_every=0, out=str(folder / "run-saved"))
+    run = replace(run, model=model, steps=1, evaluate_every=0, out=str(folder / "run-saved"))
     result = loop.train(run)
     shadow = {name: whole(t) for name, t in result.engine.ema.shadow.items()}
     dist.barrier()

@@ -196,7 +196,7 @@ def test_a_forged_optimizer_is_named(trained, old, new):
         {"seconds": None},
         {"metrics_bytes": 1.5},
         {"changes": {}},
-        {"bad_batches": True},
+        {"nonfinite_batches": True},
         {"seconds": float("inf")},
     ],
 )

@@ -40,9 +40,18 @@ def command(*args: str | Path, cwd: Path) -> str:
 
 
 def test_ten_steps_equal_five_and_a_new_process_and_five(tiny_run, recipe_file, tmp_path):
-    whole = tiny_run(steps=10, warmup_steps=7, probe_every=5, checkpoint_every=5, out=str(tmp_path / "whole"))
+    whole = tiny_run(steps=10, warmup_steps=7, evaluate_every=5, checkpoint_every=5, out=str(tmp_path / "whole"))
     loop.train(whole)
-    recipe = ["train", f"{recipe_file}:tiny", "--prompts.path", "prompts.txt", "--probe-every", "5", "--out", "parts"]
+    recipe = [
+        "train",
+        f"{recipe_file}:tiny",
+        "--prompts.path",
+        "prompts.txt",
+        "--evaluate-every",
+        "5",
+        "--out",
+        "parts",
+    ]
     recipe += ["--warmup-steps", "7"]
     command(*recipe, "--steps", "5", cwd=tmp_path)
     answer = command("resume", "parts", "--steps", "10", "--plugin", recipe_file, "--json", cwd=tmp_path)

@@ -93,13 +93,15 @@ def check(answers: dict[str, Any], ranks: int) -> None:
 
 
 def test_two_ranks_equal_one(two: dict[str, Any]) -> None:
-    """Losses, gradients, weights, averages and probes of every method, with true guidance, for all weights and LoRA."""
+    """Losses, gradients, weights, averages, evaluation rewards: every method, true guidance, all weights and LoRA."""
     check(two, 2)
 
 
 def alone(tiny_run: Callable[..., Run], tiny_module: Any, prompts: Path, out: Path, **changes: Any) -> Run:
     """The run of the case `trained`, in one process."""
-    run = tiny_run(model=tiny_module.TinyModel(double=True), batch_size=8, micro_batch_size=1, probe_size=5, **changes)
+    run = tiny_run(
+        model=tiny_module.TinyModel(double=True), batch_size=8, micro_batch_size=1, evaluation_size=5, **changes
+    )
     return replace(run, prompts=replace(run.prompts, path=str(prompts)), out=str(out), steps=4)
 
 
@@ -258,7 +260,7 @@ def test_a_rank_that_fails_ends_the_job_within_a_minute(
     text = Path(tiny_module.__file__).read_text().replace("r = image.mean()", bug, 1)
     text = text.replace('    spoil: str = ""', '    calls: ClassVar[list] = []\n    spoil: str = ""', 1)
     recipe.write_text(text)
-    words = ("--device", "cpu", "--steps", "500", "--probe-every", "0", "--no-self-checks", "--batch-size", "8")
+    words = ("--device", "cpu", "--steps", "500", "--evaluate-every", "0", "--no-self-checks", "--batch-size", "8")
     done = torchrun(ranks, "-m", "leapalign", "train", f"{recipe}:tiny", *words, folder=tmp_path)
     assert time.time() - float((tmp_path / "failed").read_text()) < 60
     assert done.returncode == 1 and message in done.stderr, done.stderr

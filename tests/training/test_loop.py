@@ -131,7 +131,7 @@ def test_samples_above_the_threshold_are_skipped_and_counted(tiny_run, tiny_modu
     result = loop.train(run)
     lines = read_metrics(result.out)[1:]
     assert result.summary["skipped"] == 4 and [m["skipped"] for m in lines] == [1] * 4
-    assert all(m["above_lambda"] == 1 and m["grad_norm"] == 0 for m in lines)
+    assert all(m["fraction_above_threshold"] == 1 and m["grad_norm"] == 0 for m in lines)
     for name, p in result.engine.parameters.items():  # neither weight decay nor average moved anything
         assert torch.equal(p, before[name]) and torch.equal(result.engine.ema.shadow[name], before[name])
     assert capsys.readouterr().err.count("100% of the batch lies above the threshold") == 1
@@ -168,7 +168,7 @@ def test_a_draw_without_gradient_skips_only_itself(tiny_run):
     ],
 )
 def test_nan_stops_the_run_and_names_step_prompt_and_tensor(tiny_run, tiny_module, flaw, message):
-    run = tiny_run(steps=20, checkpoint_every=1, probe_every=0, keep_checkpoints=30, self_checks=False)
+    run = tiny_run(steps=20, checkpoint_every=1, evaluate_every=0, keep_checkpoints=30, self_checks=False)
     bad = replace(run, rewards=(RewardTerm(reward=tiny_module.TinyReward(**flaw), threshold=2.0),))
     prompts = bad.prompts.load()
     text = next(iter(flaw.values()))
@@ -242,7 +242,7 @@ def test_a_reward_may_have_a_device_and_a_dtype_of_its_own(tiny_run):
 
     term = RewardTerm(reward=Watched(), threshold=2.0)
     placed = [term, replace(term, dtype="bfloat16"), replace(term, device="cpu:0")]
-    one, two, three = (loop.update(loop.build(tiny_run(rewards=(t,), probe_every=0)), 0) for t in placed)
+    one, two, three = (loop.update(loop.build(tiny_run(rewards=(t,), evaluate_every=0)), 0) for t in placed)
     assert seen[0] == ("cpu", "float32") and ("cpu", "bfloat16") in seen and ("cpu:0", "float32") in seen
     assert one == two == three and one["grad_norm"] > 0
     with pytest.raises(UserError, match="device 'nowhere'"):
@@ -255,11 +255,24 @@ def test_a_run_leaves_everything_it_promises(tiny_run):
     assert [m["step"] for m in seen] == [1, 2, 3, 4]
     lines = read_metrics(result.out)
     assert [m["step"] for m in lines] == [0, 1, 2, 3, 4]
-    assert {"reward", "reward_std", "above_lambda", "grad_norm", "d_j", "d_0", "k", "j", "seconds"} <= lines[1].keys()
-    assert [m["step"] for m in lines if "probe_reward" in m] == [0, 2, 4]
-    assert lines[-1]["probe_reward"] > lines[0]["probe_reward"]
+    assert {
+        "reward",
+        "reward_std",
+        "fraction_above_threshold",
+        "grad_norm",
+        "d_j",
+        "d_0",
+        "k",
+        "j",
+        "seconds",
+    } <= lines[1].keys()
+    assert [m["step"] for m in lines if "evaluation_reward" in m] == [0, 2, 4]
+    assert lines[-1]["evaluation_reward"] > lines[0]["evaluation_reward"]
     assert json.loads((result.out / "summary.json").read_text()) == result.summary
-    assert result.summary["reward"] == {"before": lines[0]["probe_reward"], "after": lines[-1]["probe_reward"]}
+    assert result.summary["reward"] == {
+        "before": lines[0]["evaluation_reward"],
+        "after": lines[-1]["evaluation_reward"],
+    }
     assert list((result.out / "tensorboard").glob("events.*"))
 
 
@@ -315,7 +328,7 @@ def test_every_epoch_reads_every_prompt_once_in_another_order(tiny_run):
 
 
 def test_prompts_are_encoded_before_the_first_step(tiny_run):
-    run = tiny_run(steps=1, batch_size=2, probe_size=1)
+    run = tiny_run(steps=1, batch_size=2, evaluation_size=1)
     engine = loop.build(run)
     assert 2 <= len(engine.model.prepared) <= 3  # not all five
 

@@ -46,7 +46,7 @@ class Greedy:
 @pytest.mark.parametrize("error", range(len(ERRORS)), ids=lambda i: type(ERRORS[i]).__name__)
 def test_a_step_that_needs_too_much_stops_the_run_with_advice(tiny_run, error):
     greedy = RewardTerm(reward=Greedy(error=error, calls=5), threshold=2.0)
-    run = tiny_run(rewards=(greedy,), probe_every=0, checkpoint_every=1)
+    run = tiny_run(rewards=(greedy,), evaluate_every=0, checkpoint_every=1)
     with pytest.raises(RunStopped) as stopped:
         loop.train(run)
     said = str(stopped.value)

@@ -58,7 +58,7 @@ def run(parts, tmp_path) -> Run:
         learning_rate=1e-3,
         ema_decay=0.5,
         checkpoint_every=1,
-        probe_size=2,
+        evaluation_size=2,
         device="cpu",
     )
 

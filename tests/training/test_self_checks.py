@@ -105,7 +105,7 @@ def run(request, parts, tmp_path) -> Run:
         steps=1,
         batch_size=1,
         num_sampling_steps=6,
-        probe_every=0,
+        evaluate_every=0,
         device="cpu",
     )
 

@@ -55,7 +55,7 @@ def started(tiny_run, tmp_path, recipe_file):
 def test_a_signal_finishes_the_step_saves_and_the_run_resumes_exactly(
     tiny_run, tmp_path, started, recipe_file, number, status
 ):
-    run = tiny_run(steps=10_000, checkpoint_every=10_000, probe_every=0)
+    run = tiny_run(steps=10_000, checkpoint_every=10_000, evaluate_every=0)
     child = started(run)
     child.signal(number)
     ended, said = child.wait()
@@ -74,7 +74,7 @@ def test_a_signal_finishes_the_step_saves_and_the_run_resumes_exactly(
 
 def test_a_second_sigint_leaves_at_once_with_the_last_checkpoint_whole(tiny_run, tmp_path, monkeypatch):
     """The second one comes while the first one's checkpoint is being written, which would take a minute."""
-    run = tiny_run(steps=10_000, checkpoint_every=3, probe_every=0)
+    run = tiny_run(steps=10_000, checkpoint_every=3, evaluate_every=0)
     write = checkpoints._write
     monkeypatch.setattr(
         checkpoints,

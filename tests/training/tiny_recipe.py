@@ -111,7 +111,7 @@ def tiny() -> Run:
         learning_rate=1e-2,
         ema_decay=0.9,
         checkpoint_every=2,
-        probe_every=2,
-        probe_size=3,
+        evaluate_every=2,
+        evaluation_size=3,
         device="cpu",
     )

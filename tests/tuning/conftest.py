@@ -48,7 +48,7 @@ def run(folders: dict[str, str], reward_folder: Path, tmp_path: Path) -> Run:
         learning_rate=1e-2,
         ema_decay=0.5,
         checkpoint_every=5,
-        probe_every=0,
-        probe_size=2,
+        evaluate_every=0,
+        evaluation_size=2,
         device="cpu",
     )

@@ -196,7 +196,7 @@ def test_flux_trains_with_every_switch_that_saves_memory(run: Run, folders: dict
 def test_the_recipe_trains_the_embedded_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = str(tmp_path / "run")
     flags = ["--steps", "1", "--batch-size", "2", "--micro-batch-size", "2", "--num-sampling-steps", "3"]
-    words = ["train", "shapeworld-leapalign-lora", *flags, "--tuning.rank", "4", "--probe-every", "0"]
+    words = ["train", "shapeworld-leapalign-lora", *flags, "--tuning.rank", "4", "--evaluate-every", "0"]
     assert main([*words, "--out", out, "--device", "cpu", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["lora"] == f"{out}/lora"
     record = json.loads((tmp_path / "run" / "run.json").read_text())

@@ -51,7 +51,7 @@ class Progress:
 
     step: int = 0  # updates done, skipped ones included
     skipped: int = 0  # updates without gradient
-    bad_batches: int = 0  # of those, the ones that were NaN or infinite
+    nonfinite_batches: int = 0  # of those, the ones that were NaN or infinite
     seconds: float = 0.0  # spent in all processes so far
     metrics_bytes: int = 0  # of metrics.jsonl that belong to these steps
     changes: list[dict[str, Any]] = field(default_factory=list)  # {"step", "changes"}: settings changed on the way

@@ -105,7 +105,7 @@ def plan_prompts(run: Run) -> tuple[int, list[Download], list[str]]:
     source = getattr(run.prompts, "source", None)
     download = hub_file(source.repo, source.file, source.bytes, "dataset") if source else None
     if download and not download.cached and not run.prompts.path:
-        most = run.steps * run.batch_size + run.probe_size
+        most = run.steps * run.batch_size + run.evaluation_size
         return most, [download], ["the prompts are not here yet: their number is the most that the run can reach"]
     return len(prompts_used(run, run.prompts.load())), [download] if download and not run.prompts.path else [], []
 

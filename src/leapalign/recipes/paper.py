@@ -107,7 +107,7 @@ def _run(family: str, model: Any, method: Any, task: Task, steps: int) -> Run:
         dtype="bfloat16",
         checkpoint_every=100,
         keep_checkpoints=1,
-        probe_every=50,
+        evaluate_every=50,
     )
 
 

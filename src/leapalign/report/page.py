@@ -92,12 +92,14 @@ def _verdict(evaluation: Evaluation, row: int) -> tuple[bool | None, str]:
 
 
 def curves(metrics: Sequence[dict[str, Any]]) -> list[Curve]:
-    """The probe's reward first, then what training itself saw; quantities that were not logged are left out."""
-    probed = [m for m in metrics if "probe_reward" in m]
+    """The evaluation reward first, then what training itself saw; quantities that were not logged are left out."""
+    evaluated = [m for m in metrics if "evaluation_reward" in m]
     found = []
-    if probed:
-        title = "Reward r(x₀) on the fixed probe set, averaged weights"
-        found.append(Curve(title=title, steps=[m["step"] for m in probed], values=[m["probe_reward"] for m in probed]))
+    if evaluated:
+        title = "Reward r(x₀) on the fixed evaluation set, averaged weights"
+        found.append(
+            Curve(title=title, steps=[m["step"] for m in evaluated], values=[m["evaluation_reward"] for m in evaluated])
+        )
     for key, title in METRIC_NAMES.items():
         rows = [m for m in metrics if key in m]
         if rows:

@@ -113,7 +113,7 @@ def evaluate_model(study: Study, load: Callable[[str, str], Any], words: str) ->
 def summarize(
     training: dict[str, Any], comparison: dict[str, Any], times: dict[str, float], seconds: float
 ) -> dict[str, Any]:
-    """summary.json: GenEval and both rewards before and after with standard errors, and the probe's rewards."""
+    """summary.json: GenEval and both rewards before and after with standard errors, and the evaluation rewards."""
     geneval = dict(comparison.get("geneval", {}))
     overall = geneval.pop("overall", None)
     rewards = comparison["rewards"]
@@ -121,7 +121,7 @@ def summarize(
         "geneval": {**overall, "per_task": geneval} if overall else None,
         "reward": rewards[REWARD],
         "held_out_reward": rewards[HELD_OUT],
-        "probe_reward": training["reward"],
+        "evaluation_reward": training["reward"],
         "images": comparison["images"],
         "steps": training["steps"],
         "skipped": training["skipped"],

@@ -55,8 +55,8 @@ def prompts_used(run: Run, prompts: Sequence[Prompt]) -> list[str]:
 
 
 def probe_prompts(run: Run, prompts: Sequence[Prompt]) -> list[str]:
-    """The fixed prompts on which r(x_0) is followed; the same for every run with this probe_seed."""
-    return [prompts[prompt_index(run.probe_seed, i, len(prompts))].text for i in range(run.probe_size)]
+    """The fixed prompts on which r(x_0) is followed; the same for every run with this evaluation_seed."""
+    return [prompts[prompt_index(run.evaluation_seed, i, len(prompts))].text for i in range(run.evaluation_size)]
 
 
 def noise_generators(seed: int, step: int, samples: Sequence[int], purpose: str = "noise") -> list[torch.Generator]:

@@ -7,7 +7,7 @@ Decided on purpose:
 - an update without gradient (every sample above its threshold, or a draw that leaves no differentiated step) takes no
   step at all: no AdamW, no weight decay, no EMA; it counts as a step and in `skipped`;
 - gradients are clipped at 1 by default, which the paper does not state and public code does;
-- a batch that is NaN or infinite stops the run, or is left out and counted, up to `max_bad_batches`.
+- a batch that is NaN or infinite stops the run, or is left out and counted, up to `max_nonfinite_batches`.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _train_steps(
     with on_signals(stop), Saver(asynchronous=run.async_checkpoints, parameters=engine.parameters) as saver:
         parts = {"progress": progress, "tracker": tracker, "saver": saver, "stop": stop}
         session = Session(engine=engine, writers=writers_of(engine.parameters, engine.world), **parts)
-        if progress.step == 0 and run.probe_every:
+        if progress.step == 0 and run.evaluate_every:
             tracker.log({"step": 0} | probe(engine))
         while progress.step < run.steps:
             started = time.monotonic()
@@ -169,7 +169,7 @@ def _step(session: Session) -> Metrics:
     engine.optimizer.zero_grad(set_to_none=True)  # before the probe and a save, which need the room
     progress.step += 1
     progress.skipped += metrics["skipped"]
-    return metrics | (probe(engine) if _due(engine.run, progress.step, engine.run.probe_every) else {})
+    return metrics | (probe(engine) if _due(engine.run, progress.step, engine.run.evaluate_every) else {})
 
 
 def update(engine: Engine, step: int) -> Metrics:
@@ -272,21 +272,21 @@ def probe(engine: Engine) -> Metrics:
             if engine.rewards_in_step:
                 made = [min(row, len(texts) - 1) for row in range(start, start + part)]
             prompts = tuple(texts[row] for row in made)
-            x = engine.model.noise(noise_generators(run.probe_seed, 0, made, "probe")).to(engine.sigmas.device)
+            x = engine.model.noise(noise_generators(run.evaluation_seed, 0, made, "probe")).to(engine.sigmas.device)
             with engine.rollout():
                 x_0 = rollout(_velocity(engine, prompts), x, engine.sigmas)
             scores = _score(engine, prompts, x_0, list(range(len(prompts)))).values()
             totals += torch.tensor([float(reward[: len(rows)].sum()) for reward in scores], dtype=torch.float64)
     world.sum_([totals])
     means = {name: float(total) / len(texts) for name, total in zip(engine.rewards, totals)}
-    parts = {f"probe_reward/{name}": mean for name, mean in means.items()} if len(means) > 1 else {}
-    return {"probe_reward": sum(means.values())} | parts
+    parts = {f"evaluation_reward/{name}": mean for name, mean in means.items()} if len(means) > 1 else {}
+    return {"evaluation_reward": sum(means.values())} | parts
 
 
 def _warn_above(tracker: Tracker | Silent, metrics: Metrics) -> None:
-    if metrics.get("above_lambda", 0) > 0.5 and not tracker.warned:
+    if metrics.get("fraction_above_threshold", 0) > 0.5 and not tracker.warned:
         tracker.warned = True
-        share = f"{metrics['above_lambda']:.0%}"
+        share = f"{metrics['fraction_above_threshold']:.0%}"
         tracker.note(
             f"step {metrics['step']}: {share} of the batch lies above the threshold and trains nothing; raise it"
         )

@@ -22,7 +22,7 @@ def batch_metrics(parts: list[Part]) -> Metrics:
         "loss": float(sum(result.loss for result in results)),
         "reward": float(reward.mean()),
         "reward_std": float(reward.std(correction=0)),
-        "above_lambda": 1 - float(torch.cat([result.below for result in results]).float().mean()),
+        "fraction_above_threshold": 1 - float(torch.cat([result.below for result in results]).float().mean()),
     }
     if len(results[0].rewards) > 1:
         for name in results[0].rewards:

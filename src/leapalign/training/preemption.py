@@ -26,7 +26,7 @@ class Stop:
 
     max_seconds: float = 0.0  # of this process; 0 = no limit
     begun: float = field(default_factory=time.monotonic)
-    longest_step: float = 0.0  # seconds, with probe and copy to a checkpoint
+    longest_step: float = 0.0  # seconds, including evaluation and the copy to a checkpoint
     signal: signal.Signals | None = None
 
     def took(self, seconds: float) -> None:

@@ -65,14 +65,14 @@ class Session:
 
     def leave_out(self, error: NotFinite) -> Metrics:
         """A batch of NaN or infinity: the metrics of a step without it, or, beyond the limit, the end of the run."""
-        before, limit = self.progress.bad_batches, self.engine.run.max_bad_batches
+        before, limit = self.progress.nonfinite_batches, self.engine.run.max_nonfinite_batches
         if before >= limit:
             raise NotFinite(
-                f"{error} (max_bad_batches is {limit}; {before} were left out before)" if limit else str(error)
+                f"{error} (max_nonfinite_batches is {limit}; {before} were left out before)" if limit else str(error)
             )
-        self.progress.bad_batches += 1
+        self.progress.nonfinite_batches += 1
         self.tracker.note(f"{error}. This batch was left out: {before + 1} of at most {limit}")
-        return {"bad_batch": 1, "skipped": 1}
+        return {"nonfinite_batch": 1, "skipped": 1}
 
 
 def open_folder(run: Run, resume: bool) -> Path:

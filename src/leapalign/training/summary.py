@@ -13,18 +13,18 @@ from leapalign.training.tracking import read_metrics
 
 
 def summarize(run: Run, progress: Progress) -> dict[str, Any]:
-    """Write and return it. `reward` is r(x_0) on the fixed probe set, before and after; null where it was off."""
+    """Write and return it. `reward` is r(x_0) on the fixed evaluation set, before and after; null where it was off."""
     out = Path(run.out)
-    probes = [m["probe_reward"] for m in read_metrics(out) if "probe_reward" in m]
+    evaluations = [m["evaluation_reward"] for m in read_metrics(out) if "evaluation_reward" in m]
     summary = {
         "name": run.name,
         "out": str(out),
         run.tuning.output: str(out / run.tuning.output),  # "pipeline", or "lora" for an adapter
         "steps": progress.step,
         "skipped": progress.skipped,
-        "bad_batches": progress.bad_batches,
+        "nonfinite_batches": progress.nonfinite_batches,
         "seconds": round(progress.seconds, 3),
-        "reward": {"before": probes[0], "after": probes[-1]} if probes else None,
+        "reward": {"before": evaluations[0], "after": evaluations[-1]} if evaluations else None,
     }
     write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary

@@ -35,7 +35,7 @@ class Tracker:
         self.warned = False  # said once a run
 
     def log(self, metrics: Metrics) -> None:
-        """One step: `metrics["step"]` is the number of updates done; step 0 is the base model's probe."""
+        """One step: `metrics["step"]` is the number of updates done; step 0 is the base model's evaluation."""
         self.file.write(json.dumps(metrics) + "\n")
         self.file.flush()
         for name, value in metrics.items():
