@@ -1,6 +1,7 @@
 """A run: everything that decides what a training run does, as one frozen value that run.json replays exactly.
 
-Plug-ins (model, method, rewards, prompts) are frozen dataclasses with a `load()`; this file knows none of them.
+Plug-ins (model, method, rewards, prompts, tuning) are frozen dataclasses that match a protocol of their folder's
+base.py. The type checker sees the protocols; at runtime the fields are `Any`, and this file imports no plug-in.
 """
 
 from __future__ import annotations
@@ -9,17 +10,28 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from leapalign.errors import UserError
 from leapalign.tuning.full import FULL
+
+if TYPE_CHECKING:
+    from leapalign.methods.base import Method
+    from leapalign.models.base import ModelConfig
+    from leapalign.prompts.base import Prompts
+    from leapalign.rewards.base import RewardConfig
+    from leapalign.tuning.base import Tuning
+
+    AnyMethod = Method[Any]
+else:  # what the codec and the command line resolve the annotations to
+    AnyMethod = ModelConfig = Prompts = RewardConfig = Tuning = Any
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardTerm:
     """One reward in the loss: weight * max(0, threshold - r)."""
 
-    reward: Any  # a dataclass of leapalign.rewards
+    reward: RewardConfig  # a dataclass of leapalign.rewards
     threshold: float  # lambda, Eq. 11: samples above it have no gradient
     weight: float = 1.0
     unit_gradient: bool = False  # bring its gradient at each sample's latent to the norm 1, before the weight
@@ -32,12 +44,12 @@ class Run:
     """What to train, on what, how and how long. The defaults are the paper's (Sec. 6.1) where it states them."""
 
     name: str  # shown in reports; names nothing on disk
-    model: Any  # a dataclass of leapalign.models
-    method: Any  # a dataclass of leapalign.methods
+    model: ModelConfig  # a dataclass of leapalign.models
+    method: AnyMethod  # a dataclass of leapalign.methods
     rewards: tuple[RewardTerm, ...]
-    prompts: Any  # a dataclass of leapalign.prompts
+    prompts: Prompts  # a dataclass of leapalign.prompts
     out: str  # the run's folder; must not exist or be empty
-    tuning: Any = FULL  # which weights are trained: a dataclass of leapalign.tuning
+    tuning: Tuning = FULL  # which weights are trained: a dataclass of leapalign.tuning
     steps: int = 300  # updates
     batch_size: int = 64  # samples an update
     micro_batch_size: int = 1  # samples at a time; divides batch_size and changes no result

@@ -18,7 +18,7 @@ from torch import Tensor
 import leapalign.rewards
 from leapalign.lookup.recipes import load_file
 from leapalign.rewards.aesthetic import Aesthetic
-from leapalign.rewards.base import RewardConfig
+from leapalign.rewards.base import DescribedReward
 from leapalign.rewards.clip import CLIPScore, PickScore
 from leapalign.rewards.custom import Custom
 from leapalign.rewards.hpsv2 import HPSv2
@@ -169,7 +169,7 @@ def test_configuration_declares_its_facts(name: str) -> None:
     cls = reward_classes()[name]
     assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
     assert all(field.kw_only for field in dataclasses.fields(cls))
-    for fact in get_type_hints(RewardConfig):
+    for fact in get_type_hints(DescribedReward).keys() - {"__dataclass_fields__"}:
         value = getattr(cls, fact)
         said = fact in ("differentiable", "reads_prompt")
         assert isinstance(value, bool) if said else isinstance(value, str) and value, fact

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar
 
 from leapalign.errors import UserError
 from leapalign.flow.rollout import Velocity
@@ -30,6 +30,7 @@ class Method(Protocol[Draws]):
     ascending grid [T + 1].
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # so that dataclasses.replace() takes one
     name: ClassVar[str]
 
     def draw(self, num_steps: int, rng: torch.Generator, noise: Noise) -> Draws: ...

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
     from leapalign.flow.rollout import Velocity
+    from leapalign.tuning.base import Tuning
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,22 @@ def pointed_at(config: Any, folder: str) -> Any:
     """The same settings on another folder, with that folder's own weights: no single file stands for them there."""
     alone = {"transformer_file": ""} if hasattr(config, "transformer_file") else {}
     return replace(config, path=folder, **alone)
+
+
+class ModelConfig(Protocol):
+    """A family's settings: a frozen, keyword-only dataclass that imports no torch before `load`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # so that dataclasses.replace() takes one
+    name: ClassVar[str]  # as in flags and tables
+
+    @property
+    def path(self) -> str:
+        """A folder, a hub id (org/name or org/name@revision), or embedded:generator."""
+        ...
+
+    def load(self, device: str, dtype: str, tuning: Tuning = ...) -> Model:
+        """Open the folder. Raises UserError on a folder or a setting that cannot work."""
+        ...
 
 
 class Model(Protocol):

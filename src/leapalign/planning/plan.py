@@ -29,6 +29,7 @@ from leapalign.planning.downloads import Download, hub_file, pipeline_parts
 from leapalign.planning.memory import FLOAT32, always, phases, policy_bytes, reward_bytes, trained_bytes
 from leapalign.planning.meta_models import folder_of
 from leapalign.planning.sharding import first_rank, world_of
+from leapalign.prompts.base import PublishedPrompts
 from leapalign.run import Run
 
 
@@ -102,12 +103,14 @@ def plan_prompts(run: Run) -> tuple[int, list[Download], list[str]]:
     """How many are encoded, and what must be fetched first. UserError for a file that cannot be read."""
     from leapalign.training.batches import prompts_used
 
-    source = getattr(run.prompts, "source", None)
-    download = hub_file(source.repo, source.file, source.bytes, "dataset") if source else None
-    if download and not download.cached and not run.prompts.path:
+    download = None
+    if isinstance(run.prompts, PublishedPrompts) and not run.prompts.path:
+        source = run.prompts.source
+        download = hub_file(source.repo, source.file, source.bytes, "dataset")
+    if download and not download.cached:
         most = run.steps * run.batch_size + run.evaluation_size
         return most, [download], ["the prompts are not here yet: their number is the most that the run can reach"]
-    return len(prompts_used(run, run.prompts.load())), [download] if download and not run.prompts.path else [], []
+    return len(prompts_used(run, run.prompts.load())), [download] if download else [], []
 
 
 # Putting it together

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from leapalign.errors import UserError
 
@@ -37,8 +37,33 @@ class Prompt:
 class Prompts(Protocol):
     """Where prompts come from."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # so that dataclasses.replace() takes one
     name: ClassVar[str]
 
     def load(self) -> list[Prompt]:
         """All prompts, always in the same order."""
+        ...
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a dataset repository on the hub."""
+
+    repo: str
+    file: str
+    bytes: int  # about, for plans
+
+
+@runtime_checkable
+class PublishedPrompts(Prompts, Protocol):
+    """A published set: one file of the hub, or a copy of it on disk."""
+
+    @property
+    def path(self) -> str:
+        """The copy on disk; empty = from the hub."""
+        ...
+
+    @property
+    def source(self) -> HubFile:
+        """The file on the hub."""
         ...

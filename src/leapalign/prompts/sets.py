@@ -15,16 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from leapalign.errors import UserError
-from leapalign.prompts.base import Prompt, check_text
-
-
-@dataclass(frozen=True)
-class HubFile:
-    """A file of a dataset repository on the hub."""
-
-    repo: str
-    file: str
-    bytes: int  # about, for plans
+from leapalign.prompts.base import HubFile, Prompt, check_text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """What a reward is: two protocols, and the checks at their border.
 
-A reward is added by one new file: a frozen dataclass with the class variables of `RewardConfig` and a `load()` that
+A reward is added by one new file: a frozen dataclass with the class variables of `DescribedReward` and a `load()` that
 does the heavy imports. Nothing registers it; `tests/contracts/test_rewards.py` finds it here and asks for a fixture.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from leapalign.errors import opening
 
@@ -31,18 +31,24 @@ class Reward(Protocol):
 
 
 class RewardConfig(Protocol):
-    """A reward's choices and its facts: a frozen, keyword-only dataclass that imports no torch before `load`."""
+    """A reward's settings: a frozen, keyword-only dataclass that imports no torch before `load`."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # so that dataclasses.replace() takes one
     name: ClassVar[str]  # as in flags and tables
     differentiable: ClassVar[bool]  # False: a direct-gradient method refuses it at start-up
+
+    def load(self, device: str = "cpu", dtype: str = "float32") -> Reward: ...
+
+
+class DescribedReward(RewardConfig, Protocol):
+    """A reward of this package: its settings, and the facts that `leapalign list` shows."""
+
     reads_prompt: ClassVar[bool]  # False: the score is the picture's alone, though a prompt an image must still come
     resolution: ClassVar[str]  # what the network sees
     output_range: ClassVar[str]  # of the default settings, and where published models usually lie
     code_licence: ClassVar[str]
     weights_licence: ClassVar[str]
     memory: ClassVar[str]  # of the published weights
-
-    def load(self, device: str = "cpu", dtype: str = "float32") -> Reward: ...
 
 
 class PictureReward(Protocol):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 class Tuning(Protocol):
     """Which weights of the policy are trained, and in which precision they and the others are held."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # so that dataclasses.replace() takes one
     name: ClassVar[str]
     output: ClassVar[str]  # the folder in the run's folder that `save` fills and `load_tuned` opens
     formats: ClassVar[tuple[str, ...]]  # what `export` can write
