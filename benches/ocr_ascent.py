@@ -27,12 +27,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import tyro
-from PIL import Image
 from shared import facts
 from torch import Tensor
 
 from leapalign.evaluation.text_accuracy import TextAccuracy, TextJudge
-from leapalign.report.pictures import pixels
+from leapalign.images import to_levels, to_pil
 from leapalign.rewards.ocr import OCR
 from leapalign.rewards.ocr.model import OCRReward
 
@@ -77,7 +76,7 @@ class Readers:
 
     def row(self, image: Tensor, prompt: str) -> dict[str, Any]:
         """Readings and scores of the 8-bit picture."""
-        image = torch.from_numpy(pixels(image[0])).permute(2, 0, 1)[None] / 255
+        image = torch.from_numpy(to_levels(image[0])).permute(2, 0, 1)[None] / 255
         return {
             "ocr_score": float(self.ocr(image, [prompt])),
             "ocr": self.ocr.read(image)[0],
@@ -142,7 +141,7 @@ def augmented(image: Tensor, settings: Ascent, random: torch.Generator) -> Tenso
 
 
 def kept(image: Tensor, name: str, settings: Ascent) -> dict[str, Any]:
-    Image.fromarray(pixels(image[0])).save(settings.out / name)
+    to_pil(image[0]).save(settings.out / name)
     return {"picture": str(settings.out / name)}
 
 

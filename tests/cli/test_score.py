@@ -15,10 +15,11 @@ from PIL import Image
 
 from leapalign.cli import main
 from leapalign.errors import UserError
+from leapalign.images import read_image
 from leapalign.lookup.recipes import load_file
+from leapalign.lookup.rewards import reward_config
 from leapalign.rewards.clip import PickScore
 from leapalign.rewards.custom import Custom
-from leapalign.scoring import read_picture, reward_config
 from leapalign.shapeworld.world import COLORS, Object, render
 from leapalign.training.tracking import read_metrics
 
@@ -115,10 +116,10 @@ def test_mistakes_are_named(pictures, capsys, change, message):
 def test_what_is_no_picture_is_refused(tmp_path, content):
     file = tmp_path / "bad.png"
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"bad\.png: cannot be read as a picture"):
-        read_picture(file)
+    with pytest.raises(UserError, match=r"bad\.png: cannot be read as an image"):
+        read_image(file)
     with pytest.raises(UserError, match=r"gone\.png: there is no such file"):
-        read_picture(tmp_path / "gone.png")
+        read_image(tmp_path / "gone.png")
 
 
 def test_a_nan_stops_with_picture_and_prompt(pictures, capsys, tmp_path):

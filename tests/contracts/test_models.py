@@ -17,7 +17,7 @@ from torch import Tensor
 import leapalign.models
 import tiny_pipelines as tiny
 from leapalign.flow.rollout import rollout
-from leapalign.lookup.families import config_for
+from leapalign.lookup.sources import config_for
 from leapalign.models.flux import Flux
 from leapalign.models.flux2 import Flux2Klein
 from leapalign.models.pipeline import PipelineModel

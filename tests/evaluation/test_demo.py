@@ -14,8 +14,9 @@ from leapalign.evaluation.sampling import Sampling, draw_images
 from leapalign.geneval.rules import Detection
 from leapalign.methods.leapalign import LeapAlign
 from leapalign.prompts import Prompt, ShapeWorldPrompts
+from leapalign.report.tables import print_study
 from leapalign.run import RewardTerm, Run
-from leapalign.studies.before_after import Study, conduct, facts, show
+from leapalign.studies.before_after import Study, conduct, facts
 
 TEXTS = {"single_object": ("a red circle", "a blue circle", "a star"), "colors": ("a red square", "a green star")}
 PROMPTS = [
@@ -103,9 +104,7 @@ def test_a_used_folder_is_refused_before_any_work(study: Study, summary: dict) -
 
 
 def test_the_table_is_for_eyes(study: Study, summary: dict, capsys: pytest.CaptureFixture) -> None:
-    from pathlib import Path
-
-    show(summary, Path(study.run.out))
+    print_study(summary, f"look at {study.run.out}/report.html")
     printed = capsys.readouterr()
     assert "report.html" in printed.out and "±" in printed.out
     assert {"Machine", "Time", "Versions"} == set(facts({"training": 2.0}))

@@ -10,10 +10,10 @@ import torch
 
 from leapalign.cli import main
 from leapalign.errors import RunStopped, UserError
-from leapalign.evaluating import prompts_of
 from leapalign.evaluation.evaluate import Evaluation, compare, evaluate, report, score
-from leapalign.evaluation.image_folder import read_pictures, write_pictures
+from leapalign.evaluation.image_folder import read_images, write_images
 from leapalign.evaluation.sampling import Sampling, draw_images
+from leapalign.lookup.prompts import prompts_of
 from leapalign.prompts import Prompt, PromptFile, ShapeWorldPrompts
 from leapalign.prompts.geneval import GenEvalPrompts
 from leapalign.prompts.sets import DrawBench, HPDv2, MJHQ30k
@@ -188,18 +188,18 @@ def test_rewards_alone_need_no_metadata() -> None:
 
 def test_geneval_folders_come_back(tmp_path) -> None:
     images = drawn(3)[:6]
-    paths = write_pictures(tmp_path, PROMPTS[:3], images, per_prompt=2)
+    paths = write_images(tmp_path, PROMPTS[:3], images, per_prompt=2)
     assert str(paths[3].relative_to(tmp_path)) == "00001/samples/0001.png"
-    back = list(read_pictures(tmp_path))
+    back = list(read_images(tmp_path))
     assert [p.metadata for p, _ in back] == [p.metadata for p in PROMPTS[:3] for _ in range(2)]
     torch.testing.assert_close(torch.stack([image for _, image in back]), images, atol=0.5 / 255 + 1e-6, rtol=0)
 
 
 def test_pictures_are_not_overwritten(tmp_path) -> None:
-    write_pictures(tmp_path, PROMPTS[:1], drawn(3)[:1])
+    write_images(tmp_path, PROMPTS[:1], drawn(3)[:1])
     old = (tmp_path / "00000/samples/0000.png").read_bytes()
     with pytest.raises(UserError, match="exists"):
-        write_pictures(tmp_path, PROMPTS[1:2], drawn(3)[1:2])
+        write_images(tmp_path, PROMPTS[1:2], drawn(3)[1:2])
     assert (tmp_path / "00000/samples/0000.png").read_bytes() == old
-    write_pictures(tmp_path, PROMPTS[1:2], drawn(3)[1:2], overwrite=True)
+    write_images(tmp_path, PROMPTS[1:2], drawn(3)[1:2], overwrite=True)
     assert (tmp_path / "00000/samples/0000.png").read_bytes() != old

@@ -15,7 +15,7 @@ from torch import Tensor
 from leapalign.errors import UserError
 from leapalign.flow.graph import inputs_only
 from leapalign.flow.rollout import rollout
-from leapalign.lookup.families import config_for
+from leapalign.lookup.sources import config_for
 from leapalign.models.base import Conditioning, Text
 from leapalign.models.flux2 import Flux2Klein
 from leapalign.models.guidance import Guidance, GuidedVelocity, linear

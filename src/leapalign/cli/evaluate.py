@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from leapalign.cli.answer import answer
+from leapalign.lookup.prompts import prompts_of
+from leapalign.lookup.recipes import load_plugins
+from leapalign.lookup.rewards import reward_config, rewards_of
+from leapalign.lookup.sources import Source, find_source
+from leapalign.prompts import Prompt, ShapeWorldPrompts
+from leapalign.report.tables import evaluation_table
+from leapalign.storage.atomic import disk_errors
+
+if TYPE_CHECKING:
+    from leapalign.evaluation.evaluate import Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +59,46 @@ class EvaluateFlags:
 
 def evaluate_command(argv: list[str]) -> None:
     flags = tyro.cli(EvaluateFlags, args=argv, prog="leapalign evaluate")
-    from leapalign.evaluating import as_text, evaluate_source
+    found = _evaluate(flags)
+    answer(found, flags.json, evaluation_table(found))
 
-    found = evaluate_source(flags)
-    answer(found, flags.json, as_text(found))
+
+def _evaluate(flags: EvaluateFlags) -> dict[str, Any]:
+    """The evaluation as JSON values; with --against, a comparison in which --against is before."""
+    from leapalign.evaluation.evaluate import compare, report
+    from leapalign.evaluation.image_folder import image_paths, refuse_existing, write_images
+
+    prompts = prompts_of(flags.prompts or ShapeWorldPrompts.name, flags.per_task).load()
+    if flags.out:
+        refuse_existing(image_paths(Path(flags.out), len(prompts), flags.num), flags.overwrite)
+    plugins = load_plugins(flags.plugin)
+    rewards = rewards_of(flags.source, plugins) | {word: reward_config(word) for word in flags.reward}
+    tuned = find_source(flags.source, plugins).changed(guidance_scale=flags.guidance)
+    base = find_source(flags.against, plugins).changed(guidance_scale=flags.guidance) if flags.against else None
+    after = _draw_and_judge(tuned, prompts, rewards, flags)
+    if flags.out:
+        with disk_errors(Path(flags.out), "give another --out"):
+            write_images(Path(flags.out), prompts, after.images, per_prompt=flags.num, overwrite=flags.overwrite)
+    result = compare(_draw_and_judge(base, prompts, rewards, flags), after) if base else report(after)
+    return {"source": flags.source, "against": flags.against, "seed": flags.seed} | result
+
+
+def _draw_and_judge(
+    source: Source, prompts: Sequence[Prompt], configs: dict[str, Any], flags: EvaluateFlags
+) -> Evaluation:
+    from leapalign.distributed.world import resolve_device
+    from leapalign.evaluation.evaluate import evaluate
+    from leapalign.evaluation.sampling import Sampling
+    from leapalign.lookup.detectors import find_detector
+
+    device = resolve_device(flags.device)
+    rewards = {name: config.load(device, flags.dtype) for name, config in configs.items()}
+    sampling = Sampling(
+        num_steps=flags.steps or source.num_steps,
+        images_per_prompt=flags.num,
+        batch_size=flags.batch_size,
+        seed=flags.seed,
+    )
+    model = source.load(device, flags.dtype)
+    detector = find_detector(prompts, source.model.height, source.model.width)
+    return evaluate(model, prompts, sampling=sampling, rewards=rewards, detector=detector)

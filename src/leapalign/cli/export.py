@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from leapalign.cli.answer import answer
+from leapalign.errors import UserError
+from leapalign.lookup.recipes import load_plugins, read_run
+from leapalign.lookup.sources import run_source
+from leapalign.storage.atomic import disk_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +36,23 @@ class ExportFlags:
 
 def export_command(argv: list[str]) -> None:
     flags = tyro.cli(ExportFlags, args=argv, prog="leapalign export")
-    from leapalign.exporting import as_text, export_run
+    found = _export(flags)
+    answer(found, flags.json, f"{found['out']}: {found['format']}, {found['dtype']}, {found['bytes'] / 1e6:.1f} MB")
 
-    found = export_run(flags)
-    answer(found, flags.json, as_text(found))
+
+def _export(flags: ExportFlags) -> dict[str, Any]:
+    """Write the export; {"run", "format", "dtype", "out", "bytes"}."""
+    folder, target = Path(flags.run), Path(os.path.normpath(flags.out))
+    run = read_run(folder / "run.json", load_plugins(flags.plugin))
+    if flags.format not in run.tuning.formats:
+        raise UserError(
+            f"{folder}: a run with tuning {run.tuning.name!r} has no {flags.format} to export; "
+            f"use --format {' or '.join(run.tuning.formats)}"
+        )
+    source = run_source(folder, run)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target} exists; give a new folder, nothing is overwritten")
+    with disk_errors(target, "give another --out"):
+        run.tuning.export(source.model, source.saved, target, format=flags.format, dtype=flags.dtype)
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    return {"run": flags.run, "format": flags.format, "dtype": flags.dtype, "out": str(target), "bytes": size}

@@ -23,9 +23,8 @@ class ListFlags:
 
 def list_command(argv: list[str]) -> None:
     flags = tyro.cli(ListFlags, args=argv, prog="leapalign list")
-    from leapalign.lookup.catalog import KINDS, listing, rewards_table
+    from leapalign.lookup.catalog import KINDS, listing
+    from leapalign.report.tables import catalog_table, rewards_table
 
     table = listing(KINDS if flags.kind == "all" else (flags.kind,))
-    width = 2 + max(len(entry["name"]) for entries in table.values() for entry in entries)
-    lines = [f"{kind}\n" + "\n".join(f"  {e['name']:{width}}{e['text']}" for e in table[kind]) for kind in table]
-    answer(table, flags.json, "\n\n".join(lines) if flags.kind != "rewards" else rewards_table(table["rewards"]))
+    answer(table, flags.json, rewards_table(table["rewards"]) if flags.kind == "rewards" else catalog_table(table))

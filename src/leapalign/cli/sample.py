@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from leapalign.cli.answer import answer
+from leapalign.lookup.recipes import load_plugins
+from leapalign.lookup.sources import STEPS, find_source
+from leapalign.prompts import Prompt
+from leapalign.prompts.base import check_text
+from leapalign.storage.atomic import disk_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +47,24 @@ class SampleFlags:
 
 def sample_command(argv: list[str]) -> None:
     flags = tyro.cli(SampleFlags, args=argv, prog="leapalign sample")
-    from leapalign.sampling import sample
+    images = _sample(flags)
+    answer(images, flags.json, "\n".join(image["path"] for image in images))
 
-    pictures = sample(flags)
-    answer(pictures, flags.json, "\n".join(picture["path"] for picture in pictures))
+
+def _sample(flags: SampleFlags) -> list[dict[str, Any]]:
+    """Write the images in GenEval's layout; [{"prompt", "path"}], one an image."""
+    from leapalign.distributed.world import resolve_device
+    from leapalign.evaluation.image_folder import image_paths, refuse_existing, write_images
+    from leapalign.evaluation.sampling import Sampling, draw_images
+
+    prompts = [Prompt(text=check_text(text, "--prompt")) for text in flags.prompt]
+    sampling = Sampling(num_steps=flags.steps or STEPS, images_per_prompt=flags.num, batch_size=1, seed=flags.seed)
+    refuse_existing(image_paths(flags.out, len(prompts), flags.num), flags.overwrite)
+    source = find_source(flags.source, load_plugins(flags.plugin))
+    source = source.changed(size=flags.size, guidance_scale=flags.guidance)
+    model = source.load(resolve_device(flags.device), flags.dtype)
+    sampling = replace(sampling, num_steps=flags.steps or source.num_steps)
+    images = draw_images(model, [prompt.text for prompt in prompts], sampling)
+    with disk_errors(flags.out, "give another --out"):
+        paths = write_images(flags.out, prompts, images, per_prompt=flags.num, overwrite=flags.overwrite)
+    return [{"prompt": prompts[i // flags.num].text, "path": str(path)} for i, path in enumerate(paths)]

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from leapalign.cli.answer import answer
+from leapalign.errors import RunStopped, UserError
+from leapalign.images import read_image
+from leapalign.lookup.rewards import reward_config
+from leapalign.prompts import PromptFile
+from leapalign.prompts.base import check_text
+from leapalign.report.tables import score_table
+
+Row = dict[str, Any]  # {"image", "prompt", "scores": {reward: number or None}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +43,47 @@ class ScoreFlags:
 
 def score_command(argv: list[str]) -> None:
     flags = tyro.cli(ScoreFlags, args=argv, prog="leapalign score")
-    from leapalign.scoring import as_text, score_files
+    rows = _score(flags)
+    answer(rows, flags.json, score_table(rows))
 
-    rows = score_files(flags)
-    answer(rows, flags.json, as_text(rows))
+
+def _score(flags: ScoreFlags) -> list[Row]:
+    """One row an image, in the order given. None where a reward that answers in words gave no number."""
+    from leapalign.distributed.world import resolve_device
+
+    configs = {word: reward_config(word) for word in flags.reward}
+    prompts = _prompts(flags)
+    images = [read_image(path) for path in flags.images]
+    device = resolve_device(flags.device)
+    rows: list[Row] = [{"image": str(i), "prompt": p, "scores": {}} for i, p in zip(flags.images, prompts)]
+    for word, config in configs.items():
+        reward = config.load(device, flags.dtype)
+        for start in range(0, len(rows), flags.batch_size):
+            batch = slice(start, start + flags.batch_size)
+            values = reward.score_pictures(images[batch], prompts[batch]).tolist()
+            for row, value in zip(rows[batch], values):
+                row["scores"][word] = _number(value, word, config, row)
+    return rows
+
+
+def _prompts(flags: ScoreFlags) -> list[str]:
+    """One prompt an image; a single one stands for all."""
+    if not flags.images:
+        raise UserError("score: give image files, as in `leapalign score a.png b.png --reward ... --prompt ...`")
+    if not flags.reward:
+        raise UserError("score: give at least one --reward; `leapalign list rewards` has them all")
+    if bool(flags.prompt) == bool(flags.prompts):
+        raise UserError('score: give either --prompt "..." (one for all, or one an image), or --prompts FILE')
+    texts = [check_text(text, "--prompt") for text in flags.prompt]
+    texts = texts or [prompt.text for prompt in PromptFile(path=flags.prompts).load()]
+    if len(texts) not in (1, len(flags.images)):
+        raise UserError(f"score: {len(flags.images)} images and {len(texts)} prompts; give one, or one an image")
+    return texts * len(flags.images) if len(texts) == 1 else texts
+
+
+def _number(value: float, word: str, config: Any, row: Row) -> float | None:
+    if math.isfinite(value):
+        return value
+    if getattr(config, "differentiable", True):
+        raise RunStopped(f"{word}: the score of {row['image']} is {value}, for the prompt {row['prompt']!r}")
+    return None  # an answer in words without a number in it

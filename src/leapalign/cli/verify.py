@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from leapalign.cli.answer import answer
+from leapalign.lookup.recipes import load_plugins
+from leapalign.lookup.rewards import is_reward, reward_config
+from leapalign.lookup.sources import find_source
+from leapalign.models.base import pointed_at
+from leapalign.report.tables import print_checks
+from leapalign.verification.checks import Check, note
+
+if TYPE_CHECKING:
+    from leapalign.verification.files import Hashes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +46,46 @@ class VerifyFlags:
 
 def verify_command(argv: list[str]) -> int:
     flags = tyro.cli(VerifyFlags, args=argv, prog="leapalign verify")
-    from leapalign.verifying import print_table, verify
-
-    found = verify(flags)
+    found = _verify(flags)
     if flags.json:
         answer(found, True, "")
     else:
-        print_table(found)
+        print_checks(found)
     return 0 if found["good"] else 1
+
+
+def _verify(flags: VerifyFlags) -> dict[str, Any]:
+    """{"source", "kind", "good", "checks"}. Raises UserError where there is nothing to look at."""
+    from leapalign.distributed.world import resolve_device
+    from leapalign.verification.files import read_hashes
+    from leapalign.verification.rewards import check_reward
+
+    hashes = read_hashes(flags.hashes) if flags.hashes else None
+    device = resolve_device(flags.device)
+    if is_reward(flags.source):
+        checks = check_reward(flags.source, reward_config(flags.source), device, flags.dtype, hashes)
+    else:
+        checks = _check_model(flags, device, hashes)
+    return {
+        "source": flags.source,
+        "kind": "reward" if is_reward(flags.source) else "pipeline",
+        "good": all(check.state != "different" for check in checks),
+        "checks": [asdict(check) for check in checks],
+    }
+
+
+def _check_model(flags: VerifyFlags, device: str, hashes: Hashes | None) -> list[Check]:
+    """Checks of a pipeline; of an adapter's run those of its base, with a note."""
+    from leapalign.verification.pipelines import Trial, check_pipeline
+
+    source = find_source(flags.source, load_plugins(flags.plugin))
+    whole = source.tuning.output == "pipeline"
+    config = pointed_at(source.model, source.saved) if whole else source.model
+    trained = (Path(flags.source) / "run.json").is_file() or flags.source.startswith("embedded:")
+    size = flags.size or (config.height if trained else 0)
+    trial = Trial(prompt=flags.prompt, num_steps=flags.steps, size=size, seed=flags.seed, device=device)
+    checks = check_pipeline(config, trial, hashes)
+    if not whole:
+        told = f"{source.tuning.name} in {source.saved}: what is checked here is its base, {config.path}"
+        checks.append(note("run", "adapter", told, "`leapalign export` merges both into a pipeline to verify"))
+    return checks

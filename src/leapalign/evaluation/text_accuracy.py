@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from leapalign.errors import UserError
-from leapalign.report.pictures import pixels
+from leapalign.images import to_pil
 from leapalign.rewards.base import check_inputs
 from leapalign.rewards.ocr import quoted_text
 
@@ -66,7 +65,7 @@ class TextJudge:
 
     def read(self, images: Tensor) -> list[str]:
         """What is written in each image, its boxes of text from top to bottom and left to right; "" for none."""
-        answers = [self.engine(Image.fromarray(pixels(image))) for image in images.nan_to_num()]
+        answers = [self.engine(to_pil(image)) for image in images.nan_to_num()]
         return [" ".join(answer.txts or ()).strip() for answer in answers]
 
     def compare(self, read: str, wanted: str) -> float:

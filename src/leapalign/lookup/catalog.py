@@ -47,25 +47,5 @@ def facts(cls: type) -> dict[str, Any]:
     return {k: v for k, v in plain.items() if k not in fields | {"name"}}
 
 
-REWARD_FACTS = {  # fact -> its line in the table
-    "resolution": "sees",
-    "output_range": "answers",
-    "memory": "memory",
-    "code_licence": "code",
-    "weights_licence": "weights",
-}
-
-
-def rewards_table(rewards: Sequence[dict[str, Any]]) -> str:
-    """Every reward with its facts, a block each: the facts are sentences, too long for columns."""
-    blocks = []
-    for each in rewards:
-        use = "training and evaluation" if each["differentiable"] else "evaluation only (no gradient)"
-        lines = [f"{each['name']}: {each['text']}", f"  {'for':9}{use}"]
-        lines += [f"  {word:9}{each[fact]}" for fact, word in REWARD_FACTS.items()]
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
-
-
 def _first_line(thing: Any) -> str:
     return (inspect.getdoc(thing) or "").split("\n")[0]

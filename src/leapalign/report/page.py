@@ -10,18 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from leapalign.report.figures import Curve, curve_svg
 from leapalign.report.pictures import data_uri
+from leapalign.report.tables import TASK_NAMES
 
 if TYPE_CHECKING:
     from leapalign.evaluation.evaluate import Evaluation
 
-TASK_NAMES = {
-    "single_object": "Single object",
-    "two_object": "Two objects",
-    "counting": "Counting",
-    "colors": "Colours",
-    "position": "Position",
-    "color_attr": "Attribute binding",
-}
 METRIC_NAMES = {
     "reward": "Reward of the training batch",
     "loss": "Loss",

@@ -7,9 +7,10 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from leapalign.images import to_levels, to_pil
 
 if TYPE_CHECKING:
     from leapalign.evaluation.evaluate import Evaluation
@@ -17,20 +18,15 @@ if TYPE_CHECKING:
 PAPER, INK, RIGHT, WRONG = (255, 255, 255), (40, 40, 44), (22, 128, 60), (190, 30, 45)
 
 
-def pixels(image: Tensor) -> np.ndarray:
-    """[3, H, W] in [0, 1] -> uint8 [H, W, 3]."""
-    return (image.detach().float().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-
-
 def enlarged(image: Tensor, scale: int) -> Image.Image:
     """Every pixel becomes a square of `scale` × `scale`."""
-    return Image.fromarray(pixels(image).repeat(scale, 0).repeat(scale, 1))
+    return Image.fromarray(to_levels(image).repeat(scale, 0).repeat(scale, 1))
 
 
 def data_uri(image: Tensor) -> str:
     """A PNG of the pixels as they are; the page enlarges it without smoothing."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels(image)).save(buffer, format="PNG", optimize=True)
+    to_pil(image).save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 

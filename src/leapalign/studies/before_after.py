@@ -47,6 +47,7 @@ def main(out: Path, *, seed: int = 0, steps: int = 0, quick: bool = False, devic
     """What `leapalign demo` calls; returns summary.json's content. `steps` 0: the recipe's. `quick`: to see it work."""
     from leapalign.prompts import ShapeWorldPrompts
     from leapalign.recipes import shapeworld_leapalign
+    from leapalign.report.tables import print_study
     from leapalign.rewards.clip import PickScore
     from leapalign.shapeworld.detector import detect
 
@@ -61,7 +62,7 @@ def main(out: Path, *, seed: int = 0, steps: int = 0, quick: bool = False, devic
         command=f"leapalign demo --out {out} --seed {seed} --steps {num_steps}{' --quick' if quick else ''}",
     )
     summary = conduct(study)
-    show(summary, out)
+    print_study(summary, f"look at {out / 'report.html'}; the tuned pipeline is {out / 'pipeline'}")
     return summary
 
 
@@ -85,7 +86,7 @@ def conduct(study: Study) -> dict[str, Any]:
         "tuned_evaluation": time.monotonic() - trained_to,
     }
     comparison = compare(before, after)
-    write_pictures(out, before, after)
+    write_images(out, before, after)
     write_page(study, before, after, comparison, times)
     seconds = time.monotonic() - begun
     summary = summarize(result.summary, comparison, times, seconds) | {run.tuning.output: str(result.saved)}
@@ -132,7 +133,7 @@ def summarize(
     }
 
 
-def write_pictures(out: Path, before: Evaluation, after: Evaluation) -> None:
+def write_images(out: Path, before: Evaluation, after: Evaluation) -> None:
     """before.png and after.png: the same places, the same noise, a row for each task; verdicts.png: what was found."""
     import torch
 
@@ -185,33 +186,6 @@ def facts(times: dict[str, float]) -> dict[str, str]:
         "Machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "Versions": ", ".join(f"{name} {version(name)}" for name in packages) + f", Python {platform.python_version()}",
     }
-
-
-def show(summary: dict[str, Any], out: Path) -> None:
-    """A short table, and where to look."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from leapalign.report.page import TASK_NAMES
-
-    table = Table(title=f"{summary['steps']} steps, {summary['seconds']:.0f} s; ± one standard error")
-    for name in ("", "before", "after", "change (paired)"):
-        table.add_column(name, justify="left" if not name else "right")
-    geneval = summary["geneval"]
-    for tag, row in (geneval["per_task"] if geneval else {}).items():
-        table.add_row(TASK_NAMES.get(tag, tag), *_cells(row))
-    if geneval:
-        table.add_row("GenEval overall", *_cells(geneval), style="bold", end_section=True)
-    table.add_row("reward", *_cells(summary["reward"]))
-    table.add_row("held-out reward", *_cells(summary["held_out_reward"]))
-    console = Console()
-    console.print(table)
-    console.print(f"look at {out / 'report.html'}; the tuned pipeline is {out / 'pipeline'}", soft_wrap=True)
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    names = (("before", ".3f"), ("after", ".3f"), ("difference", "+.3f"))
-    return [f"{row[name]:{form}} ± {row[f'{name}_standard_error']:.3f}" for name, form in names]
 
 
 def _say(text: str) -> None:

@@ -1,0 +1,45 @@
+"""The prompts that a word names: a file, or the test prompts of a set."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from leapalign.codec import suggestion
+from leapalign.errors import UserError
+from leapalign.lookup.catalog import listing
+from leapalign.prompts import PromptFile, Prompts, ShapeWorldPrompts
+
+
+def prompts_of(word: str, per_task: int) -> Prompts:
+    """A prompt file, or the test prompts of NAME (`leapalign list prompts`) or NAME=PATH, a copy on disk.
+
+    `per_task` is the number of ShapeWorld prompts of each task. Raises UserError for any other word.
+    """
+    name, given, path = word.partition("=")
+    known = _prompt_sets()
+    if name not in known:
+        if not os.path.exists(word) and (given or not Path(word).suffix):
+            raise UserError(
+                f"--prompts {word}: there is no prompt set {name!r}{suggestion(name, known)}; give one of "
+                f"{', '.join(known)}, or a .txt, .jsonl or .csv file"
+            )
+        return PromptFile(path=word)
+    takes = {field.name for field in fields(known[name])}
+    if given and ("path" not in takes or not path):
+        raise UserError(f"--prompts {word}: " + (f"{name} is read from no file" if path else "a path is missing"))
+    settings = {"split": "test", "path": path} | ({"num": per_task} if name == ShapeWorldPrompts.name else {})
+    return known[name](**{key: value for key, value in settings.items() if key in takes})
+
+
+def _prompt_sets() -> dict[str, Any]:
+    """name -> configuration class of every source of prompts but files."""
+    found = {}
+    for entry in listing(("prompts",))["prompts"]:
+        module, _, cls = entry["type"].rpartition(".")
+        if entry["name"] != PromptFile.name:
+            found[entry["name"]] = getattr(importlib.import_module(module), cls)
+    return found
