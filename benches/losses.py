@@ -5,10 +5,10 @@
     python benches/losses.py --write            store what this code computes
 
 A file holds, per step, the loss, the rewards and the gradient norm as exact floats; then the reward of the averaged
-weights on the fixed probe set before and after, and the sha256 of the trained weights and of their saved average.
+weights on the fixed set of prompts before and after, and the sha256 of the trained weights and of their saved average.
 
 On a machine of the class in the file's header (`machine_class`) every character must agree. On another one, kernels
-add in another order, the numbers may depart by a `Tolerance`, and hashes and probes are not compared.
+add in another order, the numbers may depart by a `Tolerance`, and hashes and evaluation rewards are not compared.
 
 Only entry points that a refactor keeps are used: leapalign.recipes, `train`, and the files in the run's folder
 (metrics.jsonl, checkpoints, the saved pipeline or adapter).
@@ -41,7 +41,7 @@ from leapalign.run import Run
 from leapalign.training.loop import train
 
 STORED = Path(__file__).parents[1] / "tests" / "losses"
-TINY = {"batch_size": 4, "micro_batch_size": 2, "num_sampling_steps": 4, "probe_size": 4}
+TINY = {"batch_size": 4, "micro_batch_size": 2, "num_sampling_steps": 4, "evaluation_size": 4}
 TINY |= {"device": "cpu", "self_checks": False}  # the checks change no number and take seconds
 
 
@@ -78,8 +78,8 @@ class Variant:
     elsewhere: Tolerance = FLOAT32  # on a machine of another class
 
     def run(self, out: Path) -> Run:
-        """The run that writes to `out`, with one checkpoint and two probes: at the start and at the end."""
-        ends = {"steps": self.steps, "checkpoint_every": self.steps, "probe_every": self.steps}
+        """The run that writes to `out`, with one checkpoint and two evaluations: at the start and at the end."""
+        ends = {"steps": self.steps, "checkpoint_every": self.steps, "evaluate_every": self.steps}
         return replace(RECIPES[self.recipe](), out=str(out), **ends, **TINY, **self.settings)
 
 
@@ -105,7 +105,7 @@ class Losses:
 
     header: dict[str, str]  # recipe, settings, ranks, machine
     rows: list[dict[str, str]]  # column -> exact float, one row a step
-    ends: dict[str, str]  # probe_reward, weights, average: after the last step
+    ends: dict[str, str]  # evaluation_reward, weights, average: after the last step
 
 
 # --- run a variant ------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def read_run(out: Path, header: dict[str, str]) -> Losses:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     saved = [*out.glob("pipeline/transformer/*.safetensors"), *out.glob("lora/*.safetensors")]
     ends = {
-        "probe_reward": " ".join(repr(line["probe_reward"]) for line in lines if "probe_reward" in line),
+        "evaluation_reward": " ".join(repr(line["evaluation_reward"]) for line in lines if "evaluation_reward" in line),
         "weights": tensors_hash(out.glob("checkpoints/step-*/*.safetensors"), "weights"),
         "average": tensors_hash(saved),
     }

@@ -82,7 +82,7 @@ def test_within_a_tolerance_small_departures_later_steps_and_hashes_do_not_count
     assert len(bench.departures(old, changed(old, 3, "loss", "nan"), three_steps)) == 1
 
 
-@pytest.mark.parametrize("end", ["weights", "average", "probe_reward"])
+@pytest.mark.parametrize("end", ["weights", "average", "evaluation_reward"])
 def test_other_weights_with_equal_losses_are_reported(bench, end):
     old = stored(bench, "leapalign")
     (found,) = bench.departures(old, replace(old, ends=old.ends | {end: "other"}), bench.EXACT)
