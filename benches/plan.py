@@ -155,6 +155,7 @@ def model_of(bench: Bench, family: str, dtype: str) -> PipelineModel:
         policy=SHAPES[family].policy(bench).eval(),
         folder=PipelineFolder(Path("scaled-down"), {}),
         prompts=absent,
+        load_encoder=absent,
         decoder=Decoder(vae.eval().requires_grad_(False), 1.0, 0.0, 1),
         latent_shape=SHAPES[family].latent(bench),
         guidance=Guidance(1.0, True, ""),

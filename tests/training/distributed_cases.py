@@ -306,8 +306,7 @@ def read_by_rank_0(folder: Path, world: World, tuning: Any, dtype: str, sharding
     alone = config.load("cpu", dtype, tuning)
     tuning.initialise(alone.policy, run.seed)
     device = "cuda" if sharding == "auto" else "cpu"
-    with broadcast.loading(run, world, device):
-        model = config.load("cpu", dtype, tuning)
+    model = config.load("cpu", dtype, tuning, broadcast.loading(run, world, device))
     tuning.initialise(model.policy, run.seed)
     empty = all(p.is_meta for n, p in model.policy.named_parameters() if "lora" not in n)
     shards = broadcast.spread(run, model.policy, world, "cpu")

@@ -6,8 +6,6 @@ rank 0 reads to the CPU, `fully_shard` moves block by block, and each tensor is 
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -17,12 +15,14 @@ from leapalign.distributed.tensors import like
 from leapalign.distributed.world import World
 from leapalign.errors import UserError
 from leapalign.run import Run
-from leapalign.storage.pipeline_folder import read_once
+from leapalign.storage.pipeline_folder import FROM_FILES, Loading
 
 
-def loading(run: Run, world: World, device: str) -> AbstractContextManager[None]:
-    """Around the model's `load`. A model that does not come from a pipeline's folder is loaded by every rank."""
-    return read_once(world.main) if may_shard(run, world, device) else nullcontext()
+def loading(run: Run, world: World, device: str) -> Loading:
+    """How this rank loads the model: of a policy that may be sharded, only rank 0 reads the weights, to the CPU."""
+    if not may_shard(run, world, device):
+        return FROM_FILES
+    return Loading(policy="cpu" if world.main else "meta")
 
 
 def spread(run: Run, policy: nn.Module, world: World, device: str) -> Shards | None:

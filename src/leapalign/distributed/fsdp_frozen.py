@@ -13,8 +13,8 @@ Ranks gather together, so each must call such a network as often as the others:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,9 +24,9 @@ from torch.distributed.fsdp import fully_shard
 from leapalign.distributed.fsdp import mesh_of
 from leapalign.distributed.world import World
 from leapalign.errors import UserError
-from leapalign.models.prompt_embeds.cache import PromptCache
+from leapalign.models.pipeline import PipelineModel
 from leapalign.run import Run
-from leapalign.storage.pipeline_folder import PipelineFolder, load_part, parts_from
+from leapalign.storage.pipeline_folder import FROM_FILES, Loading, PipelineFolder, load_part
 
 Scores = Callable[[Tensor, list[str]], Tensor]
 
@@ -82,29 +82,21 @@ def prepare(run: Run, model: Any, prompts: Sequence[str], world: World, device: 
         with world.agreed():
             model.prepare(prompts)
         return
-    if not isinstance(getattr(model, "prompts", None), PromptCache):
+    if not isinstance(model, PipelineModel):
         raise UserError(f"shard_text_encoders: {type(run.model).__name__} encodes its prompts in a way of its own")
-    with _in_step(model.prompts, world, mesh_of(run, world, device)):
-        model.prepare(prompts)
+    lacking = world.gather(model.prompts.missing(model.with_negative(prompts)))
+    if new := list(dict.fromkeys(prompt for some in lacking for prompt in some)):
+        sharded = Loading(component=partial(_load_sharded, mesh=mesh_of(run, world, device)))
+        model.prompts.encode(new, model.load_encoder(sharded))
+    model.prompts.free()
 
 
-@contextmanager
-def _in_step(prompts: PromptCache, world: World, mesh: DeviceMesh) -> Iterator[None]:
-    """Inside, text encoders that are loaded are sharded, and every rank encodes what one of them lacks."""
-
-    def load(folder: PipelineFolder, name: str, dtype: Any) -> Any:
-        with parts_from(None):
-            part = load_part(folder, name, dtype)
-        if isinstance(part, nn.Module):
-            shard_blocks(blocks_of(part, f"shard_text_encoders: {name}"), mesh)
-        return part
-
-    prompts.agree = lambda new: list(dict.fromkeys(prompt for some in world.gather(new) for prompt in some))
-    try:
-        with parts_from(load):
-            yield
-    finally:
-        prompts.agree = list
+def _load_sharded(folder: PipelineFolder, name: str, dtype: Any, mesh: DeviceMesh) -> Any:
+    """A component from the folder's files; the blocks of a text encoder are sharded."""
+    part = load_part(replace(folder, loading=FROM_FILES), name, dtype)
+    if isinstance(part, nn.Module):
+        shard_blocks(blocks_of(part, f"shard_text_encoders: {name}"), mesh)
+    return part
 
 
 def shard_blocks(blocks: list[nn.Module], mesh: DeviceMesh) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from leapalign.errors import UserError
 from leapalign.models.base import Text
+from leapalign.storage.pipeline_folder import FROM_FILES, Loading, open_folder
 from leapalign.tuning.full import FULL
 
 if TYPE_CHECKING:
@@ -46,16 +47,15 @@ class Flux:
     max_sequence_length: int = 512  # T5 tokens
     decode_chunk: int = 1  # images decoded at a time; 0 = all
 
-    def load(self, device: str, dtype: str, tuning: Tuning = FULL) -> PipelineModel:
+    def load(self, device: str, dtype: str, tuning: Tuning = FULL, loading: Loading = FROM_FILES) -> PipelineModel:
         """Open the folder. Raises UserError on a folder, size or length that cannot work."""
         from leapalign.models import pipeline as pipe
-        from leapalign.storage.pipeline_folder import open_folder
 
         precision = pipe.parse_dtype(dtype)
         if not 1 <= self.max_sequence_length <= 512:
             raise UserError(f"max_sequence_length {self.max_sequence_length}: expected 1 to 512")
         needed = ("transformer", "vae", "scheduler", *TEXT_PARTS)
-        folder = open_folder(self.path, self.pipeline, needed, self.transformer_file)
+        folder = open_folder(self.path, self.pipeline, needed, self.transformer_file, loading)
         parts = pipe.open_parts(folder, device, precision, tuning)
         policy = parts.policy
         decoder = pipe.load_decoder(folder, device, self.decode_chunk)
@@ -67,7 +67,7 @@ class Flux:
             decoder=decoder,
             latent_shape=shape,
             guidance=pipe.Guidance(self.true_cfg_scale, self.cfg_grad == "both", self.negative_prompt),
-            encoder=lambda: _text_encoder(folder, policy, self.max_sequence_length, parts.dtype),
+            encoder=lambda folder: _text_encoder(folder, policy, self.max_sequence_length, parts.dtype),
             text_parts=TEXT_PARTS,
             text_settings={"max_sequence_length": self.max_sequence_length},
             predict=partial(predict, guidance_scale=self.guidance_scale),

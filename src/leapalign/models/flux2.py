@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from leapalign.errors import UserError
 from leapalign.models.base import Text
+from leapalign.storage.pipeline_folder import FROM_FILES, Loading, open_folder
 from leapalign.tuning.full import FULL
 
 if TYPE_CHECKING:
@@ -51,15 +52,16 @@ class Flux2Klein:
     text_layers: tuple[int, ...] = (9, 18, 27)  # whose hidden states the transformer sees; 0 is the word embedding
     decode_chunk: int = 1  # images decoded at a time; 0 = all
 
-    def load(self, device: str, dtype: str, tuning: Tuning = FULL) -> PipelineModel:
+    def load(self, device: str, dtype: str, tuning: Tuning = FULL, loading: Loading = FROM_FILES) -> PipelineModel:
         """Open the folder. Raises UserError on a folder, size, length or layer that cannot work."""
         from leapalign.models import pipeline as pipe
-        from leapalign.storage.pipeline_folder import open_folder
 
         precision = pipe.parse_dtype(dtype)
         if not 1 <= self.max_sequence_length <= 512:
             raise UserError(f"max_sequence_length {self.max_sequence_length}: expected 1 to 512")
-        folder = open_folder(self.path, self.pipeline, ("transformer", "vae", "scheduler", *TEXT_PARTS))
+        folder = open_folder(
+            self.path, self.pipeline, ("transformer", "vae", "scheduler", *TEXT_PARTS), loading=loading
+        )
         parts = pipe.open_parts(folder, device, precision, tuning)
         policy = parts.policy
         _check_layers(self.text_layers, folder, policy.config.joint_attention_dim)
@@ -72,7 +74,7 @@ class Flux2Klein:
             decoder=decoder,
             latent_shape=shape,
             guidance=pipe.Guidance(_scale(self, folder), self.cfg_grad == "both", self.negative_prompt),
-            encoder=lambda: _text_encoder(self, folder, device, parts.dtype),
+            encoder=lambda folder: _text_encoder(self, folder, device, parts.dtype),
             text_parts=TEXT_PARTS,
             text_settings={"max_sequence_length": self.max_sequence_length, "text_layers": self.text_layers},
             predict=predict,

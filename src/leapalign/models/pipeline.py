@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from leapalign.models.decode import Decoder
 from leapalign.models.guidance import Guidance, GuidedVelocity, in_precision
 from leapalign.models.prompt_embeds.cache import Encoder, PromptCache
 from leapalign.models.prompt_embeds.store import PromptStore
-from leapalign.storage.pipeline_folder import PipelineFolder, load_part, save_with
+from leapalign.storage.pipeline_folder import FROM_FILES, Loading, PipelineFolder, load_part, save_with
 from leapalign.tuning.adapter import merged, switched_off
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class PipelineModel:
     policy: nn.Module
     folder: PipelineFolder  # where every part that is not trained is copied from
     prompts: PromptCache
+    load_encoder: Callable[[Loading], Encoder]  # the text encoders, loaded in that way
     decoder: Decoder
     latent_shape: tuple[int, int, int]  # channels, height, width
     guidance: Guidance
@@ -49,11 +50,15 @@ class PipelineModel:
         self._pixels = first_time(lambda latents: self.decoder(latents), f"{place}: the VAE does not run", remedy)
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        self.prompts.prepare([*prompts, *self._negative])
+        self.prompts.prepare(self.with_negative(prompts))
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        self.prompts.fill([*prompts, *self._negative])
+        self.prompts.fill(self.with_negative(prompts))
         return Conditioning(self.prompts(prompts), self.prompts(self._negative) if self._negative else None)
+
+    def with_negative(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts, and the negative prompt where the guidance uses it."""
+        return [*prompts, *self._negative]
 
     @property
     def _negative(self) -> list[str]:
@@ -118,7 +123,7 @@ def put_together(
     decoder: Decoder,
     latent_shape: tuple[int, int, int],
     guidance: Guidance,
-    encoder: Callable[[], Encoder],
+    encoder: Callable[[PipelineFolder], Encoder],
     text_parts: tuple[str, ...],
     text_settings: dict[str, Any],
     predict: Callable[..., Tensor],
@@ -126,12 +131,19 @@ def put_together(
 ) -> PipelineModel:
     """The model. `predict(policy, x, time, text)` takes time in the scheduler's units.
 
-    `encoder` loads the text encoders; `text_parts` and `text_settings` are all that decides an embedding.
+    `encoder` loads the folder's text encoders; `text_parts` and `text_settings` are all that decides an embedding.
     """
+
+    def load_encoder(loading: Loading) -> Encoder:
+        remedy = "tokenizers and text encoders are not of one model: copy the folder again"
+        loaded = encoder(replace(parts.folder, loading=loading))
+        return first_time(loaded, f"{parts.folder.path}: the text encoders do not run", remedy)
+
     return PipelineModel(
         policy=parts.policy,
         folder=parts.folder,
-        prompts=_prompt_cache(encoder, parts, text_parts, text_settings),
+        prompts=_prompt_cache(lambda: load_encoder(FROM_FILES), parts, text_parts, text_settings),
+        load_encoder=load_encoder,
         decoder=decoder,
         latent_shape=latent_shape,
         guidance=guidance,
@@ -145,14 +157,9 @@ def put_together(
 def _prompt_cache(
     load_encoder: Callable[[], Encoder], parts: Opened, text_parts: tuple[str, ...], settings: dict[str, Any]
 ) -> PromptCache:
-    """On disk too."""
-
-    def load() -> Encoder:
-        remedy = "tokenizers and text encoders are not of one model: copy the folder again"
-        return first_time(load_encoder(), f"{parts.folder.path}: the text encoders do not run", remedy)
-
+    """In memory and, where it is worth it, on disk."""
     decisive = {"device": torch.device(parts.device).type, "dtype": str(parts.dtype).removeprefix("torch."), **settings}
-    return PromptCache(load, parts.device, PromptStore.of(parts.folder, text_parts, decisive))
+    return PromptCache(load_encoder, parts.device, PromptStore.of(parts.folder, text_parts, decisive))
 
 
 def load_decoder(folder: PipelineFolder, device: str, chunk: int) -> Decoder:

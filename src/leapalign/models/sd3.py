@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from leapalign.errors import UserError
 from leapalign.models.base import Text
+from leapalign.storage.pipeline_folder import FROM_FILES, Loading, open_folder
 from leapalign.tuning.full import FULL
 
 if TYPE_CHECKING:
@@ -44,14 +45,13 @@ class SD3:
     max_sequence_length: int = 256  # T5 tokens; 0 only without T5, and then leaves out its padding of zeros
     decode_chunk: int = 1  # images decoded at a time; 0 = all
 
-    def load(self, device: str, dtype: str, tuning: Tuning = FULL) -> PipelineModel:
+    def load(self, device: str, dtype: str, tuning: Tuning = FULL, loading: Loading = FROM_FILES) -> PipelineModel:
         """Open the folder. Raises UserError on a folder, size or length that cannot work."""
         from leapalign.models import pipeline as pipe
-        from leapalign.storage.pipeline_folder import open_folder
 
         precision = pipe.parse_dtype(dtype)
         needed = ("transformer", "vae", "scheduler", *TEXT_PARTS[:4])
-        folder = open_folder(self.path, self.pipeline, needed, self.transformer_file)
+        folder = open_folder(self.path, self.pipeline, needed, self.transformer_file, loading)
         _check_sequence_length(self.max_sequence_length, "text_encoder_3" in folder.parts)
         parts = pipe.open_parts(folder, device, precision, tuning)
         policy = parts.policy
@@ -62,7 +62,7 @@ class SD3:
             decoder=decoder,
             latent_shape=shape,
             guidance=pipe.Guidance(self.guidance_scale, self.cfg_grad == "both", self.negative_prompt),
-            encoder=lambda: _text_encoder(folder, policy, self.max_sequence_length, parts.dtype),
+            encoder=lambda folder: _text_encoder(folder, policy, self.max_sequence_length, parts.dtype),
             text_parts=TEXT_PARTS,
             text_settings={
                 "max_sequence_length": self.max_sequence_length,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from leapalign.errors import UserError
 from leapalign.models.base import Text
+from leapalign.storage.pipeline_folder import FROM_FILES, Loading, open_folder
 from leapalign.tuning.full import FULL
 
 if TYPE_CHECKING:
@@ -51,14 +52,15 @@ class ZImage:
     max_sequence_length: int = 512  # tokens of the prompt
     decode_chunk: int = 1  # images decoded at a time; 0 = all
 
-    def load(self, device: str, dtype: str, tuning: Tuning = FULL) -> PipelineModel:
+    def load(self, device: str, dtype: str, tuning: Tuning = FULL, loading: Loading = FROM_FILES) -> PipelineModel:
         """Open the folder. Raises UserError on a folder, size, length or guidance that cannot work."""
         from leapalign.models import pipeline as pipe
-        from leapalign.storage.pipeline_folder import open_folder
 
         precision = pipe.parse_dtype(dtype)
         _check_guidance(self)
-        folder = open_folder(self.path, self.pipeline, ("transformer", "vae", "scheduler", *TEXT_PARTS))
+        folder = open_folder(
+            self.path, self.pipeline, ("transformer", "vae", "scheduler", *TEXT_PARTS), loading=loading
+        )
         parts = pipe.open_parts(folder, device, precision, tuning)
         policy = parts.policy
         decoder = pipe.load_decoder(folder, device, self.decode_chunk)
@@ -71,7 +73,7 @@ class ZImage:
             decoder=decoder,
             latent_shape=shape,
             guidance=guidance(self, parts.train_steps),
-            encoder=lambda: _text_encoder(folder, device, self.max_sequence_length, parts.dtype),
+            encoder=lambda folder: _text_encoder(folder, device, self.max_sequence_length, parts.dtype),
             text_parts=TEXT_PARTS,
             text_settings={"max_sequence_length": self.max_sequence_length},
             predict=predict,

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leapalign.errors import UserError, opening
 from leapalign.models.published import PIPELINES, Pipeline
-from leapalign.storage.pipeline_folder import INDEX, PipelineFolder, parts_from
+from leapalign.storage.pipeline_folder import INDEX, Loading, PipelineFolder
 
 META = "meta"
 
@@ -33,8 +33,7 @@ def fake_mode() -> FakeTensorMode:
 
 def load_weightless(model: Any, dtype: str, tuning: Any, build: Callable[..., Any]) -> Any:
     """The model of a configuration, by its own `load`, on the meta device; `build` makes its parts, as `build_part`."""
-    with parts_from(build):
-        return model.load(META, dtype, tuning)
+    return model.load(META, dtype, tuning, Loading(component=build))
 
 
 def fake(module: nn.Module, mode: FakeTensorMode) -> None:

@@ -11,13 +11,11 @@ import importlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from leapalign.errors import UserError, opening
 from leapalign.storage.hub import is_hub_id, snapshot
@@ -35,39 +33,33 @@ _TEXTS = ("*.json", "*.txt", "*.model", "*.jinja")
 VARIANTS = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*", "*.non_ema-*")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Loading:
+    """How the components of a pipeline are loaded: by default from its files, the policy straight to its device."""
+
+    component: Callable[[PipelineFolder, str, Any], Any] | None = None  # (folder, name, dtype): in place of the files
+    policy: Literal["device", "cpu", "meta"] = "device"  # where the policy's weights are read to; meta: shapes only
+
+
+FROM_FILES = Loading()
+
+
 @dataclass(frozen=True)
 class PipelineFolder:
+    """A checked pipeline folder, and how its components are loaded."""
+
     path: Path
     parts: dict[str, tuple[str, str]]  # part -> (library, class); absent parts are left out
     transformer_file: Path | None = None  # where the transformer's weights are, if not in the folder
-
-
-_LOADER: ContextVar[Callable[..., Any] | None] = ContextVar("loader", default=None)
-_READS: ContextVar[bool | None] = ContextVar("reads", default=None)
-
-
-@contextmanager
-def parts_from(loader: Callable[..., Any] | None) -> Iterator[None]:
-    """Inside, `load_part` asks `loader` (None: nobody) with its own arguments: a plan's models have no weights."""
-    token = _LOADER.set(loader)
-    try:
-        yield
-    finally:
-        _LOADER.reset(token)
-
-
-@contextmanager
-def read_once(reads: bool) -> Iterator[None]:
-    """Inside, `load_policy` reads weights to the CPU in the process where `reads` is true, and none elsewhere."""
-    token = _READS.set(reads)
-    try:
-        yield
-    finally:
-        _READS.reset(token)
+    loading: Loading = FROM_FILES
 
 
 def open_folder(
-    path: str, pipeline_class: str, required: tuple[str, ...], transformer_file: str = ""
+    path: str,
+    pipeline_class: str,
+    required: tuple[str, ...],
+    transformer_file: str = "",
+    loading: Loading = FROM_FILES,
 ) -> PipelineFolder:
     """Find and check the folder of a `pipeline_class` with these parts; reads headers only. Raises UserError."""
     from leapalign.storage.single_file import check_file
@@ -83,7 +75,7 @@ def open_folder(
         raise UserError(f"{folder}: {INDEX} names no {', '.join(absent)}; expected a whole {pipeline_class}")
     for name, (library, _) in parts.items():
         check_part(folder / name, library, with_weights=name != TRANSFORMER or weights is None)
-    return PipelineFolder(folder, parts, weights)
+    return PipelineFolder(folder, parts, weights, loading)
 
 
 def parts_of(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
@@ -102,8 +94,8 @@ def load_part(folder: PipelineFolder, name: str, dtype: Any = None, quantization
     """
     if name not in folder.parts:
         return None
-    if loader := _LOADER.get():
-        return loader(folder, name, dtype)
+    if folder.loading.component:
+        return folder.loading.component(folder, name, dtype)
     library, class_name = folder.parts[name]
     if name == TRANSFORMER and folder.transformer_file:
         from leapalign.storage.single_file import load_single_file
@@ -123,11 +115,11 @@ def load_part(folder: PipelineFolder, name: str, dtype: Any = None, quantization
 
 
 def load_policy(folder: PipelineFolder, device: str, dtype: Any, quantization: Any = None) -> Any:
-    """The transformer on the device; inside `read_once` on the CPU, or without values. Quantised, always the former."""
-    reads = _READS.get()
-    if reads is None or quantization is not None:
+    """The transformer where `folder.loading` puts it; a quantised one always on the device."""
+    place = folder.loading.policy
+    if place == "device" or quantization is not None:
         return load_part(folder, TRANSFORMER, dtype, quantization).to(device)
-    return load_part(folder, TRANSFORMER, dtype) if reads else _without_values(folder)
+    return load_part(folder, TRANSFORMER, dtype) if place == "cpu" else _without_values(folder)
 
 
 def _without_values(folder: PipelineFolder) -> Any:

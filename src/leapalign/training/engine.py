@@ -80,8 +80,7 @@ def build(run: Run, world: World = ALONE) -> Engine:
     world.check_settings(run)
     with world.agreed():
         prompts = run.prompts.load()
-        with broadcast.loading(run, world, device):
-            model = run.model.load(device, run.dtype, run.tuning)
+        model = run.model.load(device, run.dtype, run.tuning, broadcast.loading(run, world, device))
         run.tuning.initialise(model.policy, run.seed)
         if run.graph == "blocks":
             _checkpoint_blocks(model.policy)

@@ -34,7 +34,6 @@ class PromptCache:
         self._device = device
         self._store = store
         self._memory = memory
-        self.agree: Callable[[list[str]], list[str]] = list  # new prompts of this process -> those that it encodes
 
     @property
     def holds_encoders(self) -> bool:
@@ -52,12 +51,21 @@ class PromptCache:
 
     def fill(self, prompts: Sequence[str]) -> None:
         """Encode those that are neither in memory nor on disk."""
+        self.encode(self.missing(prompts))
+
+    def missing(self, prompts: Sequence[str]) -> list[str]:
+        """Those that are neither in memory nor on disk, each once."""
         asked = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
         on_disk = [prompt for prompt in asked if self._store and self._store.has(prompt)]
         self._known.update(on_disk)
-        new = self.agree([prompt for prompt in asked if prompt not in self._known])
-        for start in range(0, len(new), BATCH):
-            self._encode(new[start : start + BATCH], of=len(new) if start == 0 else 0)
+        return [prompt for prompt in asked if prompt not in self._known]
+
+    def encode(self, prompts: list[str], encoder: Encoder | None = None) -> None:
+        """Encode all of these, by `encoder` where it is given, and remember them."""
+        if encoder is not None:
+            self._encoder = encoder
+        for start in range(0, len(prompts), BATCH):
+            self._encode(prompts[start : start + BATCH], of=len(prompts) if start == 0 else 0)
 
     def free(self) -> None:
         if self._encoder is None:
