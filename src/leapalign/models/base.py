@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from leapalign.flow.rollout import Velocity
+    from leapalign.storage.pipeline_folder import Loading
     from leapalign.tuning.base import Tuning
 
 
@@ -94,8 +95,11 @@ class ModelConfig(Protocol):
         """A folder, a hub id (org/name or org/name@revision), or embedded:generator."""
         ...
 
-    def load(self, device: str, dtype: str, tuning: Tuning = ...) -> Model:
-        """Open the folder. Raises UserError on a folder or a setting that cannot work."""
+    def load(self, device: str, dtype: str, tuning: Tuning = ..., loading: Loading = ...) -> Model:
+        """Open the folder. Raises UserError on a folder or a setting that cannot work.
+
+        `loading`: how its components are loaded; a model that is not a pipeline's folder may ignore it.
+        """
         ...
 
 
