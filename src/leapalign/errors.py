@@ -39,7 +39,7 @@ class NotFinite(RunStopped):
 class RunInterrupted(Exception):
     """A run that was asked to stop (a signal, or its time is up), has saved itself and can be resumed.
 
-    `status` is the command line's exit status: 130 after SIGINT, 143 after SIGTERM, 75 when `max_hours` are over.
+    `status` is the command line's exit status: 128 + the signal's number, or 75 when `max_hours` are over.
     """
 
     elsewhere = False  # as above

@@ -249,11 +249,11 @@ def spoilt(run: Run, world: World) -> dict[str, Any]:
 
 
 def stopped(run: Run, world: World) -> dict[str, Any]:
-    """SIGTERM reaches one rank only."""
+    """SIGUSR1, as Slurm sends it before the end of the time, reaches one rank only."""
 
     def send(metrics: Any) -> None:
         if world.rank == world.size - 1 and metrics["step"] == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGUSR1)
 
     try:
         loop.train(run, on_step=send)

@@ -72,6 +72,18 @@ def test_a_signal_finishes_the_step_saves_and_the_run_resumes_exactly(
     assert weights(run) == weights(whole) and trace(run.out) == trace(whole.out)
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGHUP, 129), (signal.SIGUSR1, 138), (signal.SIGUSR2, 140)])
+def test_a_hangup_and_the_signals_of_slurm_and_submitit_finish_the_step_and_save(tiny_run, started, number, status):
+    run = tiny_run(steps=10_000, checkpoint_every=10_000, evaluate_every=0)
+    child = started(run)
+    child.signal(number)
+    ended, said = child.wait()
+    assert ended == status, said
+    (saved,) = checkpoints.complete(run)
+    assert saved.name == f"step-{trace(run.out)[-1]['step']:06d}"
+    assert f"stopped by {number.name} after step" in (Path(run.out) / "log.txt").read_text()
+
+
 def test_a_second_sigint_leaves_at_once_with_the_last_checkpoint_whole(tiny_run, tmp_path, monkeypatch):
     """The second one comes while the first one's checkpoint is being written, which would take a minute."""
     run = tiny_run(steps=10_000, checkpoint_every=3, evaluate_every=0)

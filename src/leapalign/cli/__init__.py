@@ -2,8 +2,9 @@
 
 Exit status: 0 done, 1 stopped (NaN, infinity, out of memory) or `verify` found differences, 2 the user's mistake.
 
-A training run that was asked to stop has saved itself: 130 after SIGINT (Ctrl-C), 143 after SIGTERM, 75 when its
-`max_hours` are over. 130 is also any other command that was interrupted, and a second Ctrl-C.
+A training run that was asked to stop has saved itself: 128 + the number of the signal (130 after SIGINT, 143 after
+SIGTERM, 129 after SIGHUP), 75 when its `max_hours` are over. 130 is also any other command that was interrupted, and a
+second Ctrl-C. A terminal or a log reader that goes away ends no run (`streams`).
 
 A recipe's flags come from its own dataclasses. Help imports no torch.
 """
@@ -23,6 +24,7 @@ from leapalign.cli.export import export_command
 from leapalign.cli.listing import list_command
 from leapalign.cli.sample import sample_command
 from leapalign.cli.score import score_command
+from leapalign.cli.streams import prepare_streams
 from leapalign.cli.train import resume_command, train_command
 from leapalign.cli.verify import verify_command
 from leapalign.codec import suggestion
@@ -49,7 +51,8 @@ USAGE = """usage: leapalign COMMAND ...
 
 
 def entry_point() -> None:
-    """What the installed command calls."""
+    """Run the installed command on the process's arguments and streams, and exit."""
+    prepare_streams(next(iter(sys.argv[1:]), ""))
     if not sys.stderr.isatty():  # a log wants no bars of transformers and the hub
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if isinstance(sys.stdout, TextIOWrapper):  # a name that the terminal's encoding lacks is no reason to fail
@@ -60,7 +63,9 @@ def entry_point() -> None:
 def main(argv: Sequence[str]) -> int:
     """Run one command and return the exit status; no traceback for a user's mistake."""
     try:
-        return _dispatch(list(argv))
+        status = _dispatch(list(argv))
+        sys.stdout.flush()  # here, where a full disk or a reader that has gone has a message and a status
+        return status
     except SystemExit as end:  # tyro: 0 after help, 2 after a wrong flag
         return end.code if isinstance(end.code, int) else 2
     except UserError as error:
@@ -84,7 +89,10 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:  # a name or a place that the system refuses, wherever that was met first
         if error.errno not in DISK_PROBLEMS:
             raise
-        print(readable(f"leapalign: {error.filename}: {DISK_PROBLEMS[error.errno]}; give another"), file=sys.stderr)
+        print(
+            readable(f"leapalign: {error.filename or 'stdout'}: {DISK_PROBLEMS[error.errno]}; give another"),
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("leapalign: interrupted; `leapalign resume RUN` goes on from the last checkpoint", file=sys.stderr)

@@ -103,10 +103,8 @@ def train(
                     self_checks.at_start(engine)
             with world.agreed():
                 tracker = _begin(run, origin, checkpoint, progress, changes) if world.main else Silent()
-            try:
+            with tracker:
                 _train_steps(engine, progress, tracker, stop, on_step)
-            finally:
-                tracker.close()
             saved, summary = out / run.tuning.output, {}
             with engine.ema.applied():
                 model = engine.whole_model(frozen=False)

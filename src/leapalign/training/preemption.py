@@ -1,7 +1,9 @@
-"""Asked to stop: SIGTERM, SIGINT or the end of the time that a run has. The step is finished and saved first.
+"""Requests to stop: a signal, or the end of the time that a run has. The step is finished and saved first.
 
-What comes of it: exit status 143, 130 or 75 (EX_TEMPFAIL of sysexits.h: try again later), and a run that resumes as if
-nothing had been. A second SIGINT leaves at once; the last checkpoint is whole, because checkpoints always are.
+Signals: SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal or the connection has gone), SIGUSR1 (Slurm's
+`--signal=USR1@120`) and SIGUSR2 (submitit). The exit status is 128 + the signal's number, as a shell reports a process
+that the signal killed; 75 at the end of the time (EX_TEMPFAIL of sysexits.h: try again later). The run resumes as if
+nothing had been. A second SIGINT leaves at once, with the last checkpoint whole.
 """
 
 from __future__ import annotations
@@ -11,18 +13,19 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 
 OUT_OF_TIME = 75
-STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
-MARGIN = 1.2  # a step or a save may take so much longer than the longest one so far
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+SIGNALS = tuple(signal.Signals[name] for name in NAMES if name in signal.Signals.__members__)  # Windows has two
+MARGIN = 1.2  # a step or a save may take this many times the longest one so far
 
 
 @dataclass
 class Stop:
-    """Whether to go on: asked before each step."""
+    """What asks a run to stop; read before each step."""
 
     max_seconds: float = 0.0  # of this process; 0 = no limit
     begun: float = field(default_factory=time.monotonic)
@@ -30,16 +33,16 @@ class Stop:
     signal: signal.Signals | None = None
 
     def took(self, seconds: float) -> None:
-        """A step's time."""
+        """Note the time of a step."""
         self.longest_step = max(self.longest_step, seconds)
 
     def reason(self, save_seconds: float) -> tuple[str, int] | None:
-        """Why to stop before the next step, and the exit status; `save_seconds`: what saving may take.
+        """Why to stop before the next step, and the exit status; None to go on. `save_seconds`: estimate of a save.
 
-        The first step of a process is always made, so that a queue that starts the run again and again gets on.
+        The time never stops the first step of a process, so that a queue that restarts the run makes progress.
         """
         if self.signal:
-            return f"stopped by {self.signal.name}", STATUS[self.signal]
+            return f"stopped by {self.signal.name}", 128 + self.signal
         needed = MARGIN * (self.longest_step + save_seconds)
         if self.max_seconds and self.longest_step and time.monotonic() - self.begun + needed > self.max_seconds:
             return f"stopped in time for max_hours ({self.max_seconds / 3600:g})", OUT_OF_TIME
@@ -48,9 +51,9 @@ class Stop:
 
 @contextmanager
 def on_signals(stop: Stop) -> Iterator[None]:
-    """Inside, SIGTERM and SIGINT are written into `stop`; a SIGINT after either raises KeyboardInterrupt.
+    """Record the signals of `SIGNALS` in `stop`; a SIGINT after one of them raises KeyboardInterrupt.
 
-    A signal that the parent has switched off (a job that a script put into the background) stays off. Python hands
+    A signal that the parent ignores (nohup, a job that a script put into the background) stays ignored. Python hands
     signals to the main thread only: in another one (a server, a notebook's worker) nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -62,9 +65,10 @@ def on_signals(stop: Stop) -> Iterator[None]:
             raise KeyboardInterrupt
         stop.signal = stop.signal or signal.Signals(number)
         text = f"\n{stop.signal.name}: finishing this step and saving; Ctrl-C leaves at once\n"
-        os.write(2, text.encode())  # print is not allowed to interrupt a print
+        with suppress(OSError):  # `| tee` gets the same Ctrl-C and may have gone first
+            os.write(2, text.encode())  # print is not allowed to interrupt a print
 
-    heard = [number for number in STATUS if signal.getsignal(number) != signal.SIG_IGN]
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, handler) for number in heard}
     try:
         yield

@@ -16,7 +16,7 @@ from leapalign.storage.atomic import refuse_links_out, refuse_other_kinds
 from leapalign.storage.lock import LOCK
 from leapalign.training import self_checks
 from leapalign.training.preemption import Stop
-from leapalign.training.tracking import Metrics, Silent, Tracker
+from leapalign.training.tracking import LOG, Metrics, Silent, Tracker
 
 if TYPE_CHECKING:
     from leapalign.training.engine import Engine
@@ -80,7 +80,9 @@ def open_folder(run: Run, resume: bool) -> Path:
     out = Path(run.out)
     if resume:
         refuse_links_out(out)
-        refuse_other_kinds(out, files=("run.json", "metrics.jsonl", "summary.json", LOCK), folders=("checkpoints",))
+        refuse_other_kinds(
+            out, files=("run.json", "metrics.jsonl", LOG, "summary.json", LOCK), folders=("checkpoints",)
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,4 +1,7 @@
-"""What a run leaves to look at: metrics.jsonl (one line a step), TensorBoard events, and a line for the eyes."""
+"""A run's records: metrics.jsonl (one line a step), TensorBoard events, log.txt (messages), and progress on stderr.
+
+stderr may have lost its reader (a closed terminal, `| head`): what it does not take is dropped, and log.txt has it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,9 @@ import json
 import os
 import sys
 import time
+import traceback
+from contextlib import suppress
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -13,58 +19,78 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from leapalign.errors import UserError
+from leapalign.errors import RunInterrupted, RunStopped, UserError
 from leapalign.storage.atomic import write_text
 
 Metrics = dict[str, Any]
+LOG = "log.txt"
 QUIET_SECONDS = 5.0  # between two plain lines where there is no terminal
 
 
 class Tracker:
-    """Writes a step's metrics everywhere. Close it, whatever happens."""
+    """Writes metrics and messages. A context: leaving it notes in log.txt how the run ended, and closes all files."""
 
     def __init__(self, out: Path, start: int, total: int, position: int = 0) -> None:
-        """`start`: updates done; `position`: bytes of metrics.jsonl that belong to them."""
+        """`start`: updates done, of `total`; `position`: bytes of metrics.jsonl that belong to them."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = out / "metrics.jsonl"
         truncate_metrics(self.path, position)
         self.file = self.path.open("a", encoding="utf-8")
+        self.messages = (out / LOG).open("a", encoding="utf-8")
         self.events = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
         self.display = _display(start, total)
         self.warned = False  # said once a run
 
     def log(self, metrics: Metrics) -> None:
-        """One step: `metrics["step"]` is the number of updates done; step 0 is the base model's evaluation."""
+        """Write a step's metrics; `metrics["step"]` is the number of updates done, 0 for the base model."""
         self.file.write(json.dumps(metrics) + "\n")
         self.file.flush()
         for name, value in metrics.items():
             if name != "step":
                 self.events.add_scalar(name, value, metrics["step"])
         if "reward" in metrics:
-            self.display.show(metrics)
+            with suppress(OSError):  # see the top of this file
+                self.display.show(metrics)
 
     def note(self, text: str) -> None:
-        """A sentence for the user."""
-        self.display.note(text)
+        """Tell the user, on stderr and in log.txt."""
+        self._record(text)
+        with suppress(OSError):
+            self.display.note(text)
+
+    def _record(self, text: str) -> None:
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.messages.write(f"{now} process {os.getpid()}: {text}\n")
+        self.messages.flush()
 
     def position(self) -> int:
         """Bytes of metrics.jsonl so far."""
         return self.path.stat().st_size  # every line is flushed
 
     def sync(self) -> None:
-        """On disk before a checkpoint is: a resumed run must find the lines up to its step. From any thread."""
+        """Put the metrics on the disk, before the checkpoint that refers to them. From any thread."""
         os.fsync(self.file.fileno())
         self.events.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            expected = isinstance(error, (RunInterrupted, RunStopped, UserError))
+            with suppress(OSError):  # a full disk: the error that ends the run says so
+                self._record(str(error) if expected else "".join(traceback.format_exception(error)))
+        with suppress(OSError):
+            self.messages.close()
         self.file.close()
         self.events.close()
-        self.display.close()
+        with suppress(OSError):
+            self.display.close()
 
 
 class Silent:
-    """The tracker of ranks that write nothing."""
+    """Tracker of the ranks that write nothing."""
 
     warned = True
 
@@ -80,20 +106,23 @@ class Silent:
     def sync(self) -> None:
         pass
 
-    def close(self) -> None:
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         pass
 
 
 def truncate_metrics(path: Path, position: int) -> None:
-    """Keep the bytes that were there at the checkpoint: what a killed process logged after it is done again."""
+    """Cut the file at the checkpoint's position: what a killed process logged after it is done again."""
     if path.exists():
         write_text(path, kept_metrics(path, position))
 
 
 def kept_metrics(path: Path, position: int) -> str:
-    """The lines up to a checkpoint. UserError where the file is shorter, cut within a line, or not of JSON objects.
+    """The first `position` bytes of metrics.jsonl; empty if the file is gone.
 
-    A file that is gone begins anew.
+    Raises UserError if the file is shorter, `position` lies within a line, or a line is no JSON object.
     """
     if not path.exists():
         return ""
@@ -117,7 +146,7 @@ def _is_object(line: bytes) -> bool:
 
 
 def read_metrics(out: Path) -> list[Metrics]:
-    """The run's metrics, step by step."""
+    """Read metrics.jsonl: one dictionary a step, in order."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
 
 
@@ -146,7 +175,7 @@ class _Rich:
 
 
 class _Plain:
-    """A line now and then where no one watches."""
+    """A plain line every `QUIET_SECONDS`, for logs."""
 
     def __init__(self, start: int, total: int) -> None:
         self.start, self.total = start, total
