@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pty
 import signal
@@ -33,7 +32,7 @@ def started(tmp_path, recipe_file):
         def command() -> int:
             os.dup2(handle, 1)
             os.dup2(handle, 2)
-            sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
             sys.argv = ["leapalign", "train", str(tmp_path / "given.json"), "--plugin", str(recipe_file)]
             try:
                 entry_point()
@@ -52,7 +51,7 @@ def started(tmp_path, recipe_file):
 @pytest.mark.parametrize(("number", "status"), [(0, 0), (signal.SIGINT, 130)])
 def test_a_run_whose_log_reader_has_gone_goes_on_to_its_end_or_saves(tiny_run, started, number, status):
     """`| head`, and Ctrl-C with `| tee`, which gets the signal too and ends first."""
-    run = tiny_run(steps=10_000 if number else 400, checkpoint_every=10_000, evaluate_every=0)
+    run = tiny_run(steps=10_000 if number else 150, checkpoint_every=10_000, evaluate_every=0)
     reader, writer = os.pipe()
     child = started(run, writer)
     os.close(writer)
@@ -70,7 +69,7 @@ def test_a_run_whose_log_reader_has_gone_goes_on_to_its_end_or_saves(tiny_run, s
 
 @pytest.mark.parametrize(("ignored", "status"), [(False, 129), (True, 0)])
 def test_a_terminal_that_is_closed_saves_the_run_and_under_nohup_does_not_end_it(tiny_run, started, ignored, status):
-    run = tiny_run(steps=400, checkpoint_every=10_000, evaluate_every=0)
+    run = tiny_run(steps=150, checkpoint_every=10_000, evaluate_every=0)
     terminal, side = pty.openpty()
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
     try:
@@ -138,9 +137,9 @@ def test_the_command_starts_without_stderr():
     assert ended.returncode == 0 and ended.stdout.startswith("leapalign ")
 
 
-@pytest.mark.parametrize(("command", "status"), [("train", 0), ("list", 120)])
-def test_a_training_command_ends_well_without_a_reader_and_a_list_does_not(command, status):
-    """120 is Python's own, of a last flush that failed; `leapalign.cli.main` flushes before and says 1."""
+@pytest.mark.parametrize(("command", "good"), [("train", True), ("list", False)])
+def test_a_training_command_ends_well_without_a_reader_and_a_list_does_not(command, good):
+    """To the interpreter's own end, whose flush of stdout can fail as well."""
     words = STREAMS.format(command=command, rest="print('x' * 100_000, file=sys.stderr); print('a line')")
-    ended = python(words, "set -o pipefail; exec 3>&1; {{ {python} 2>&1; echo status $? >&3; }} | true")
-    assert json.dumps(ended.stdout) == json.dumps(f"status {status}\n")
+    ended = python(words, "exec 3>&1; {{ sleep 0.2; {python} 2>&1; echo $? >&3; }} | true")
+    assert (ended.stdout == "0\n") == good
