@@ -30,7 +30,7 @@ from shared import facts, with_folders
 
 from leapalign.codec import encode
 from leapalign.errors import UserError
-from leapalign.evaluation.evaluate import Evaluation, compare, report
+from leapalign.evaluation.statistics import Evaluation, compare, report
 from leapalign.lookup.recipes import load_recipe, read_run
 from leapalign.prompts import ShapeWorldPrompts
 from leapalign.rewards.clip import PickScore

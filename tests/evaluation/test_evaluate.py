@@ -10,9 +10,10 @@ import torch
 
 from leapalign.cli import main
 from leapalign.errors import RunStopped, UserError
-from leapalign.evaluation.evaluate import Evaluation, compare, evaluate, report, score
+from leapalign.evaluation.evaluate import evaluate, score
 from leapalign.evaluation.image_folder import read_images, write_images
 from leapalign.evaluation.sampling import Sampling, draw_images
+from leapalign.evaluation.statistics import Evaluation, compare, report
 from leapalign.lookup.prompts import prompts_of
 from leapalign.prompts import Prompt, PromptFile, ShapeWorldPrompts
 from leapalign.prompts.geneval import GenEvalPrompts

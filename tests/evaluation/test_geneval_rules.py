@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from leapalign.geneval.rules import Detection, Rules, judge, overall, paired_difference, relations, summary
+from leapalign.evaluation.statistics import overall, paired_difference, summary
+from leapalign.geneval.rules import Detection, Rules, judge, relations
 
 
 def at(label: str, x: float, y: float, score: float = 0.95, color: str = "red", size: float = 10) -> Detection:

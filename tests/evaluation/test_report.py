@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from leapalign.evaluation.evaluate import compare, score
+from leapalign.evaluation.evaluate import score
+from leapalign.evaluation.statistics import compare
 from leapalign.geneval.rules import Detection
 from leapalign.prompts import Prompt
 from leapalign.report.figures import Curve, curve_svg, running_mean

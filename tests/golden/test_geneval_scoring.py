@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from leapalign.geneval.rules import Detection, Rules, Verdict, judge, overall, summary
+from leapalign.evaluation.statistics import overall, summary
+from leapalign.geneval.rules import Detection, Rules, Verdict, judge
 
 FOLDER = (
     Path(os.environ.get("LEAPALIGN_GOLDEN", Path(__file__).parents[2].parent / "shared/golden")) / "geneval_scoring"

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from torch.nn import functional as F
 
 from leapalign.errors import UserError
-from leapalign.evaluation.evaluate import evaluate, report
+from leapalign.evaluation.evaluate import evaluate
 from leapalign.evaluation.sampling import Sampling
+from leapalign.evaluation.statistics import report
 from leapalign.models.sd3 import SD3
 from leapalign.prompts import ShapeWorldPrompts
 from leapalign.recipes import RECIPES

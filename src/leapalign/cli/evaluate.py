@@ -19,7 +19,7 @@ from leapalign.report.tables import evaluation_table
 from leapalign.storage.atomic import disk_errors
 
 if TYPE_CHECKING:
-    from leapalign.evaluation.evaluate import Evaluation
+    from leapalign.evaluation.statistics import Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,8 @@ def evaluate_command(argv: list[str]) -> None:
 
 def _evaluate(flags: EvaluateFlags) -> dict[str, Any]:
     """The evaluation as JSON values; with --against, a comparison in which --against is before."""
-    from leapalign.evaluation.evaluate import compare, report
     from leapalign.evaluation.image_folder import image_paths, refuse_existing, write_images
+    from leapalign.evaluation.statistics import compare, report
 
     prompts = prompts_of(flags.prompts or ShapeWorldPrompts.name, flags.per_task).load()
     if flags.out:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from leapalign.errors import UserError
-from leapalign.shapeworld.captions import OPPOSITE
+from leapalign.geneval.wording import OPPOSITE
 
 
 @dataclass(frozen=True)
@@ -151,46 +151,3 @@ def failed(
         if not all(relation in relations(a, b, rules.position_threshold) for a, b in pairs):
             return "position"
     return None
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """A share of images with its standard error; for `overall`, of the unweighted mean of the tasks."""
-
-    accuracy: float
-    standard_error: float
-    correct: int
-    num: int
-
-
-def summary(tags: Sequence[str], correct: Sequence[bool]) -> dict[str, Accuracy]:
-    """Accuracy of each task over images, in the order in which tasks first come."""
-    tasks = {}
-    for tag in dict.fromkeys(tags):
-        hits = [float(c) for t, c in zip(tags, correct) if t == tag]
-        p = sum(hits) / len(hits)
-        tasks[tag] = Accuracy(p, float(np.sqrt(p * (1 - p) / len(hits))), int(sum(hits)), len(hits))
-    return tasks
-
-
-def overall(tasks: dict[str, Accuracy]) -> Accuracy:
-    """The unweighted mean of the tasks' accuracies: GenEval's headline number."""
-    each = list(tasks.values())
-    error = float(np.sqrt(sum(t.standard_error**2 for t in each)) / len(each))
-    return Accuracy(
-        sum(t.accuracy for t in each) / len(each), error, sum(t.correct for t in each), sum(t.num for t in each)
-    )
-
-
-def paired_difference(
-    tags: Sequence[str], before: Sequence[bool], after: Sequence[bool]
-) -> dict[str, tuple[float, float]]:
-    """For each task and "overall": mean of after - before over the same prompts and noises, and its standard error."""
-    result = {}
-    for tag in dict.fromkeys(tags):
-        change = np.asarray([float(a) - float(b) for t, b, a in zip(tags, before, after) if t == tag])
-        error = change.std(ddof=1) / np.sqrt(len(change)) if len(change) > 1 else 0.0
-        result[tag] = (float(change.mean()), float(error))
-    means, errors = np.asarray(list(result.values())).T
-    result["overall"] = (float(means.mean()), float(np.sqrt((errors**2).sum()) / len(errors)))
-    return result

@@ -1,7 +1,7 @@
 """GenEval's prompts (arXiv 2310.11513): the 553 of the test, and training prompts that share nothing with them.
 
 The test prompts are generated, not shipped: `generate(43, 100)` gives the published file of 553 lines byte for byte
-(tests/golden/test_geneval_prompts.py). Its wordings and their quirks ("knifes") are those of `shapeworld.captions`.
+(tests/golden/test_geneval_prompts.py). Its wordings and their quirks ("knifes") are those of `geneval.wording`.
 
 Training prompts are ours, in the ratio of arXiv 2505.05470, which arXiv 2604.15311 trains on (Sec. 6.1): position 7,
 counting 5, attribute binding 3, colors 1, two objects 1, single object 0. Departures from that set's public script:
@@ -18,13 +18,22 @@ from dataclasses import dataclass
 from itertools import islice, permutations, product
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from leapalign.geneval.wording import (
+    NUMBERS,
+    OPPOSITE,
+    RELATIONS,
+    Metadata,
+    bound,
+    colored,
+    counted,
+    positioned,
+    single,
+    two,
+)
 from leapalign.prompts.base import Prompt, check_generated
-from leapalign.shapeworld.captions import NUMBERS, OPPOSITE, bound, colored, counted, positioned, single, two
 
 if TYPE_CHECKING:
     import numpy as np
-
-Metadata = dict[str, Any]
 
 OBJECTS = (  # COCO's 80, in its order, three of them with GenEval's longer names
     *("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light"),
@@ -38,7 +47,6 @@ OBJECTS = (  # COCO's 80, in its order, three of them with GenEval's longer name
     *("vase", "scissors", "teddy bear", "hair drier", "toothbrush"),
 )
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-RELATIONS = ("left of", "right of", "above", "below")
 PEOPLE = 1  # "person" stands first and is never coloured
 RATIO = {"position": 7, "color_attr": 3, "colors": 1, "counting": 5, "two_object": 1}  # ties are broken in this order
 TEST_SEED, TEST_NUM = 43, 100

@@ -13,7 +13,7 @@ from leapalign.report.pictures import data_uri
 from leapalign.report.tables import TASK_NAMES
 
 if TYPE_CHECKING:
-    from leapalign.evaluation.evaluate import Evaluation
+    from leapalign.evaluation.statistics import Evaluation
 
 METRIC_NAMES = {
     "reward": "Reward of the training batch",

@@ -13,7 +13,7 @@ from torch import Tensor
 from leapalign.images import to_levels, to_pil
 
 if TYPE_CHECKING:
-    from leapalign.evaluation.evaluate import Evaluation
+    from leapalign.evaluation.statistics import Evaluation
 
 PAPER, INK, RIGHT, WRONG = (255, 255, 255), (40, 40, 44), (22, 128, 60), (190, 30, 45)
 

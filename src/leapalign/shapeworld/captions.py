@@ -1,73 +1,36 @@
-"""What is said of a scene: GenEval's six tasks and its metadata format (arXiv 2310.11513) in ShapeWorld's words.
+"""Captions of ShapeWorld scenes: GenEval's six tasks over the world's shapes and colours, and scenes that show them.
 
-A *combination* is what a caption claims, without the order of its words: "a circle left of a square" and "a square
-right of a circle" are one. Training and test prompts share no combination, but for single objects, of which there are
-only six.
+A *combination* is the claim of a caption, whatever the order of its words: "a circle left of a square" and "a square
+right of a circle" are one combination. Training and test prompts share no combination, except for single objects, of
+which only six exist.
 """
 
 from __future__ import annotations
 
 from itertools import combinations, permutations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from leapalign.geneval.wording import (
+    NUMBERS,
+    OPPOSITE,
+    RELATIONS,
+    TASKS,
+    Metadata,
+    bound,
+    colored,
+    counted,
+    positioned,
+    single,
+    two,
+)
 from leapalign.shapeworld.world import CELLS, COLORS, MAX_OBJECTS, SHAPES, Scene, place
 
 if TYPE_CHECKING:
     import numpy as np
 
-Metadata = dict[str, Any]  # {"tag", "include": [{"class", "count", "color"?, "position"?}], "exclude"?, "prompt"}
-
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-RELATIONS = ("left of", "right of", "above", "below")
-OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-NUMBERS = {2: "two", 3: "three", 4: "four"}
 TRAIN_RATIO = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1, "single_object": 0}
 HELD_OUT = {"single_object": 6, "two_object": 5, "counting": 6, "colors": 12, "position": 20, "color_attr": 100}
 SPLIT_SEED = 2604  # which combinations are the test set's; never changed, or old runs have trained on it
-
-
-def plural(noun: str) -> str:
-    return noun + ("es" if noun.endswith("s") else "s")
-
-
-def article(words: str) -> str:
-    return ("an " if words[0] in "aeiou" else "a ") + words
-
-
-def single(shape: str) -> Metadata:
-    include = [{"class": shape, "count": 1}]
-    return {"tag": "single_object", "include": include, "prompt": f"a photo of {article(shape)}"}
-
-
-def two(a: str, b: str) -> Metadata:
-    include = [{"class": a, "count": 1}, {"class": b, "count": 1}]
-    return {"tag": "two_object", "include": include, "prompt": f"a photo of {article(a)} and {article(b)}"}
-
-
-def counted(shape: str, n: int) -> Metadata:
-    return {
-        "tag": "counting",
-        "include": [{"class": shape, "count": n}],
-        "exclude": [{"class": shape, "count": n + 1}],
-        "prompt": f"a photo of {NUMBERS[n]} {plural(shape)}",
-    }
-
-
-def colored(shape: str, color: str) -> Metadata:
-    include = [{"class": shape, "count": 1, "color": color}]
-    return {"tag": "colors", "include": include, "prompt": f"a photo of {article(f'{color} {shape}')}"}
-
-
-def positioned(a: str, relation: str, b: str) -> Metadata:
-    """`a` stands in `relation` to `b`; GenEval lists the reference object first."""
-    include = [{"class": b, "count": 1}, {"class": a, "count": 1, "position": [relation, 0]}]
-    return {"tag": "position", "include": include, "prompt": f"a photo of {article(a)} {relation} {article(b)}"}
-
-
-def bound(a: str, color_a: str, b: str, color_b: str) -> Metadata:
-    include = [{"class": a, "count": 1, "color": color_a}, {"class": b, "count": 1, "color": color_b}]
-    words = f"{article(f'{color_a} {a}')} and {article(f'{color_b} {b}')}"
-    return {"tag": "color_attr", "include": include, "prompt": f"a photo of {words}"}
 
 
 def all_captions(tag: str) -> list[list[Metadata]]:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from leapalign.errors import UserError
 
 if TYPE_CHECKING:
-    from leapalign.evaluation.evaluate import Detector, Evaluation
+    from leapalign.evaluation.evaluate import Detector
+    from leapalign.evaluation.statistics import Evaluation
     from leapalign.prompts import Prompt
     from leapalign.report.page import Page
     from leapalign.run import Run
@@ -68,7 +69,7 @@ def main(out: Path, *, seed: int = 0, steps: int = 0, quick: bool = False, devic
 
 def conduct(study: Study) -> dict[str, Any]:
     """Evaluate, train, evaluate; writes everything into run.out and returns what summary.json holds."""
-    from leapalign.evaluation.evaluate import compare
+    from leapalign.evaluation.statistics import compare
     from leapalign.training.loop import train
 
     run, out, begun = study.run, Path(study.run.out), time.monotonic()

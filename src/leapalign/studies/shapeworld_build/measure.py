@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from leapalign.evaluation.evaluate import evaluate, report
+from leapalign.evaluation.evaluate import evaluate
 from leapalign.evaluation.sampling import Sampling
+from leapalign.evaluation.statistics import report
 from leapalign.models.sd3 import SD3
 from leapalign.prompts import ShapeWorldPrompts
 from leapalign.rewards.clip import PickScore

@@ -1,0 +1,132 @@
+"""Accuracies of GenEval's tasks, means of rewards and their paired differences, all with standard errors.
+
+Two models are compared over the same prompts and noises; the standard error of their difference is the paired one.
+Errors are over images. Prompts and training seeds vary too: for those, repeat with other seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from leapalign.geneval.rules import Detection, Verdict
+from leapalign.prompts import Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluation:
+    """Findings for N images; without a detector `detections` and `verdicts` are empty."""
+
+    prompts: tuple[Prompt, ...]  # N, repeated if a prompt has several images
+    images: Tensor  # [N, 3, H, W] in [0, 1]
+    detections: tuple[Sequence[Detection], ...]
+    verdicts: tuple[Verdict, ...]
+    rewards: dict[str, Tensor]  # name -> [N] float32
+
+    @property
+    def tags(self) -> list[str]:
+        return [(prompt.metadata or {}).get("tag", "") for prompt in self.prompts]
+
+    @property
+    def correct(self) -> list[bool]:
+        return [verdict.correct for verdict in self.verdicts]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Fraction of images that are correct, with its standard error; or the unweighted mean of several tasks."""
+
+    accuracy: float
+    standard_error: float
+    correct: int
+    num: int
+
+
+def summary(tags: Sequence[str], correct: Sequence[bool]) -> dict[str, Accuracy]:
+    """Accuracy of each task over images, in the order in which tasks first come."""
+    tasks = {}
+    for tag in dict.fromkeys(tags):
+        hits = [float(c) for t, c in zip(tags, correct) if t == tag]
+        p = sum(hits) / len(hits)
+        tasks[tag] = Accuracy(p, float(np.sqrt(p * (1 - p) / len(hits))), int(sum(hits)), len(hits))
+    return tasks
+
+
+def overall(tasks: dict[str, Accuracy]) -> Accuracy:
+    """The unweighted mean of the tasks' accuracies: GenEval's headline number."""
+    each = list(tasks.values())
+    error = float(np.sqrt(sum(t.standard_error**2 for t in each)) / len(each))
+    return Accuracy(
+        sum(t.accuracy for t in each) / len(each), error, sum(t.correct for t in each), sum(t.num for t in each)
+    )
+
+
+def paired_difference(
+    tags: Sequence[str], before: Sequence[bool], after: Sequence[bool]
+) -> dict[str, tuple[float, float]]:
+    """For each task and "overall": mean of after - before over the same prompts and noises, and its standard error."""
+    result = {}
+    for tag in dict.fromkeys(tags):
+        change = np.asarray([float(a) - float(b) for t, b, a in zip(tags, before, after) if t == tag])
+        error = change.std(ddof=1) / np.sqrt(len(change)) if len(change) > 1 else 0.0
+        result[tag] = (float(change.mean()), float(error))
+    means, errors = np.asarray(list(result.values())).T
+    result["overall"] = (float(means.mean()), float(np.sqrt((errors**2).sum()) / len(errors)))
+    return result
+
+
+def report(evaluation: Evaluation) -> dict[str, Any]:
+    """The six-task table with `overall`, and the mean of each reward, with standard errors; JSON values."""
+    result: dict[str, Any] = {"images": len(evaluation.prompts)}
+    if evaluation.verdicts:
+        tasks = summary(evaluation.tags, evaluation.correct)
+        result["geneval"] = {"overall": asdict(overall(tasks))} | {tag: asdict(task) for tag, task in tasks.items()}
+    result["rewards"] = {name: _mean(values) for name, values in evaluation.rewards.items()}
+    return result
+
+
+def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:
+    """Before, after, their difference and its paired standard error for each task and reward; JSON values."""
+    if [p.text for p in before.prompts] != [p.text for p in after.prompts]:
+        raise ValueError("compare: the two evaluations have other prompts; use the same prompts and sampling for both")
+    one, two = report(before), report(after)
+    result: dict[str, Any] = {"images": one["images"]}
+    if before.verdicts and after.verdicts:
+        changes = paired_difference(before.tags, before.correct, after.correct)
+        tasks = {tag: (one["geneval"][tag], two["geneval"][tag]) for tag in one["geneval"]}
+        result["geneval"] = {tag: _pair(b, a, "accuracy", changes[tag]) for tag, (b, a) in tasks.items()}
+    result["rewards"] = {
+        name: _pair(b, two["rewards"][name], "mean", mean_and_error(after.rewards[name] - before.rewards[name]))
+        for name, b in one["rewards"].items()
+    }
+    return result
+
+
+def _pair(before: dict[str, Any], after: dict[str, Any], key: str, change: tuple[float, float]) -> dict[str, Any]:
+    return {
+        "before": before[key],
+        "before_standard_error": before["standard_error"],
+        "after": after[key],
+        "after_standard_error": after["standard_error"],
+        "difference": change[0],
+        "difference_standard_error": change[1],
+        "num": before["num"],
+    }
+
+
+def _mean(values: Tensor) -> dict[str, Any]:
+    """Mean over images that have a number; `failures` counts the others."""
+    mean, error = mean_and_error(values)
+    return {"mean": mean, "standard_error": error, "num": len(values), "failures": int(values.isnan().sum())}
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean of the values that are not NaN, and its standard error (0 for a single value)."""
+    array = values[~values.isnan()].double().numpy()
+    return float(array.mean()), float(array.std(ddof=1) / np.sqrt(len(array))) if len(array) > 1 else 0.0
