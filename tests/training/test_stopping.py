@@ -17,7 +17,7 @@ from leapalign.cli import main
 from leapalign.codec import dumps
 from leapalign.errors import RunInterrupted, UserError
 from leapalign.lookup.recipes import load_file
-from leapalign.storage.lock import run_lock
+from leapalign.storage.lock import HOLDER, LOCK, run_lock
 from leapalign.training import loop, preemption
 from leapalign.training.preemption import Stop, on_signals
 from leapalign.training.tracking import read_metrics
@@ -176,23 +176,32 @@ def test_the_second_process_on_a_folder_is_refused_until_the_first_is_dead(tiny_
 
     child = PROCESSES.fork(hold, tmp_path / "log")
     PROCESSES.until((tmp_path / "held").exists)
-    before = {p: p.stat().st_mtime_ns for p in Path(run.out).rglob("*") if p.name != ".lock"}
+    before = {p: p.stat().st_mtime_ns for p in Path(run.out).rglob("*") if not p.name.startswith(".lock")}
     with pytest.raises(UserError, match=rf"process {child.pid} on .* works on this run"):
         loop.train(replace(run, steps=6), resume=True)
-    assert {p: p.stat().st_mtime_ns for p in Path(run.out).rglob("*") if p.name != ".lock"} == before
+    assert {p: p.stat().st_mtime_ns for p in Path(run.out).rglob("*") if not p.name.startswith(".lock")} == before
     child.signal(signal.SIGKILL)
     child.wait()
     assert loop.train(replace(run, steps=5), resume=True).summary["steps"] == 5
 
 
-def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("error", [OSError(95, "Operation not supported"), NotImplementedError("flock")])
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, capsys, error):
     def refuse(*_):
-        raise OSError(95, "Operation not supported")
+        raise error
 
-    monkeypatch.setattr("leapalign.storage.lock.fcntl.flock", refuse)
+    monkeypatch.setattr("leapalign.storage.lock.FileLock._acquire", refuse)
     with run_lock(tmp_path):
         pass
     assert "has no locks; start one process" in capsys.readouterr().err
+
+
+def test_one_process_does_not_lock_twice_and_a_lock_of_a_dead_process_is_free(tmp_path):
+    (tmp_path / HOLDER).write_text("process 1 on a machine of yesterday")
+    said = f"process {os.getpid()} on .* works on this run"
+    with run_lock(tmp_path), pytest.raises(UserError, match=said), run_lock(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
 def test_a_folder_that_holds_a_lock_alone_is_empty(tiny_run):

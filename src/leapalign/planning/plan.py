@@ -243,7 +243,7 @@ def _capacity(device: str) -> int:
     kind = torch.device(device)
     if kind.type == "cuda":
         return torch.cuda.get_device_properties(kind).total_memory if torch.cuda.is_available() else 0
-    if kind.type != "cpu" or "SC_PHYS_PAGES" not in os.sysconf_names:
+    if kind.type != "cpu" or os.name == "nt" or "SC_PHYS_PAGES" not in os.sysconf_names:
         return 0
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

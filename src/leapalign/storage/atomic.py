@@ -140,7 +140,11 @@ def _free(out: Path, number: int | None) -> str:
 
 
 def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    """Put a file's bytes, or a folder's names, on the disk. Windows opens no folder, and syncs what may be written."""
+    windows = os.name == "nt"
+    if windows and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -1,9 +1,8 @@
-"""One process a run's folder: a lock that the kernel gives back when its holder dies, however it dies."""
+"""One process per run folder: a lock that the operating system releases when its holder dies, however it dies."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import socket
 import sys
@@ -11,38 +10,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from leapalign.errors import UserError
 
 LOCK = ".lock"  # stays in the folder: deleting it would let two processes lock two files of one name
+HOLDER = ".lock-holder"  # the holder's process id and host; a killed holder leaves it
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some network file systems
 
 
 @contextmanager
 def run_lock(out: Path) -> Iterator[None]:
-    """Hold RUN/.lock; UserError that names the other process where there is one.
+    """Hold RUN/.lock inside. Raises UserError that names the process that holds it, if another one does.
 
-    flock and not fcntl's own locks, which a process loses when it closes the file anywhere, and which let one process
-    lock twice. Where the file system has no locks, a warning is all there can be.
+    On a file system without locks, a warning on stderr is all that is possible.
     """
-    handle = os.open(out / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    lock = FileLock(out / LOCK, timeout=0)
     try:
-        _lock(handle, out)
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _lock(handle: int, out: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(handle, 200, 0).decode(errors="replace") or "another process"
-        raise UserError(
-            f"{out}: {holder} works on this run; wait for it, or stop it (`kill PID`: it saves and can be resumed)"
-        ) from None
-    except OSError as error:
-        if error.errno not in WITHOUT_LOCKS:
+        lock.acquire()
+    except Timeout:
+        way_out = "wait for it, or stop it (`kill PID`: it saves and can be resumed)"
+        raise UserError(f"{out}: {_holder(out)} works on this run; {way_out}") from None
+    except (OSError, NotImplementedError) as error:  # the latter: an older filelock, instead of ENOSYS
+        if isinstance(error, OSError) and error.errno not in WITHOUT_LOCKS:
             raise
         print(f"{out}: this file system has no locks; start one process on this run only", file=sys.stderr)
+    (out / HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+    try:
+        yield
+    finally:
+        (out / HOLDER).unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder(out: Path) -> str:
+    try:
+        return (out / HOLDER).read_text(encoding="utf-8", errors="replace")[:200] or "another process"
+    except FileNotFoundError:  # it has just begun, or just ends
+        return "another process"

@@ -13,7 +13,7 @@ from leapalign.checkpoint.sharded import Writers
 from leapalign.errors import NotFinite, RunInterrupted, UserError
 from leapalign.run import Run, differences
 from leapalign.storage.atomic import refuse_links_out, refuse_other_kinds
-from leapalign.storage.lock import LOCK
+from leapalign.storage.lock import HOLDER, LOCK
 from leapalign.training import self_checks
 from leapalign.training.preemption import Stop
 from leapalign.training.tracking import LOG, Metrics, Silent, Tracker
@@ -81,13 +81,15 @@ def open_folder(run: Run, resume: bool) -> Path:
     if resume:
         refuse_links_out(out)
         refuse_other_kinds(
-            out, files=("run.json", "metrics.jsonl", LOG, "summary.json", LOCK), folders=("checkpoints",)
+            out, files=("run.json", "metrics.jsonl", LOG, "summary.json", LOCK, HOLDER), folders=("checkpoints",)
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot make the run's folder ({error.strerror})") from None
-    if not resume and any(path.name != LOCK for path in out.iterdir()):  # now: new/.. is there only with new
+    if not resume and any(
+        path.name not in (LOCK, HOLDER) for path in out.iterdir()
+    ):  # now: new/.. is there only with new
         raise UserError(f"{out}: this folder is not empty; use `leapalign resume {out}`, or another --out")
     return out
 
