@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 import time
 from pathlib import Path
@@ -18,8 +19,8 @@ from huggingface_hub.utils import filter_repo_objects
 from hub_cache import COMMIT, lay_out
 from leapalign.errors import UserError
 from leapalign.models.sd3 import SD3
-from leapalign.storage.hub import commit_of, find_file, snapshot, split_id
-from leapalign.storage.pipeline_folder import VARIANTS, needed_files
+from leapalign.storage.hub import commit_of, find_file, is_hub_id, no_such_place, snapshot, split_id
+from leapalign.storage.pipeline_folder import VARIANTS, locate, needed_files
 
 SIZE: dict[str, Any] = {"height": 16, "width": 16, "max_sequence_length": 5, "guidance_scale": 1.0}
 
@@ -52,6 +53,41 @@ def test_what_is_not_in_the_cache_is_answered_at_once(cache: Path) -> None:
     assert find_file("org/none", "config.json") is None
     assert find_file("no hub id", "config.json") is None
     assert time.monotonic() - begun < 5
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any question to the hub is an error."""
+
+    def asked(*args, **kwargs):
+        raise AssertionError(f"the hub was asked: {args} {kwargs}")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", asked)
+
+
+@pytest.mark.parametrize("word", ["runs/mien", "./mine", "../mine", "~/mine", "/mine", "mine", "here/mien", "a/b/mine"])
+def test_a_word_that_means_a_place_is_not_asked_of_the_hub(word, tmp_path, monkeypatch, no_network) -> None:
+    (tmp_path / "here" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert not is_hub_id(word)
+    assert find_file(word, "config.json") is None
+    with pytest.raises(UserError, match=f"{re.escape(word)}: there is no such folder here"):
+        locate(word)
+
+
+def test_a_near_name_is_suggested_and_a_folder_of_an_organisation_is_told(tmp_path, monkeypatch) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "org" / "other").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert no_such_place("runs/mien").endswith("there is no such folder here; did you mean 'runs/mine'?")
+    assert "hf download org/name" in no_such_place("org/name")
+
+
+def test_a_folder_of_an_organisation_hides_no_model_of_the_cache(cache: Path, tmp_path, monkeypatch) -> None:
+    (tmp_path / "org").mkdir()
+    (cache / "models--org--tiny" / "snapshots" / "main").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert is_hub_id("org/tiny") and not is_hub_id("org/none")
 
 
 def test_ids() -> None:

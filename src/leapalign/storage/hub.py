@@ -6,8 +6,10 @@ that is not in the cache costs no 25 seconds of retries, and under HF_HUB_OFFLIN
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from errno import ENOSPC
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,33 @@ _ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
 def is_hub_id(word: str) -> bool:
-    """`org/name`, or `org/name@revision` with a branch, a tag or a commit."""
-    return _ID.fullmatch(word) is not None
+    """`org/name`, or `org/name@revision` with a branch, a tag or a commit, unless the word means a place on disk.
+
+    Such a word must not be asked of the hub: the answer would be about the network, and a private path would leave the
+    machine.
+    """
+    return _ID.fullmatch(word) is not None and not _means_a_place(word)
+
+
+def _means_a_place(word: str) -> bool:
+    """It begins with `.`, `/` or `~`, or its first part is `runs` or a folder here; not if the hub's cache has it."""
+    first = word.partition("/")[0]
+    if word.startswith((".", "/", "~")) or first == "runs":
+        return True
+    return Path(first).is_dir() and cached_folder(word) is None
+
+
+def no_such_place(word: str) -> str:
+    """The sentence for a word that is neither a folder or file here nor a hub id."""
+    parent, name = Path(word).expanduser().parent, Path(word).name
+    near: list[str] = []
+    with suppress(OSError):  # a parent that does not exist or cannot be read suggests nothing
+        near = difflib.get_close_matches(name, [path.name for path in parent.iterdir()], n=1, cutoff=0.5)
+    suggested = f"; did you mean {str(parent / near[0])!r}?" if near else ""
+    first = word.partition("/")[0]
+    local = _ID.fullmatch(word) and not first.startswith((".", "~")) and first != "runs" and Path(first).is_dir()
+    kept = f" ({first} is a folder here, so the hub is not asked; for its model `hf download {word}`)" if local else ""
+    return f"{word}: there is no such folder here{suggested}{kept}"
 
 
 def split_id(hub_id: str) -> tuple[str, str]:
@@ -42,7 +69,7 @@ def snapshot(hub_id: str, patterns: Sequence[str], ignore: Sequence[str] = ()) -
 
 
 def find_file(hub_id: str, file: str) -> str | None:
-    """The local path of one file; None where it does not exist or cannot be had now."""
+    """The local path of one file; None if it does not exist or cannot be had now."""
     if not is_hub_id(hub_id):
         return None
     try:

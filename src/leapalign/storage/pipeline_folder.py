@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from leapalign.errors import UserError, opening
-from leapalign.storage.hub import is_hub_id, snapshot
+from leapalign.storage.hub import is_hub_id, no_such_place, snapshot
 from leapalign.storage.safetensors_header import read_header
 
 INDEX = "model_index.json"
@@ -175,8 +175,8 @@ def locate(path: str, *, with_transformer: bool = True) -> Path:
         raise UserError(f"{resolved} is not a diffusers pipeline folder: it has no {INDEX}")
     if not is_hub_id(path):
         raise UserError(
-            f"{resolved}: there is no such folder; give a diffusers pipeline folder, a hub id (org/name or "
-            "org/name@revision) or embedded:generator"
+            f"{no_such_place(path)}; give a diffusers pipeline folder, a hub id (org/name or org/name@revision) or "
+            "embedded:generator"
         )
     return _fetch(path, with_transformer)
 
