@@ -10,7 +10,7 @@ import torch
 
 from leapalign.cli import main
 from leapalign.codec import decode, dumps
-from leapalign.errors import MOST_LINES, RunStopped, UserError, first_time, opening, readable
+from leapalign.errors import MAX_LINES, RunStopped, UserError, first_time, opening, readable
 from leapalign.evaluation.sampling import Sampling
 from leapalign.geneval.rules import check_metadata
 from leapalign.models.sd3 import SD3
@@ -63,7 +63,7 @@ def test_only_until_it_has_gone_well_a_failure_is_the_files_fault():
 
 def test_messages_are_for_a_terminal():
     assert readable("a\0b \x1b[31m \u202e é\nnext") == "a\\x00b \\x1b[31m \\u202e é\nnext"
-    assert readable("\n".join("x" * 99)).count("\n") == MOST_LINES - 1 and "70 more lines" in readable("\n" * 98)
+    assert readable("\n".join("x" * 99)).count("\n") == MAX_LINES - 1 and "70 more lines" in readable("\n" * 98)
     assert len(readable("came " + "x" * 70_000 + " expected y")) < 2100
     assert readable("came " + "x" * 70_000 + " expected y").endswith("expected y")
 
