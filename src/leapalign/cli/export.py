@@ -12,6 +12,7 @@ import tyro
 from leapalign.cli.answer import answer
 from leapalign.errors import UserError
 from leapalign.lookup.recipes import load_plugins, read_run
+from leapalign.lookup.runs import check_run_folder
 from leapalign.lookup.sources import run_source
 from leapalign.storage.atomic import disk_errors
 
@@ -42,6 +43,7 @@ def export_command(argv: list[str]) -> None:
 
 def _export(flags: ExportFlags) -> dict[str, Any]:
     """Write the export; {"run", "format", "dtype", "out", "bytes"}."""
+    check_run_folder(flags.run, "export")
     folder, target = Path(flags.run), Path(os.path.normpath(flags.out))
     run = read_run(folder / "run.json", load_plugins(flags.plugin))
     if flags.format not in run.tuning.formats:

@@ -89,8 +89,10 @@ class ResumeFlags:
 
 def resume_command(argv: list[str]) -> None:
     from leapalign.lookup.recipes import load_plugins, read_run
+    from leapalign.lookup.runs import check_run_folder
 
     flags = tyro.cli(ResumeFlags, args=argv, prog="leapalign resume")
+    check_run_folder(flags.run, "resume")
     run = read_run(flags.run / "run.json", load_plugins(flags.plugin))
     hours = flags.max_hours if flags.max_hours >= 0 else run.max_hours
     run = replace(run, out=str(flags.run), steps=flags.steps or run.steps, max_hours=hours)

@@ -11,6 +11,7 @@ from typing import Any
 from leapalign.errors import UserError
 from leapalign.lookup.catalog import listing
 from leapalign.lookup.recipes import read_run
+from leapalign.lookup.runs import check_run_folder
 from leapalign.models.base import pointed_at
 from leapalign.run import Run
 from leapalign.tuning.full import FULL
@@ -40,6 +41,7 @@ class Source:
 
 def find_source(source: str, plugins: dict[str, ModuleType]) -> Source:
     """The model of a run's folder, a pipeline folder, a hub id or `embedded:NAME`. Raises UserError."""
+    check_run_folder(source)
     folder = Path(source)
     if (folder / "run.json").is_file():
         return run_source(folder, read_run(folder / "run.json", plugins))
