@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from leapalign.errors import UserError
@@ -24,13 +26,38 @@ def test_the_three_formats(tmp_path):
     assert load(tmp_path, "a.csv", 'id,prompt\n1,"a, b"\n2,"c\nd"\n') == [Prompt("a, b"), Prompt("c\nd")]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_any_line_ending_and_any_marked_encoding(tmp_path, encoding, end):
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    lines = ["a café 😀", "", "two stars", "a ring"]
+    plain = [Prompt(line) for line in lines if line]
+    as_json = [json.dumps({"prompt": line}) for line in lines if line]
+    as_csv = ["prompt", *(line for line in lines if line)]
+    for name, each in (("a.txt", lines), ("a.jsonl", as_json), ("a.csv", as_csv), ("B.TXT", lines)):
+        assert load(tmp_path, name, (mark + end.join(each)).encode(encoding)) == plain
+
+
+def test_joined_files_keep_their_marks_at_the_start_of_lines(tmp_path):
+    three = [Prompt(word) for word in ("one", "two", "three")]
+    assert load(tmp_path, "a.txt", "\ufeffone\r\n\ufefftwo\r\ufeffthree\n") == three
+    whole = '{"prompt": "\\ud83d\\ude00 cat"}'  # two halves that make one character
+    assert load(tmp_path, "a.jsonl", f"\ufeff{whole}\n\ufeff{whole}") == [Prompt("😀 cat")] * 2
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.md", "x", "ends in .txt, .jsonl, .csv, not in '.md'"),
-        ("a.txt", " \n\n", "there is no prompt"),
-        ("a.txt", b"caf\xe9", "byte 3 is not UTF-8"),
-        ("a.txt", "a\0b", "NUL"),
+        ("a.txt", " \n\n", "no prompt in this file"),
+        ("a.txt", b"a\r\ncaf\xe9", r"a\.txt, line 2: the byte 0xe9 is not UTF-8; .*iconv -f WINDOWS-1252"),
+        ("a.txt", "x\na\0b", r"a\.txt, line 2: a NUL character"),
+        ("a.txt", "a\nb".encode("utf-16-le"), "line 1: a NUL character; .* UTF-16 needs a byte-order mark"),
+        ("a.txt", b"\xff\xfea\0\n\0\x00\xd8", "line 2: the byte 0x00 is not UTF-16-LE"),
+        ("a.txt", "a red circle\na star\ufeffa ring\n", "line 2: a byte-order mark inside the line; files were joined"),
+        ("a.txt", "x" * 10_001, "line 1: a prompt of 10001 characters"),
+        ("a.jsonl", '{"prompt": "x"}\r{"prompt": "a \\ud83d cat"}', r"line 2: \\ud83d is one half of a character"),
+        ("a.jsonl", '{"prompt": "a\\u0000b"}', "line 1: a NUL character"),
         ("a.jsonl", '{"prompt": "x"}\n{', "line 2: not JSON"),
         ("a.jsonl", '{"text": "x"}', 'line 1: expected an object with a non-empty string "prompt"'),
         ("a.jsonl", '{"prompt": 3}', "line 1: expected an object"),
@@ -39,6 +66,11 @@ def test_the_three_formats(tmp_path):
         ("a.csv", "text\nx\n", "one must be 'prompt'"),
         ("a.csv", "", "one must be 'prompt'"),
         ("a.csv", "id,prompt\n1\n", "line 2: the column 'prompt' is empty"),
+        (
+            "a.csv",
+            "prompt\na cat\na dog, brown\n",
+            "line 3: more values than the 1 columns; put a prompt",
+        ),
         ("a.csv", 'prompt\n"x', "not CSV"),
         ("a.csv", "prompt\n" + "x" * 200_000, "not CSV"),
     ],

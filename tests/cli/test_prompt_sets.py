@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from leapalign.cli import main
 from leapalign.codec import decode, encode
 from leapalign.errors import UserError
-from leapalign.prompts import PromptFile
+from leapalign.prompts import Prompt, PromptFile
 from leapalign.prompts.geneval import RATIO, GenEvalPrompts, claim, generate, train_prompts
 from leapalign.prompts.sets import DrawBench, HPDv2, MJHQ30k, choose
 
@@ -87,8 +88,35 @@ def test_offline_it_says_what_to_do(prompts, monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=f"hf download --repo-type dataset {prompts.source.repo}"):
+    told = rf"{prompts.source.file} of {prompts.source.repo}: HF_HUB_OFFLINE forbids"
+    with pytest.raises(UserError, match=f"{told}.*hf download --repo-type dataset {prompts.source.repo}"):
         prompts.load()
+
+
+def test_without_a_network_it_does_not_try_again_for_half_a_minute(monkeypatch, tmp_path):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    begun = time.monotonic()
+    with pytest.raises(UserError, match="hf download --repo-type dataset ymhao/HPDv2"):
+        HPDv2().load()
+    assert time.monotonic() - begun < 10
+
+
+def test_a_file_of_the_cache_is_read(monkeypatch, tmp_path):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    home = tmp_path / "datasets--ymhao--HPDv2"
+    (home / "refs").mkdir(parents=True)
+    (home / "refs" / "main").write_text("0" * 40)
+    (home / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    (home / "snapshots" / ("0" * 40) / "test.json").write_text(json.dumps([{"prompt": "a cat"}]))
+    assert HPDv2(split="test").load() == [Prompt("a cat")]
+    with pytest.raises(UserError, match=r"train\.json of ymhao/HPDv2 are not in the hub's cache"):
+        HPDv2().load()
 
 
 # GenEval

@@ -82,7 +82,7 @@ def test_no_command_is_said_on_stderr(capsys):
     [
         (["sample", "sd3", "--prompt", "x", "--steps", "-1"], "num_steps is -1; it must be at least 1 and at most"),
         (["sample", "sd3", "--prompt", "x", "--num", "99999999999"], "images_per_prompt is 99999999999"),
-        (["sample", "sd3", "--prompt", "x" * 10_001], "--prompt: a prompt of 10001 letters; expected at most 10000"),
+        (["sample", "sd3", "--prompt", "x" * 10_001], "--prompt: a prompt of 10001 characters; expected at most 10000"),
         (["sample", "sd3", "--prompt", "a\0b"], "'a\\x00b' has a control character"),
         (["list", "--json", "\x1b[31m"], "'\\x1b[31m' has a control character, which no name and no prompt needs"),
         (["evaluate", "sd3", "--per-task", "0"], "shapeworld prompts: num 0, seed 0; expected 1 to"),

@@ -131,7 +131,9 @@ def test_download_asks_for_the_index_first_and_then_for_its_parts(
     for extra in ("sd3.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.bin"):
         (remote / extra).write_bytes(b"-")
 
-    def download(repo: str, *, revision: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+    def download(
+        repo: str, *, repo_type: str, revision: str, allow_patterns: list[str], ignore_patterns: list[str]
+    ) -> str:
         files = [str(file.relative_to(remote)) for file in remote.rglob("*") if file.is_file()]
         files = list(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
         asked.append((repo, revision, len(files)))

@@ -1,7 +1,12 @@
-"""Prompt files, read strictly: .txt, .jsonl and .csv of the user's own, and the JSON files of published sets."""
+"""Prompt files, read strictly: .txt, .jsonl and .csv files of the user, and the JSON files of published sets.
+
+Accepted: UTF-8, or UTF-16 and UTF-32 with a byte-order mark; lines that end in \\n, \\r\\n or \\r, also mixed; and the
+byte-order marks that joining files leaves at the start of lines. Everything else is refused with file and line.
+"""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 from collections.abc import Callable, Iterator
@@ -12,20 +17,28 @@ from typing import Any
 from leapalign.errors import UserError
 from leapalign.prompts.base import Prompt, check_text
 
+MARK = "\ufeff"  # the byte-order mark
+ENCODINGS = (  # byte-order mark -> encoding; UTF-32's begins with UTF-16's
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+
 
 def read_prompts(file: str) -> list[Prompt]:
-    """The prompts of a file, whose ending says what it is; UserError names the line that is wrong."""
+    """The prompts of a .txt, .jsonl or .csv file. Raises UserError with the line that is wrong."""
     readers: dict[str, Callable[[str, Path], Iterator[Prompt]]] = {
         ".txt": _read_txt,
         ".jsonl": _read_jsonl,
         ".csv": _read_csv,
     }
     path = Path(file)
-    if path.suffix not in readers:
+    if path.suffix.lower() not in readers:
         raise UserError(f"{path}: a prompt file ends in {', '.join(readers)}, not in {path.suffix or 'nothing'!r}")
-    prompts = list(readers[path.suffix](_read_text(path), path))
+    prompts = list(readers[path.suffix.lower()](_read_text(path), path))
     if not prompts:
-        raise UserError(f"{path}: there is no prompt in this file")
+        raise UserError(f"{path}: no prompt in this file")
     return prompts
 
 
@@ -38,15 +51,44 @@ def read_records(path: Path) -> Any:
 
 
 def _read_text(path: Path) -> str:
+    """The text with lines that end in \\n and without byte-order marks. Raises UserError with the line."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot read the prompt file ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the prompt file as UTF-8") from None
+    text = f"\n{_one_ending(_decode(content, path))}".replace(f"\n{MARK}", "\n")[1:]
     if "\0" in text:
-        raise UserError(f"{path}: there is a NUL byte in it; is this a text file?")
+        raise UserError(
+            f"{path}, line {_line(text, chr(0))}: a NUL character; is this a text file? UTF-16 needs a byte-order mark"
+        )
+    if MARK in text:
+        raise UserError(
+            f"{path}, line {_line(text, MARK)}: a byte-order mark inside the line; files were joined without a line "
+            "end between them: begin a new line there"
+        )
     return text
+
+
+def _decode(content: bytes, path: Path) -> str:
+    encoding = next((name for mark, name in ENCODINGS if content.startswith(mark)), "utf-8")
+    try:
+        return content.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = 1 + _one_ending(content[: error.start].decode(encoding, errors="replace")).count("\n")
+        raise UserError(
+            f"{path}, line {line}: the byte 0x{content[error.start]:02x} is not {encoding.upper()}; save the prompt "
+            f"file as UTF-8, for instance with `iconv -f WINDOWS-1252 -t UTF-8 {path.name}`"
+        ) from None
+
+
+def _one_ending(text: str) -> str:
+    """The text with \\n at the end of every line."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _line(text: str, character: str) -> int:
+    """Number of the line in which the character first comes."""
+    return 1 + text[: text.index(character)].count("\n")
 
 
 def _read_txt(text: str, path: Path) -> Iterator[Prompt]:
@@ -75,6 +117,11 @@ def _read_csv(text: str, path: Path) -> Iterator[Prompt]:
         if "prompt" not in (rows.fieldnames or []):
             raise UserError(f"{path}: the first line names the columns {rows.fieldnames}; one must be 'prompt'")
         for row in rows:
+            if None in row:
+                raise UserError(
+                    f"{path}, line {rows.line_num}: more values than the {len(rows.fieldnames or [])} columns; put a "
+                    "prompt with commas in double quotes"
+                )
             if not (row["prompt"] or "").strip():
                 raise UserError(f"{path}, line {rows.line_num}: the column 'prompt' is empty")
             yield Prompt(text=check_text(row["prompt"], f"{path}, line {rows.line_num}"))

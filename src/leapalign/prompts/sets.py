@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Literal
 
 from leapalign.errors import UserError
 from leapalign.prompts.base import HubFile, Prompt, check_text
+from leapalign.storage.hub import snapshot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,15 +117,14 @@ def _file(path: str, source: HubFile) -> Path:
     """The file on disk, or the hub's copy of it in the hub's cache."""
     if path:
         return Path(path)
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
-
+    remedy = (
+        f"fetch it where there is a network (`hf download --repo-type dataset {source.repo} {source.file}`), or name a "
+        "copy on disk with --prompts.path (train) or --prompts NAME=PATH (evaluate)"
+    )
     try:
-        return Path(hf_hub_download(source.repo, source.file, repo_type="dataset"))
-    except (OSError, ValueError, HfHubHTTPError) as error:  # offline, gated, gone: for the user it is one thing
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(
-            f"the prompts {source.file} of {source.repo} are neither in the hub's cache nor to be had now ({reason}). "
-            f"Fetch them once while online: `hf download --repo-type dataset {source.repo} {source.file}`, or name a "
-            f"copy on disk with --prompts.path"
-        ) from error
+        found = snapshot(source.repo, [source.file], repo_type="dataset") / source.file
+    except UserError as error:
+        raise UserError(f"the prompts {source.file} of {error}; {remedy}") from error
+    if not found.is_file():  # offline, a snapshot without this file is all there is
+        raise UserError(f"the prompts {source.file} of {source.repo} are not in the hub's cache; {remedy}")
+    return found

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from errno import ENOSPC
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from leapalign.errors import UserError
 
+RepoType = Literal["model", "dataset"]
 _ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
@@ -57,15 +58,18 @@ def split_id(hub_id: str) -> tuple[str, str]:
     return match[1], match[2] or "main"
 
 
-def snapshot(hub_id: str, patterns: Sequence[str], ignore: Sequence[str] = ()) -> Path:
-    """The folder of the hub's cache with these files (glob patterns); fetches what is not there. Raises UserError."""
+def snapshot(hub_id: str, patterns: Sequence[str], ignore: Sequence[str] = (), repo_type: RepoType = "model") -> Path:
+    """The folder of the hub's cache with these files (glob patterns); fetches missing ones. Raises UserError."""
     from huggingface_hub import snapshot_download
 
     repo, revision = split_id(hub_id)
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=[*patterns], ignore_patterns=[*ignore]))
+        folder = snapshot_download(
+            repo, repo_type=repo_type, revision=revision, allow_patterns=[*patterns], ignore_patterns=[*ignore]
+        )
+        return Path(folder)
     except Exception as error:  # of requests, httpx or httpx2, of xet or the disk: whichever the hub's client uses
-        raise UserError(f"{hub_id}: {explain(hub_id, error)}") from error
+        raise UserError(f"{hub_id}: {explain(hub_id, error, repo_type)}") from error
 
 
 def find_file(hub_id: str, file: str) -> str | None:
@@ -96,16 +100,17 @@ def commit_of(folder: Path) -> str:
     return folder.name if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name) else ""
 
 
-def explain(hub_id: str, error: Exception) -> str:
-    """What is the matter, and what to do: one sentence for each way in which the hub can fail."""
+def explain(hub_id: str, error: Exception, repo_type: RepoType = "model") -> str:
+    """The cause of a failed download and its remedy: one sentence for each way in which the hub can fail."""
     repo, revision = split_id(hub_id)
-    page, cache = f"https://huggingface.co/{repo}", _cache()
-    elsewhere = f"fetch it where there is a network (`hf download {repo}`) and give that folder"
+    page = f"https://huggingface.co/{'datasets/' if repo_type == 'dataset' else ''}{repo}"
+    option, cache = "--repo-type dataset " if repo_type == "dataset" else "", _cache()
+    elsewhere = f"fetch it where there is a network (`hf download {option}{repo}`) and give that folder"
     causes = list(_chain(error))
     kinds = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
     status = next((cause.response.status_code for cause in causes if getattr(cause, "response", None) is not None), 0)
     return next(sentence for applies, sentence in _SENTENCES if applies(kinds, status, causes)).format(
-        page=page, revision=revision, cache=cache, elsewhere=elsewhere, repo=repo, status=status,
+        page=page, revision=revision, cache=cache, elsewhere=elsewhere, repo=repo, repo_type=repo_type, status=status,
         reason=_first_line(causes[-1]), kind=type(error).__name__,
     )  # fmt: skip
 
@@ -116,8 +121,8 @@ _TOKENS = "https://huggingface.co/settings/tokens"
 _SENTENCES: tuple[tuple[Callable[[set[str], int, list[Any]], bool], str], ...] = (
     (
         lambda kinds, status, causes: "GatedRepoError" in kinds,
-        "this model is gated: accept its licence on {page} with your account, then log in with `hf auth login` (or set "
-        "HF_TOKEN), and try again",
+        "this {repo_type} is gated: accept its licence on {page} with your account, then log in with `hf auth login` "
+        "(or set HF_TOKEN), and try again",
     ),
     (
         lambda kinds, status, causes: "DisabledRepoError" in kinds,
@@ -125,11 +130,12 @@ _SENTENCES: tuple[tuple[Callable[[set[str], int, list[Any]], bool], str], ...] =
     ),
     (
         lambda kinds, status, causes: "RepositoryNotFoundError" in kinds,
-        "the hub has no such model, or it is private: check the name at {page}; for a private one `hf auth login`",
+        "the hub has no such {repo_type}, or it is private: check the name at {page}; for a private one "
+        "`hf auth login`",
     ),
     (
         lambda kinds, status, causes: "RevisionNotFoundError" in kinds,
-        "the model has no revision {revision!r}: choose one of its branches, tags or commits at {page}/tree/main",
+        "the {repo_type} has no revision {revision!r}: choose one of its branches, tags or commits at {page}/tree/main",
     ),
     (
         lambda kinds, status, causes: status == 401,
