@@ -171,7 +171,7 @@ def test_counts_have_an_end():
 def test_a_line_that_is_no_prompt(tmp_path, name, content):
     file = tmp_path / name
     file.write_text(content.format("a" * 100_000))
-    with pytest.raises(UserError, match=f"{name}, line 2: a prompt of 100000 letters"):
+    with pytest.raises(UserError, match=f"{name}, line 2: a prompt of 100000 characters"):
         PromptFile(path=str(file)).load()
     file.write_text(content.format("a" * 10_000))
     assert PromptFile(path=str(file)).load()[-1].text == "a" * 10_000
