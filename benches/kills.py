@@ -29,7 +29,8 @@ import tyro
 from shared import facts
 
 from leapalign.cli import main
-from leapalign.storage.atomic import SCRATCH, sha256
+from leapalign.storage.atomic import SCRATCH
+from leapalign.storage.files import sha256
 from leapalign.training import loop
 from leapalign.training.tracking import read_metrics
 

@@ -309,7 +309,7 @@ def test_heads_are_never_guessed(name: str, tmp_path: Path) -> None:
             {"vision": {"num_heads": 2}, "text": {"num_attention_heads": 0}},
             "expected positive whole numbers",
         ),
-        ("imagereward", ["a list"], "holds a list; expected an object"),
+        ("imagereward", ["a list"], "holds a list, expected an object"),
     ],
 )
 def test_configurations_that_make_no_sense(tmp_path: Path, name: str, config: Any, message: str) -> None:
@@ -322,7 +322,7 @@ def test_configurations_that_make_no_sense(tmp_path: Path, name: str, config: An
 
 def test_a_config_that_is_no_json_is_named(tmp_path: Path) -> None:
     (write_tiny_hpsv2(tmp_path) / "config.json").write_text("{heads: 2}")
-    with pytest.raises(UserError, match=r"config\.json is not JSON"):
+    with pytest.raises(UserError, match=r"config\.json is not readable JSON"):
         hpsv2(tmp_path).load()
 
 

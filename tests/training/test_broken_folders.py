@@ -15,7 +15,8 @@ from leapalign.checkpoint import checkpoints, formats
 from leapalign.cli import main
 from leapalign.codec import dumps
 from leapalign.errors import UserError
-from leapalign.storage.atomic import disk_errors, refuse_links_out, sha256
+from leapalign.storage.atomic import disk_errors, refuse_links_out
+from leapalign.storage.files import sha256
 from leapalign.training import loop
 from leapalign.training.tracking import read_metrics
 

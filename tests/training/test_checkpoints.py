@@ -17,7 +17,7 @@ import torch
 from leapalign.checkpoint import checkpoints, formats
 from leapalign.errors import UserError
 from leapalign.storage import atomic
-from leapalign.storage.atomic import sha256
+from leapalign.storage.files import sha256
 from leapalign.training import loop
 from leapalign.training.tracking import read_metrics, truncate_metrics
 

@@ -24,7 +24,7 @@ from leapalign.models.sd3 import SD3
 from leapalign.prompts import PromptFile
 from leapalign.rewards.clip import PickScore
 from leapalign.run import RewardTerm, Run
-from leapalign.storage.atomic import sha256
+from leapalign.storage.files import sha256
 from leapalign.training import loop
 from tiny_clip import write_tiny_clip
 

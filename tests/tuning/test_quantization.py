@@ -22,7 +22,7 @@ from leapalign.errors import UserError
 from leapalign.models.sd3 import SD3
 from leapalign.planning.plan import make_plan
 from leapalign.run import Run
-from leapalign.storage.atomic import sha256
+from leapalign.storage.files import sha256
 from leapalign.training import loop
 from leapalign.tuning import quantization
 from leapalign.tuning.adapter import lora_layers

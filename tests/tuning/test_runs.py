@@ -17,7 +17,7 @@ from leapalign.models.flux import Flux
 from leapalign.prompts import Prompt
 from leapalign.rewards.clip import CLIPScore
 from leapalign.run import Run
-from leapalign.storage.atomic import sha256
+from leapalign.storage.files import sha256
 from leapalign.studies.before_after import Study, conduct
 from leapalign.training import loop
 from leapalign.tuning.adapter import lora_layers

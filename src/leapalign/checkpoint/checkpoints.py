@@ -33,7 +33,8 @@ from leapalign.codec import encode
 from leapalign.distributed.tensors import Named, local
 from leapalign.errors import UserError
 from leapalign.run import Run, config_hash, differences, trajectory
-from leapalign.storage.atomic import clear_scratch, complete_folder, remove_folder, scratch_folder, sha256, write_text
+from leapalign.storage.atomic import clear_scratch, complete_folder, remove_folder, scratch_folder, write_text
+from leapalign.storage.files import PICKLES, sha256
 from leapalign.storage.safetensors_header import read_header
 from leapalign.training.weights import EMA
 
@@ -42,7 +43,6 @@ NEWEST = "newest.json"
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what damaged JSON leads to
 _NAME = re.compile(r"step-(\d{6,})")
 _RECORDS = {"run.json", "state.json"}
-_PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle"}
 
 
 @dataclass
@@ -212,7 +212,7 @@ def _verified(folder: Path) -> Checkpoint:
     present = {path.name for path in folder.iterdir()}
     if odd := (set(state["files"]) | {"state.json"}) ^ expected or expected - present:
         raise ValueError(f"{min(odd)} is missing or unknown")
-    if pickles := sorted(name for name in present if PurePosixPath(name).suffix in _PICKLES):
+    if pickles := sorted(name for name in present if PurePosixPath(name).suffix in PICKLES):
         raise ValueError(f"{pickles[0]} is no part of a checkpoint; pickled files are never opened, remove it")
     for name, digest in state["files"].items():
         if sha256(folder / name) != digest:

@@ -18,7 +18,7 @@ from leapalign.checkpoint import sharded
 from leapalign.checkpoint.sharded import Part
 from leapalign.distributed.tensors import Named, copy_into
 from leapalign.errors import UserError
-from leapalign.storage.atomic import sha256
+from leapalign.storage.files import sha256
 from leapalign.training.weights import EMA
 
 GROUPS = ("weights", "ema", "optimizer")

@@ -31,7 +31,8 @@ from torch.distributed.tensor import DTensor
 from leapalign.distributed.tensors import Named
 from leapalign.distributed.world import World
 from leapalign.errors import RunStopped, UserError
-from leapalign.storage.atomic import sha256, write_text
+from leapalign.storage.atomic import write_text
+from leapalign.storage.files import sha256
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter

@@ -15,6 +15,7 @@ import torch
 
 from leapalign.errors import UserError, opening
 from leapalign.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, Rounding
+from leapalign.storage import files
 from leapalign.storage.hub import find_file
 
 if TYPE_CHECKING:
@@ -134,15 +135,7 @@ def load_tokenizer(name: str, folder: str, vocabulary: int, sets: Sequence[Seque
 def read_json(folder: str, file: str) -> dict[str, Any]:
     """The file's content, empty where there is none."""
     found = find(folder, file)
-    if not found:
-        return {}
-    try:
-        content = json.loads(Path(found).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # of the disk, of UTF-8, or of JSON
-        raise UserError(f"{found} is not JSON: {error}; expected an object with settings") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{found} holds a {type(content).__name__}; expected an object with settings")
-    return content
+    return files.read_json(Path(found)) if found else {}
 
 
 def find(folder: str, file: str) -> str | None:

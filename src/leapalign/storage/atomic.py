@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 import shutil
@@ -80,14 +79,6 @@ def write_text(target: Path, text: str) -> None:
     _sync(scratch)
     os.replace(scratch, target)
     _sync(target.parent)
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def refuse_links_out(out: Path) -> None:

@@ -8,7 +8,6 @@ their own (`single_file`).
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
@@ -18,13 +17,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from leapalign.errors import UserError, opening
+from leapalign.storage.atomic import complete_folder
+from leapalign.storage.files import PICKLES, read_json
 from leapalign.storage.hub import is_hub_id, no_such_place, snapshot
 from leapalign.storage.safetensors_header import read_header
 
 INDEX = "model_index.json"
 TRANSFORMER = "transformer"
 _LIBRARIES = ("diffusers", "transformers")
-_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".onnx"}
+_NOT_OPENED = PICKLES | {".msgpack", ".h5", ".onnx"}
 # What a part is made of: its own weights, whole or in shards, and small text files. Not: other precisions
 # (model.fp16.safetensors), pickles, and the authors' checkpoints beside the parts.
 _WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
@@ -145,18 +146,13 @@ def save_with(folder: PipelineFolder, policy: Any, target: str | Path, policy_pa
     """Write the whole pipeline to `target`: the policy's weights, every other part copied. Whole or not at all."""
     target = Path(os.path.abspath(target))  # new/.. is the working folder once new is made, and would be replaced
     _check_target(target, folder.path)
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    policy.save_pretrained(partial / policy_part, safe_serialization=True)
-    for name in folder.parts:
-        if name != policy_part:
-            _copy(folder.path / name, partial / name)
-    for file in (folder.path / INDEX, *folder.path.glob("LICENSE*")):
-        shutil.copyfile(file, partial / file.name)
-    if target.exists():
-        shutil.rmtree(target)
-    os.replace(partial, target)
+    with complete_folder(target) as partial:
+        policy.save_pretrained(partial / policy_part, safe_serialization=True)
+        for name in folder.parts:
+            if name != policy_part:
+                _copy(folder.path / name, partial / name)
+        for file in (folder.path / INDEX, *folder.path.glob("LICENSE*")):
+            shutil.copyfile(file, partial / file.name)
 
 
 def locate(path: str, *, with_transformer: bool = True) -> Path:
@@ -218,7 +214,7 @@ def _check_weights(part: Path) -> None:
             if not (part / shard).is_file():
                 raise UserError(f"{part} lacks {shard}, which {file.name} names; copy the folder completely")
     weights = sorted(part.glob("*.safetensors"))
-    if not weights and any(file.suffix in _PICKLES for file in part.iterdir()):
+    if not weights and any(file.suffix in _NOT_OPENED for file in part.iterdir()):
         raise UserError(f"{part} has no safetensors, and pickled weights are not opened; convert them")
     for file in weights:
         check_safetensors(file)
@@ -242,19 +238,6 @@ def check_safetensors(file: Path) -> None:
         raise UserError(f"{file} cannot be read ({error.strerror}); copy it again") from error
     except ValueError as error:
         raise UserError(f"{file} {error}; copy it again") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a file of a pipeline's folder; everything there that ends in .json is one."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); copy it again") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not readable JSON ({error}); copy it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds a {type(content).__name__}, expected an object with settings; copy it again")
-    return content
 
 
 def _from_pretrained(kind: Any, path: Path, library: str, dtype: Any, quantization: Any) -> tuple[Any, dict[str, Any]]:
@@ -285,6 +268,6 @@ def _copy(source: Path, target: Path) -> None:
     """
     for file in sorted(source.rglob("*")):
         variant = any(fnmatch(file.name, pattern) for pattern in VARIANTS)
-        if file.is_file() and file.suffix not in _PICKLES and not variant:
+        if file.is_file() and file.suffix not in _NOT_OPENED and not variant:
             (target / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target / file.relative_to(source))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from leapalign.errors import UserError
-from leapalign.storage.atomic import sha256
+from leapalign.storage.files import sha256
 from leapalign.storage.pipeline_folder import VARIANTS, read_json
 from leapalign.storage.safetensors_header import Header, read_header
 from leapalign.verification.checks import Check, different, good, note, some

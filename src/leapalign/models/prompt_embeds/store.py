@@ -157,7 +157,7 @@ def file_hash(file: Path, root: Path) -> str:
     noted = root / "hashes" / hashlib.sha256(state.encode()).hexdigest()
     if noted.is_file() and len(value := noted.read_text(encoding="ascii")) == 64:
         return value
-    from leapalign.storage.atomic import sha256
+    from leapalign.storage.files import sha256
 
     value = sha256(real)
     with _writing(root):
