@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from leapalign.codec import check_fields
 from leapalign.errors import UserError
 from leapalign.tuning.full import FULL
 
@@ -37,6 +38,9 @@ class RewardTerm:
     unit_gradient: bool = False  # bring its gradient at each sample's latent to the norm 1, before the weight
     device: str = ""  # where it is computed; empty = where the model is
     dtype: Literal["", "float32", "bfloat16"] = ""  # of its weights; empty = the run's. Scores are float32 in any case
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +87,7 @@ class Run:
     evaluation_seed: int = 0  # of that fixed set: not of the run, so that runs compare
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_counts(self)
         _check_reals(self)
         _check_geometry(self)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leapalign.codec import decode, dumps, encode, loads
+from leapalign.codec import classes_in, decode, dumps, encode, loads
 from leapalign.errors import UserError
 from leapalign.lookup.recipes import load_file
 from leapalign.prompts import PromptFile
 from leapalign.recipes import RECIPES, shapeworld_leapalign
 from leapalign.run import Run, config_hash, differences
+from leapalign.tuning.lora import LoRA
 
 TINY_FILE = Path(__file__).parents[1] / "training" / "tiny_recipe.py"
 
@@ -62,7 +63,7 @@ def spoiled(**changes: Any) -> str:
         (spoiled(betas=0.9), "betas: expected a list, got a number"),
         (spoiled(graph="block"), "graph: 'block' is not one of 'all', 'blocks', 'inputs'; did you mean 'blocks'"),
         (spoiled(model=...), "missing 'model'"),
-        (spoiled(model="sd3"), "model: expected an object, got a text"),
+        (spoiled(model="sd3"), "model: expected a configuration of leapalign.models, got a text"),
         (spoiled(model={"path": "x"}), "model: it must name its class"),
         (spoiled(model__type="leapalign.models.sd3.SD4"), "no configuration class .*SD4; did you mean 'SD3'"),
         (spoiled(model__type="leapalign.models.sd5.SD5"), "no module leapalign.models.sd5"),
@@ -71,13 +72,13 @@ def spoiled(**changes: Any) -> str:
         (spoiled(model__type="leapalign.models.sd3.dataclass"), "no configuration class"),
         (spoiled(model__type="my.py:Mine"), "give it with --plugin path/to/my.py"),
         (spoiled(method__nested_scale=7), "method: LeapAlign: got nested_scale=7.0"),
-        (spoiled(rewards__0__reward=3), r"rewards\[0\].reward: expected an object"),
+        (spoiled(rewards__0__reward=3), r"rewards\[0\].reward: expected a configuration of leapalign.rewards"),
         (spoiled(type="leapalign.run.Runs"), "expected type leapalign.run.Run, got"),
         (spoiled(learning_rate=10**400), "learning_rate: the number is too large"),
         ('{"steps": NaN}', "NaN is not JSON"),
         (spoiled(learning_rate=0.125).replace("0.125", "1e999"), "learning_rate: inf is not finite"),
         ('{"steps": 1, "steps": 2}', "the key 'steps' stands there twice"),
-        ("[]", "expected an object, got a list"),
+        ("[]", r"expected Run\(name=..., .*\), got a list"),
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
     ],
@@ -155,7 +156,7 @@ def test_differences_name_the_leaves():
         ({"batch_size": 4, "micro_batch_size": 8}, "use batch_size 8, or micro_batch_size 4"),
         ({"micro_batch_size": 8, "samples_per_draw": 12}, "use samples_per_draw 8 or 16, or 0"),
         ({"steps": 0}, "steps is 0; it must be at least 1"),
-        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"learning_rate": float("nan")}, "learning_rate: nan is not finite"),
         ({"ema_decay": 1.0}, r"ema_decay is 1.0; it must lie in \[0, 1\)"),
         ({"rewards": ()}, "at least one reward"),
         ({"out": ""}, "needs a folder"),
@@ -164,3 +165,26 @@ def test_differences_name_the_leaves():
 def test_numbers_that_cannot_be_meant(changes, message):
     with pytest.raises(UserError, match=message):
         replace(shapeworld_leapalign(), **changes)
+
+
+def test_a_value_in_python_gets_the_types_of_its_annotations():
+    run = shapeworld_leapalign()
+    term = replace(run.rewards[0], threshold=2, weight=1)
+    whole = replace(run, rewards=[term], betas=[0.9, 0.99], max_grad_norm=1, tuning=LoRA(alpha=8))  # type: ignore
+    assert dumps(whole) == dumps(loads(dumps(whole), Run))
+    assert [type(whole.max_grad_norm), type(whole.rewards), type(whole.betas)] == [float, tuple, tuple]
+    assert type(whole.rewards[0].threshold) is float and type(whole.tuning.alpha) is float  # type: ignore
+
+
+def test_classes_are_found_in_the_value_itself():
+    run = load_file(str(TINY_FILE)).tiny()
+    found = classes_in(run)
+    assert found["tiny_recipe.py:TinyModel"] is type(run.model) and found["leapalign.run.Run"] is Run
+    assert decode(Run, encode(run), classes=found) == run
+
+
+def test_a_class_without_a_file_is_refused():
+    nowhere = make_dataclass("Nowhere", [("x", int)])
+    nowhere.__module__ = "a_notebook"
+    with pytest.raises(UserError, match="the class Nowhere is defined in no file"):
+        encode(nowhere(1))

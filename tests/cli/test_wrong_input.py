@@ -145,7 +145,7 @@ def test_a_way_back_is_no_place_to_save(folder):
 
 
 def test_a_nul_in_run_json():
-    record = json.loads(dumps(replace(shapeworld_leapalign(), out="a\0b")))
+    record = json.loads(dumps(shapeworld_leapalign())) | {"out": "a\0b"}
     with pytest.raises(UserError, match=r'out: "a\\u0000b" has a NUL character'):
         decode(type(shapeworld_leapalign()), record)
 

@@ -1,15 +1,14 @@
-"""RECIPE to Run: a name of recipes.py, `file.py:name`, or a run.json. A user's file is code, and giving it runs it."""
+"""RECIPE to Run: a recipe's name, `file.py:name`, or a run.json. A user's file is code, and giving it runs it."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 from leapalign.codec import loads, suggestion
 from leapalign.errors import UserError
+from leapalign.lookup.user_files import load_file, load_plugins, run_user_code
 from leapalign.run import Run
 
 
@@ -19,7 +18,7 @@ def load_recipe(word: str, plugins: dict[str, ModuleType]) -> Run:
         return read_run(Path(word), plugins)
     if ".py:" in word:
         file, _, name = word.rpartition(":")
-        return _recipe_in(load_file(file), name, word)
+        return _recipe_in(load_file(file), Path(file), name, word)
     from leapalign.recipes import RECIPES
 
     if word not in RECIPES:
@@ -50,35 +49,12 @@ def plugins_in(argv: Sequence[str]) -> dict[str, ModuleType]:
     return load_plugins(after[:end])
 
 
-def load_plugins(files: Sequence[str]) -> dict[str, ModuleType]:
-    """File name -> module."""
-    return {Path(file).name: load_file(file) for file in files}
-
-
-def load_file(file: str) -> ModuleType:
-    """Execute a user's Python file as a module named like the file."""
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(f"{file}: there is no such file")
-    name = f"leapalign_user_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{file}: this is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up by name
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise UserError(f"{file}, line {error.lineno}: {error.msg}") from None
-    return module
-
-
-def _recipe_in(module: ModuleType, name: str, word: str) -> Run:
+def _recipe_in(module: ModuleType, file: Path, name: str, word: str) -> Run:
     found = getattr(module, name, None)
     if found is None:
         raise UserError(f"{word}: there is no {name!r} in the file{suggestion(name, vars(module))}")
-    run = found() if callable(found) else found
-    if not isinstance(run, Run):
+    run = run_user_code(found, word, file) if callable(found) else found
+    if type(run) is not Run:
         raise UserError(
             f"{word}: {name} is a {type(run).__name__}; a recipe is a function that returns a leapalign Run"
         )

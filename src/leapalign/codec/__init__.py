@@ -1,0 +1,22 @@
+"""Dataclasses to JSON and back, strictly: what run.json holds replays the run, and a typo in it is an error.
+
+Each plug-in names its class: {"type": "leapalign.methods.leapalign.LeapAlign", ...}. Reading imports nothing but
+modules of leapalign, each in its own folder. A class of the user's own file is recorded as "my_recipe.py:MyReward" and
+is found only when the user gives that file again: a run.json never runs code by itself.
+"""
+
+from leapalign.codec.messages import suggestion
+from leapalign.codec.reading import Plugins, check_fields, decode, loads
+from leapalign.codec.writing import classes_in, dumps, encode, type_name
+
+__all__ = [
+    "Plugins",
+    "check_fields",
+    "classes_in",
+    "decode",
+    "dumps",
+    "encode",
+    "loads",
+    "suggestion",
+    "type_name",
+]

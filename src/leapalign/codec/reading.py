@@ -1,0 +1,269 @@
+"""JSON values to dataclasses, each checked against its annotation.
+
+`decode` also takes dataclass instances in place of JSON objects, and tuples in place of lists. So a value built in
+Python passes the same checks as a file (`check_fields`), and 1 becomes 1.0 in a field that is a float.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import json
+import math
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from leapalign.codec.messages import (
+    KINDS,
+    Where,
+    call_of,
+    described,
+    how_to_call,
+    kind_word,
+    listed,
+    required,
+    short,
+    suggestion,
+)
+from leapalign.codec.writing import type_name
+from leapalign.errors import UserError
+
+Plugins = Mapping[str, types.ModuleType]  # the user's own files, by file name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """The classes that a name may mean besides those of this package."""
+
+    plugins: Plugins = field(default_factory=dict)
+    classes: Mapping[str, type] = field(default_factory=dict)
+
+
+def loads(text: str, annotation: type, *, plugins: Plugins | None = None, where: str = "run.json") -> Any:
+    """Strict JSON text to a value of `annotation`; UserError says where and what is wrong."""
+
+    def constant(name: str) -> None:
+        raise UserError(f"{where}: {name} is not JSON; use a finite number")
+
+    try:
+        record = json.loads(text, object_pairs_hook=lambda pairs: _no_twins(pairs, where), parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
+    return decode(annotation, record, plugins=plugins, where=where)
+
+
+def decode(
+    annotation: Any,
+    value: Any,
+    *,
+    plugins: Plugins | None = None,
+    classes: Mapping[str, type] | None = None,
+    where: str = "run.json",
+) -> Any:
+    """JSON values to `annotation`: a dataclass, a plain type, Literal, tuple, list, dict or a union of them.
+
+    `plugins` and `classes` are the user's files and classes that a "type" may name. UserError names the field.
+    """
+    return _decode(annotation, value, Known(plugins=plugins or {}, classes=classes or {}), Where(where))
+
+
+def check_fields(instance: Any) -> None:
+    """Check a new dataclass instance against its annotations: for `__post_init__`, before values are compared.
+
+    Fields get the type that they have when they are read again: 1 becomes 1.0, a list a tuple. UserError names the
+    field, what came and what was expected.
+    """
+    hints = field_types(type(instance))
+    for each in dataclasses.fields(instance):
+        value = _decode(hints[each.name], getattr(instance, each.name), Known(), Where("", each.name))
+        object.__setattr__(instance, each.name, value)
+
+
+def _decode(annotation: Any, value: Any, known: Known, where: Where) -> Any:
+    origin, args = get_origin(annotation), get_args(annotation)
+    if annotation is Any:
+        return _decode_plugin(value, known, where)
+    if dataclasses.is_dataclass(annotation):
+        return _decode_dataclass(annotation, value, known, where)
+    if origin in (Union, types.UnionType):
+        return _decode_union(args, value, known, where)
+    if origin is Literal:
+        if not any(type(value) is type(a) and value == a for a in args):
+            raise UserError(f"{where}: {value!r} is not one of {listed(args)}{suggestion(value, args)}")
+        return value
+    if origin in (tuple, list):
+        return _decode_sequence(origin, args, value, known, where)
+    if origin is dict:
+        _expect(dict, value, where)
+        return {_expect(str, k, where): _decode(args[1], item, known, where.key(k)) for k, item in value.items()}
+    return _decode_plain(annotation, value, where)
+
+
+def _decode_plain(annotation: Any, value: Any, where: Where) -> Any:
+    if annotation is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = _as_float(value, where)
+    if annotation is Path:
+        return value if isinstance(value, Path) else Path(_expect(str, value, where))
+    _expect(annotation, value, where)
+    if isinstance(value, str) and "\0" in value:
+        raise UserError(f"{where}: {short(value)} has a NUL character; leave it out")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: {value} is not finite")
+    return value
+
+
+def _as_float(value: float, where: Where) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise UserError(f"{where}: the number is too large") from None
+
+
+def _decode_sequence(origin: type, args: tuple[Any, ...], value: Any, known: Known, where: Where) -> Any:
+    if not isinstance(value, (list, tuple)):
+        raise UserError(f"{where}: expected a list, got {described(value)}{_as_list(args[0], value)}")
+    endless = origin is list or args[-1] is Ellipsis
+    if not endless and len(args) != len(value):
+        raise UserError(f"{where}: expected {len(args)} values, got {len(value)}")
+    kinds = [args[0]] * len(value) if endless else args
+    return origin(_decode(kind, item, known, where.item(i)) for i, (kind, item) in enumerate(zip(kinds, value)))
+
+
+def _decode_union(args: tuple[Any, ...], value: Any, known: Known, where: Where) -> Any:
+    problems = []
+    for kind in args:
+        try:
+            return _decode(kind, value, known, where)
+        except UserError as error:
+            problems.append(str(error))
+    raise UserError(problems[0])
+
+
+def _decode_plugin(value: Any, known: Known, where: Where) -> Any:
+    if _is_instance(value):
+        _check_home(type(value), where)
+        return _decode_dataclass(type(value), value, known, where)
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected a configuration{where.kind_of}, got {described(value)}{how_to_call(value)}")
+    name = value.get("type")
+    if not isinstance(name, str):
+        raise UserError(f'{where}: it must name its class, as in "type": "leapalign.methods.leapalign.LeapAlign"')
+    cls = known.classes.get(name) or _find_class(name, known.plugins, where)
+    _check_home(cls, where)
+    return _decode_dataclass(cls, value, known, where)
+
+
+def _find_class(name: str, plugins: Plugins, where: Where) -> type:
+    if ":" in name:
+        file, _, attribute = name.partition(":")
+        if file not in plugins:
+            raise UserError(f"{where}: {name} is a class of your own file; give it with --plugin path/to/{file}")
+        module = plugins[file]
+    else:
+        module_name, _, attribute = name.rpartition(".")
+        _check_folder(module_name, name, where)
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError:
+            raise UserError(f"{where}: there is no module {module_name}; see `leapalign list`") from None
+    cls = getattr(module, attribute, None)
+    if not isinstance(cls, type) or not dataclasses.is_dataclass(cls) or cls.__module__ != module.__name__:
+        choices = [key for key, item in vars(module).items() if dataclasses.is_dataclass(item)]
+        raise UserError(f"{where}: there is no configuration class {name}{suggestion(attribute, choices)}")
+    return cls
+
+
+def _check_home(cls: type, where: Where) -> None:
+    """A class of this package belongs to the field's folder; one of the user's own has the methods that are called."""
+    if cls.__module__.startswith("leapalign."):
+        _check_folder(cls.__module__, f"{cls.__module__}.{cls.__qualname__}", where)
+        return
+    if where.kind is None:
+        return
+    for method, number in where.kind.calls.items():
+        function = getattr(cls, method, None)
+        if not callable(function) or not _takes(function, 1 + number):
+            raise UserError(
+                f"{where}: {type_name(cls)} has no {method}() that takes {number} arguments; "
+                f"see how to write your own in docs/{where.kind.folder}.md"
+            )
+
+
+def _check_folder(module: str, name: str, where: Where) -> None:
+    """Only a module of the folder that the field belongs to: a file must not choose what is imported."""
+    homes = [f"leapalign.{kind.folder}" for kind in ([where.kind] if where.kind else KINDS.values())]
+    if not any(module == home or module.startswith(home + ".") for home in homes):
+        raise UserError(f"{where}: {name} is not a class of {' or '.join(homes)}; see `leapalign list`")
+
+
+def _decode_dataclass(cls: Any, value: Any, known: Known, where: Where) -> Any:
+    if type(value) is cls:
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(cls) if f.init}
+    elif not isinstance(value, dict):
+        raise UserError(f"{where}: expected {call_of(cls)}, got {described(value)}{how_to_call(value)}")
+    named = value.get("type", type_name(cls))
+    if named != type_name(cls):
+        raise UserError(f"{where}: expected type {type_name(cls)}, got {named!r}")
+    hints = field_types(cls)
+    names = [f.name for f in dataclasses.fields(cls) if f.init]
+    for key in value.keys() - {"type"}:
+        if key not in names:
+            raise UserError(f"{where}: unknown key {key!r}{suggestion(key, names)}")
+    if missing := [key for key in required(cls) if key not in value]:
+        raise UserError(f"{where}: missing {listed(missing)}")
+    items = {k: _decode(hints[k], v, known, where.key(k)) for k, v in value.items() if k != "type"}
+    return _construct(cls, items, where)
+
+
+def _construct(cls: Any, items: dict[str, Any], where: Where) -> Any:
+    try:
+        return cls(**items)
+    except (UserError, ValueError, TypeError) as error:  # a plug-in checks its own values
+        raise UserError(f"{where}: {error}") from None
+
+
+@cache
+def field_types(cls: type) -> dict[str, Any]:
+    """The fields' annotations as types. UserError for one that cannot be resolved at runtime."""
+    try:
+        return get_type_hints(cls)
+    except (NameError, TypeError) as error:
+        raise UserError(f"{type_name(cls)}: an annotation of its fields is not known at runtime ({error})") from None
+
+
+def _is_instance(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _takes(function: Callable[..., Any], number: int) -> bool:
+    """Whether a function can be called with so many arguments by place."""
+    try:
+        inspect.signature(function).bind(*[None] * number)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _as_list(kind: Any, value: Any) -> str:
+    """Where one element stands for a tuple of it."""
+    return f"; write ({type(value).__name__}(...),)" if isinstance(kind, type) and type(value) is kind else ""
+
+
+def _expect(kind: Any, value: Any, where: Where) -> Any:
+    if type(value) is not kind and not (kind is types.NoneType and value is None):
+        raise UserError(f"{where}: expected {kind_word(kind)}, got {described(value)}{how_to_call(value)}")
+    return value
+
+
+def _no_twins(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twin = next(key for key in keys if keys.count(key) > 1)
+        raise UserError(f"{where}: the key {twin!r} stands there twice")
+    return record
