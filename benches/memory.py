@@ -89,7 +89,7 @@ def _one_micro_batch(engine: Engine, batch: Batch, method: Any, draws: Any) -> t
 def constants(engine: Engine) -> list[Tensor]:
     """Weights and buffers of the policy, the decoder and the rewards."""
     modules = [engine.model.policy, getattr(getattr(engine.model, "decoder", None), "vae", None)]
-    modules += [getattr(reward, "model", None) for reward in engine.rewards.values()]
+    modules += [reward.network() for reward in engine.rewards.values()]
     return [t for m in modules if isinstance(m, nn.Module) for t in (*m.parameters(), *m.buffers())]
 
 

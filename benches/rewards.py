@@ -28,8 +28,10 @@ from shared import facts, synchronized
 from torch import Tensor, nn
 
 from leapalign.errors import UserError
-from leapalign.planning.reward_sizes import PUBLISHED, Architecture, hpsv3
 from leapalign.planning.tensor_bytes import LiveBytes
+from leapalign.rewards import BUILT_IN, Custom
+from leapalign.rewards.base import Weightless
+from leapalign.rewards.hpsv3.sizes import hpsv3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,9 @@ class Rewards:
     """A reward whose weights need more than that in float32 is not run."""
 
 
-ARCHITECTURES = {**PUBLISHED, "hpsv3-cut": hpsv3(2, 2)}  # 2 of 28 and 2 of 32 layers
+PUBLISHED = {cls.name: cls().weightless() for cls in BUILT_IN if cls is not Custom}
+ARCHITECTURES = {name: known for name, known in PUBLISHED.items() if known}
+ARCHITECTURES |= {"hpsv3-cut": hpsv3(2, 2)}  # 2 of 28 and 2 of 32 layers
 
 
 # Measuring
@@ -55,18 +59,18 @@ PHASES = ("score", "gradient")
 CLOCKS = {"seconds": time.perf_counter, "cpu_seconds": time.process_time}
 
 
-def empty(architecture: Architecture) -> Any:
+def empty(architecture: Weightless) -> Any:
     """The reward with weights that have shapes and no memory."""
     with init_empty_weights(include_buffers=False):
         return architecture.make()
 
 
-def sizes(architecture: Architecture) -> dict[str, int]:
+def sizes(architecture: Weightless) -> dict[str, int]:
     parameters = sum(weight.numel() for weight in empty(architecture).model.parameters())
     return {"parameters": parameters, "bytes_float32": 4 * parameters, "bytes_bfloat16": 2 * parameters}
 
 
-def randomised(architecture: Architecture, device: str) -> Any:
+def randomised(architecture: Weightless, device: str) -> Any:
     """The reward with random weights of a usual size: transformers' own for BLIP are so small that they underflow."""
     reward = empty(architecture)
     model: nn.Module = reward.model
@@ -79,7 +83,7 @@ def randomised(architecture: Architecture, device: str) -> Any:
     return reward
 
 
-def cost(architecture: Architecture, bench: Rewards) -> dict[str, Any]:
+def cost(architecture: Weightless, bench: Rewards) -> dict[str, Any]:
     """Seconds and bytes of the score and gradient of one picture."""
     reward = randomised(architecture, bench.device)
     weights = (*reward.model.parameters(), *reward.model.buffers())
@@ -102,7 +106,7 @@ def cost(architecture: Architecture, bench: Rewards) -> dict[str, Any]:
     }
 
 
-def timed(architecture: Architecture, reward: Any, images: Tensor) -> dict[str, dict[str, float]]:
+def timed(architecture: Weightless, reward: Any, images: Tensor) -> dict[str, dict[str, float]]:
     """clock -> phase -> seconds."""
     found: dict[str, Tensor] = {}
 

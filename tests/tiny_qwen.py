@@ -23,7 +23,7 @@ def write_tiny_hpsv3(folder: Path, *, seed: int = 1) -> Path:
 
     from leapalign.rewards.hpsv3.model import HPSv3Model
 
-    tokenizer = write_tokenizer(folder, "hpsv3_prompt.txt")
+    tokenizer = write_tokenizer(folder, "hpsv3/prompt.txt")
     text = TEXT | {"rope_parameters": dict(ROPE), "vocab_size": len(tokenizer) + 50}  # more rows than the weights
     vision = VISION | {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
     config = Qwen2VLConfig(text_config=text, vision_config=vision, **token_ids(tokenizer))
@@ -48,7 +48,7 @@ def write_tiny_unified(folder: Path, *, seed: int = 39, talks: bool = True) -> P
     from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     answers = [ANSWER.format(1 + n / 10, 5 - n / 10, 3 + n / 50) for n in range(41)] if talks else []
-    tokenizer = write_tokenizer(folder, "unified_prompt_1.txt", added=answers)
+    tokenizer = write_tokenizer(folder, "unified/prompt_1.txt", added=answers)
     text = TEXT | {"rope_parameters": dict(ROPE), "vocab_size": len(tokenizer)}
     vision = VISION | {"hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64, "fullatt_block_indexes": [1]}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **token_ids(tokenizer))
@@ -73,6 +73,7 @@ def write_tokenizer(folder: Path, template: str, added: Sequence[str] = ()) -> A
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    import leapalign.rewards
     from leapalign.rewards.qwen_vl import read_template
 
     tokenizer = Tokenizer(models.BPE())
@@ -80,7 +81,7 @@ def write_tokenizer(folder: Path, template: str, added: Sequence[str] = ()) -> A
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([read_template(template)], trainer)
+    tokenizer.train_from_iterator([read_template(Path(leapalign.rewards.__path__[0], template))], trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.add_tokens(SPECIAL, special_tokens=True)
     fast.add_tokens(list(added))

@@ -11,7 +11,7 @@ import torch
 from golden_folder import golden
 from leapalign.errors import UserError
 from leapalign.lookup.recipes import load_file
-from leapalign.planning.reward_sizes import clip
+from leapalign.rewards.clip.sizes import cosine
 from leapalign.rewards.hpsv2.model import from_open_clip
 from leapalign.rewards.imagereward.model import from_original
 
@@ -67,7 +67,7 @@ def test_cost_of_a_tiny_reward(bench, monkeypatch):
         text_config={**tower, "eos_token_id": 2},
         projection_dim=8,
     )
-    tiny = clip("tiny", lambda: config)
+    tiny = cosine("tiny", lambda: config)
     monkeypatch.setitem(bench.ARCHITECTURES, "tiny", tiny)
     found = bench.main(bench.Rewards(run="tiny", pixels=40, repeats=2))["rewards"]
     cost = found["tiny"]["one_picture"]
@@ -78,7 +78,7 @@ def test_cost_of_a_tiny_reward(bench, monkeypatch):
 
 
 def test_what_cannot_be_run_is_named(bench):
-    with pytest.raises(UserError, match="unknown; one of pickscore, hpsv2"):
+    with pytest.raises(UserError, match="unknown; one of pickscore, clipscore, hpsv2"):
         bench.main(bench.Rewards(run="hpsv9"))
     with pytest.raises(UserError, match="need 3944437764 bytes in float32, more than --most-bytes 1000"):
         bench.main(bench.Rewards(run="hpsv2", most_bytes=1000))

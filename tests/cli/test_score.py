@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,17 +13,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 
 from leapalign.cli import main
 from leapalign.errors import UserError
 from leapalign.images import read_image
 from leapalign.lookup.recipes import load_file
-from leapalign.lookup.rewards import reward_config
-from leapalign.rewards.clip import PickScore
+from leapalign.lookup.rewards import is_reward, reward_config
+from leapalign.rewards import OCR, CLIPScore, HPSv2, PickScore, UnifiedReward
 from leapalign.rewards.custom import Custom
 from leapalign.shapeworld.world import COLORS, Object, render
 from leapalign.training.tracking import read_metrics
+from tiny_checkpoints import write_tiny_hpsv2, write_tiny_imagereward
+from tiny_clip import write_tiny_clip
+from tiny_crnn import write_tiny_crnn
+from tiny_qwen import write_tiny_hpsv3
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_reward.py"
 
@@ -55,7 +62,7 @@ def test_scores_say_which_picture_fits_and_equal_the_reward_s_own(pictures, caps
     scores = [row["scores"]["pickscore=embedded:reward"] for row in rows]
     assert scores[0] > scores[1] + 0.3
     reward = PickScore(path="embedded:reward").load()
-    own = reward.score_pictures([Image.open(p) for p in pictures], [rows[0]["prompt"]] * 2)
+    own = reward.score_pil([Image.open(p) for p in pictures], [rows[0]["prompt"]] * 2)
     assert scores == pytest.approx(own.tolist(), abs=1e-6)
     assert [row["image"] for row in rows] == pictures
 
@@ -184,3 +191,71 @@ def test_a_function_may_take_images_alone_and_its_answer_is_checked(tmp_path):
 def test_a_path_is_for_rewards_that_have_one():
     assert reward_config("pickscore=some/where") == PickScore(path="some/where")
     assert reward_config("pickscore") == PickScore()
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("hpsv2=x.pt,processor=y", HPSv2(path="x.pt", processor="y")),
+        ("pickscore=a,b/c", PickScore(path="a,b/c")),
+        ("pickscore=a,output=logit", PickScore(path="a", output="logit")),
+        ("unified,version=2,max_new_tokens=5", UnifiedReward(version="2", max_new_tokens=5)),
+        ("clipscore,clamp=true", CLIPScore(clamp=True)),
+        ("ocr,region=[0,0,1,0.5]", OCR(region=(0.0, 0.0, 1.0, 0.5))),
+    ],
+)
+def test_a_word_may_set_more_fields(word, expected):
+    assert reward_config(word) == expected and is_reward(word)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("pickscore,outpt=logit", "the fields of pickscore are path, processor, output"),
+        ("pickscore=x,output=logi", "'logi' is not one of 'cosine', 'logit'; did you mean 'logit'?"),
+        ("clipscore,clamp=yes", "clamp: expected true or false"),
+    ],
+)
+def test_a_field_that_is_wrong_is_named(word, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        reward_config(word)
+
+
+# One checkpoint and its tokenizer in one folder, on a machine without a network
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+WITH_A_TOKENIZER = {"hpsv2": write_tiny_hpsv2, "imagereward": write_tiny_imagereward, "hpsv3": write_tiny_hpsv3}
+
+
+@pytest.mark.parametrize(("name", "write"), WITH_A_TOKENIZER.items())
+def test_the_tokenizer_beside_the_checkpoint_is_found(name, write, pictures, capsys, tmp_path, offline):
+    folder = write(tmp_path / "both")
+    (row,) = answer(capsys, pictures[0], "--reward", f"{name}={folder}", "--prompt", "a red circle")
+    apart = tmp_path / "apart"
+    apart.mkdir()
+    (checkpoint,) = (f for f in folder.iterdir() if f.suffix == ".pt" or f.name == "HPSv3.safetensors")
+    checkpoint.rename(apart / checkpoint.name)
+    if name != "hpsv3":
+        shutil.copy(folder / "config.json", apart)
+    words = [pictures[0], "--prompt", "a red circle", "--device", "cpu", "--reward"]
+    assert main(["score", *words, f"{name}={apart}"]) == 2
+    assert f"--reward {name}=PATH,processor=FOLDER" in " ".join(capsys.readouterr().err.split())
+    word = f"{name}={apart},processor={folder}"
+    (again,) = answer(capsys, pictures[0], "--reward", word, "--prompt", "a red circle")
+    assert list(again["scores"].values()) == list(row["scores"].values())
+
+
+@pytest.mark.parametrize("name", ["pickscore", "hpsv2", "imagereward", "hpsv3", "ocr"])
+def test_a_strip_is_refused_by_its_file(name, pictures, capsys, tmp_path):
+    write = {"pickscore": write_tiny_clip, "ocr": write_tiny_crnn} | WITH_A_TOKENIZER
+    Image.new("RGB", (900, 2)).save(tmp_path / "strip.png")
+    (tmp_path / "weights").mkdir()
+    word = f"{name}={write[name](tmp_path / 'weights')}"
+    files = [pictures[0], str(tmp_path / "strip.png")]
+    assert main(["score", *files, "--reward", word, "--prompt", 'a "red" circle', "--device", "cpu"]) == 2
+    assert "strip.png: 900 x 2 pixels: one edge is over 200 times the other" in capsys.readouterr().err

@@ -208,4 +208,4 @@ def test_a_checkpoint_that_is_no_file_of_torch(tmp_path):
 def test_a_picture_of_one_colour_is_scored(folder):
     """What rewards are tried on when they are loaded is nothing special."""
     reward = PickScore(path=str(folder / "clip")).load()
-    assert reward.score_pictures([Image.new("RGB", (3, 9))], ["a"]).shape == (1,)
+    assert reward.score_pil([Image.new("RGB", (3, 9))], ["a"]).shape == (1,)

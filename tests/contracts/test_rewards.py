@@ -1,14 +1,14 @@
-"""What every reward keeps. The folder is the list: a new file in rewards/ without a fixture here fails."""
+"""Properties of every reward. A folder in rewards/ that is not in BUILT_IN, or has no case here, fails."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import inspect
 import pkgutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_args, get_type_hints
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 import leapalign.rewards
 from leapalign.lookup.recipes import load_file
+from leapalign.rewards import BUILT_IN
 from leapalign.rewards.aesthetic import Aesthetic
 from leapalign.rewards.base import DescribedReward
 from leapalign.rewards.clip import CLIPScore, PickScore
@@ -33,14 +34,6 @@ from tiny_clip import write_tiny_clip
 from tiny_crnn import write_tiny_crnn
 from tiny_qwen import write_tiny_hpsv3, write_tiny_unified
 
-HELPERS = {
-    "base",
-    "preprocess",
-    "checkpoint",
-    "linear_head",
-    "pretrained",
-    "qwen_vl",
-}  # files of the folder that hold no reward
 PROMPTS = ("a red circle", "two blue star left of a square", "a photo of green")
 QUOTING = ('a sign that says "red"', "'blue star' on a square", 'the word "green"')
 
@@ -106,21 +99,6 @@ def unified(folder: Path, aspect: Any) -> UnifiedReward:
     return UnifiedReward(path=str(write_tiny_unified(folder)), aspect=aspect, max_new_tokens=1)
 
 
-def reward_files() -> set[str]:
-    return {module.name for module in pkgutil.iter_modules(leapalign.rewards.__path__)} - HELPERS
-
-
-def reward_classes() -> dict[str, type]:
-    """name -> configuration dataclass, of every file in the folder."""
-    found = {}
-    for file in reward_files():
-        module = importlib.import_module(f"leapalign.rewards.{file}")
-        for cls in vars(module).values():
-            if inspect.isclass(cls) and cls.__module__ == module.__name__ and hasattr(cls, "load"):
-                found[cls.name] = cls
-    return found
-
-
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
@@ -156,23 +134,25 @@ def as_images(pictures: list[Image.Image], dtype: torch.dtype = torch.float32) -
     return torch.stack([to_levels(picture) for picture in pictures]).to(dtype) / 255
 
 
-def test_every_file_has_a_case(tmp_path: Path) -> None:
-    classes = reward_classes()
-    files = {cls.__module__.rpartition(".")[2] for cls in classes.values()}
-    assert files == reward_files(), "a file in rewards/ defines no reward; if it is a helper, name it in HELPERS"
-    with_a_case = {type(case.make(tmp_path)) for case in CASES.values()}
-    assert with_a_case == set(classes.values()), "give every reward a Case"
+def test_every_folder_is_listed_and_every_reward_has_a_case(tmp_path: Path) -> None:
+    folders = {info.name for info in pkgutil.iter_modules(leapalign.rewards.__path__) if info.ispkg}
+    listed = {cls.__module__.rpartition(".")[2] for cls in BUILT_IN if cls is not Custom}
+    assert folders == listed, "list each folder's rewards in leapalign.rewards.BUILT_IN"
+    assert {type(case.make(tmp_path)) for case in CASES.values()} == set(BUILT_IN), "give every reward a Case"
 
 
-@pytest.mark.parametrize("name", sorted(reward_classes()))
-def test_configuration_declares_its_facts(name: str) -> None:
-    cls = reward_classes()[name]
+def test_listing_rewards_imports_no_torch() -> None:
+    code = "import leapalign.rewards, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("cls", BUILT_IN)
+def test_configuration_declares_its_facts(cls: type) -> None:
     assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
     assert all(field.kw_only for field in dataclasses.fields(cls))
-    for fact in get_type_hints(DescribedReward).keys() - {"__dataclass_fields__"}:
-        value = getattr(cls, fact)
-        said = fact in ("differentiable", "reads_prompt")
-        assert isinstance(value, bool) if said else isinstance(value, str) and value, fact
+    for fact, kind in get_type_hints(DescribedReward).items():
+        if kind in (ClassVar[bool], ClassVar[str]):
+            assert fact in vars(cls) and isinstance(vars(cls)[fact], get_args(kind)[0]), fact
 
 
 def test_returns_one_float32_score_an_image(config: Any, prompts: Any) -> None:
@@ -256,7 +236,7 @@ def test_weights_are_frozen(case: Case, config: Any, prompts: Any) -> None:
 
 def test_agrees_with_pillow_on_picture_files(case: Case, config: Any, prompts: Any) -> None:
     reward, pictures = config.load(), photos()
-    difference = (reward(as_images(pictures), prompts) - reward.score_pictures(pictures, prompts)).abs().max()
+    difference = (reward(as_images(pictures), prompts) - reward.score_pil(pictures, prompts)).abs().max()
     assert difference <= case.pillow_tolerance
     assert difference > 0 or case.weightless or not config.differentiable, "a number read from a text comes in steps"
 
@@ -283,7 +263,7 @@ MISTAKES = {
     "one image without batch": (torch.zeros(3, 33, 40), PROMPTS, r"shape \[3, 33, 40\]; expected \[B, 3, H, W\]"),
     "channels last": (torch.zeros(3, 33, 40, 3), PROMPTS, r"expected \[B, 3, H, W\]"),
     "empty batch": (torch.zeros(0, 3, 33, 40), [], "nothing empty"),
-    "8 bits": (torch.zeros(3, 3, 33, 40, dtype=torch.uint8), PROMPTS, "divide 8-bit pictures by 255"),
+    "8 bits": (torch.zeros(3, 3, 33, 40, dtype=torch.uint8), PROMPTS, "divide 8-bit images by 255"),
     "minus one to one": (torch.zeros(3, 3, 33, 40) - 0.5, PROMPTS, r"\[-0.5, -0.5\]; expected \[0, 1\]"),
     "0 to 255": (torch.full((3, 3, 33, 40), 200.0), PROMPTS, r"\[200, 200\]; expected \[0, 1\]"),
     "too few prompts": (torch.zeros(3, 3, 33, 40), PROMPTS[:2], "3 images and 2 prompts"),

@@ -44,7 +44,8 @@ def judged(wrong_every: int) -> Evaluation:
 
 def test_answers_without_a_number_are_counted_and_left_out_of_the_mean():
     class InWords:
-        failures = 0  # what a reward that answers in words declares
+        def may_fail(self):
+            return True
 
         def __call__(self, images, texts):
             return torch.tensor([float("nan") if "cross" in text else 3.0 for text in texts])

@@ -45,10 +45,10 @@ def test_gradient_of_the_head(reward: AestheticReward, data: dict) -> None:
 
 def test_from_picture_files_to_scores(reward: AestheticReward, data: dict) -> None:
     pictures = [Image.open(golden("clipscore") / f"image_{index}.png") for index in range(8)]
-    pixels = reward.preprocess.pictures(pictures)
+    pixels = reward.preprocess.from_pil(pictures)
     assert largest(pixels, load_file(golden("clipscore") / "data.safetensors")["pixel_values"]) < 1e-5
     assert largest(reward.image_features(pixels), data["clip_features"]) < 1e-5
-    assert largest(reward.score_pictures(pictures, [""] * 8), data["clip_scores"]) < 1e-5
+    assert largest(reward.score_pil(pictures, [""] * 8), data["clip_scores"]) < 1e-5
 
 
 def test_layout_of_the_published_head() -> None:

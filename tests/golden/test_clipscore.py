@@ -37,7 +37,7 @@ def loaded(convention: Convention, clamp: bool = False) -> ClipReward:
 
 def matrix(reward: ClipReward, pictures: list, ids: Tensor) -> Tensor:
     """Scores [image, prompt] through Pillow, from files to numbers."""
-    images = reward.image_features(reward.preprocess.pictures(pictures))
+    images = reward.image_features(reward.preprocess.from_pil(pictures))
     return reward.score(images[:, None], reward.text_features_of_ids(ids)[None])
 
 
@@ -47,7 +47,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 def test_cosine(pictures: list, data: dict) -> None:
     reward = loaded("cosine")
-    pixels = reward.preprocess.pictures(pictures)
+    pixels = reward.preprocess.from_pil(pictures)
     assert close(pixels, data["pixel_values"], 1e-5)
     assert close(reward.image_features(pixels), data["image_embeds"], 1e-5)
     assert close(reward.text_features_of_ids(data["input_ids"]), data["text_embeds"], 1e-5)
@@ -71,7 +71,7 @@ def test_hessel_prefix_stands_before_the_caption(cases: dict) -> None:
 
 def test_torchmetrics_pairs(pictures: list, data: dict) -> None:
     free, clamped = (loaded("torchmetrics", clamp) for clamp in (False, True))
-    pixels = free.preprocess.pictures(pictures)
+    pixels = free.preprocess.from_pil(pictures)
     assert close(pixels, data["hf_pixel_values"], 1e-5)
     assert close(free.image_features(pixels), data["hf_image_embeds"], 1e-5)
     assert close(matrix(free, pictures, data["input_ids"]) / 100, data["hf_cosine"], 1e-5)

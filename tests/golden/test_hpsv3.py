@@ -75,7 +75,7 @@ def as_images(picture: Image.Image) -> Tensor:
 
 def both_paths(preprocess: QwenPreprocess, pictures: list[Image.Image]) -> tuple[list[Patches], list[Patches]]:
     """By Pillow and on tensors."""
-    return [preprocess.picture(p) for p in pictures], [preprocess(as_images(p))[0] for p in pictures]
+    return [preprocess.from_pil(p) for p in pictures], [preprocess(as_images(p))[0] for p in pictures]
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:

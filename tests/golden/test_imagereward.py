@@ -61,7 +61,7 @@ def matrix(reward: BlipReward, pixel_values: Tensor, data: dict) -> Tensor:
 
 
 def test_pixels_on_both_paths(reward: BlipReward, pictures: list, data: dict) -> None:
-    assert largest(reward.preprocess.pictures(pictures), data["pixel_values"]) < 1e-5
+    assert largest(reward.preprocess.from_pil(pictures), data["pixel_values"]) < 1e-5
     tensors = torch.cat([reward.preprocess(as_images(picture)) for picture in pictures])
     assert largest(tensors, data["pixel_values_tensor_path"]) < 1e-5
 
@@ -74,14 +74,14 @@ def test_features_and_what_the_first_token_has_read(reward: BlipReward, data: di
 
 
 def test_scores_of_all_pairs_on_both_paths(reward: BlipReward, pictures: list, data: dict) -> None:
-    assert largest(matrix(reward, reward.preprocess.pictures(pictures), data), data["rewards"]) < 1e-4
+    assert largest(matrix(reward, reward.preprocess.from_pil(pictures), data), data["rewards"]) < 1e-4
     tensors = torch.cat([reward.preprocess(as_images(picture)) for picture in pictures])
     assert largest(matrix(reward, tensors, data), data["rewards_tensor_path"]) < 1e-4
     assert largest(data["rewards"], data["rewards_tensor_path"]) > 1e-3, "the paths can be told apart"
 
 
 def test_the_packages_score_of_single_pairs(reward: BlipReward, cases: dict, pictures: list, data: dict) -> None:
-    scores = matrix(reward, reward.preprocess.pictures(pictures), data)
+    scores = matrix(reward, reward.preprocess.from_pil(pictures), data)
     for pair in cases["score_method_pairs"]:
         assert float(scores[pair["image"], pair["prompt"]]) == pytest.approx(pair["reward"], abs=1e-4)
 
@@ -111,7 +111,7 @@ def test_another_epsilon_and_another_crop_are_noticed(pictures: list, data: dict
             module.eps = 1e-5
     assert largest(matrix(wrong, data["pixel_values"], data), data["rewards"]) > 1e-3
     floor = dataclasses.replace(loaded(), preprocess=dataclasses.replace(wrong.preprocess, rounding="floor"))
-    assert largest(matrix(floor, floor.preprocess.pictures(pictures), data), data["rewards"]) > 1e-2
+    assert largest(matrix(floor, floor.preprocess.from_pil(pictures), data), data["rewards"]) > 1e-2
 
 
 def test_the_published_names_and_shapes_fill_a_model_of_full_size() -> None:

@@ -62,7 +62,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
 def test_pixels_on_both_paths(cosine: ClipReward, pictures: list, data: dict) -> None:
     tensors = torch.cat([cosine.preprocess(as_images(picture)) for picture in pictures])
     assert close(tensors, data["pixel_values_tensor_path"], 1e-5)
-    assert close(cosine.preprocess.pictures(pictures), data["pixel_values"], 1e-5)
+    assert close(cosine.preprocess.from_pil(pictures), data["pixel_values"], 1e-5)
 
 
 def test_features(cosine: ClipReward, data: dict) -> None:
@@ -74,7 +74,7 @@ def test_features(cosine: ClipReward, data: dict) -> None:
 
 
 def test_cosine_of_all_pairs_on_both_paths(cosine: ClipReward, pictures: list, data: dict) -> None:
-    assert close(matrix(cosine, cosine.preprocess.pictures(pictures), data), data["cosine"], 1e-5)
+    assert close(matrix(cosine, cosine.preprocess.from_pil(pictures), data), data["cosine"], 1e-5)
     tensors = torch.cat([cosine.preprocess(as_images(picture)) for picture in pictures])
     assert close(matrix(cosine, tensors, data), data["cosine_tensor_path"], 1e-5)
     assert (data["cosine"] - data["cosine_tensor_path"]).abs().max() > 1e-3, "the paths can be told apart"
@@ -82,7 +82,7 @@ def test_cosine_of_all_pairs_on_both_paths(cosine: ClipReward, pictures: list, d
 
 def test_logit_scaled_scores_and_probabilities(logit: ClipReward, cases: dict, pictures: list, data: dict) -> None:
     assert logit.logit_scale == pytest.approx(cases["logit_scale_exp"], rel=1e-6)
-    scores = matrix(logit, logit.preprocess.pictures(pictures), data)
+    scores = matrix(logit, logit.preprocess.from_pil(pictures), data)
     assert close(scores, data["scores"], 1e-3)
     assert close(scores.softmax(dim=1), data["probs"], 1e-5)
 

@@ -55,7 +55,7 @@ def test_tensor_path(index: int, path: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("index", range(6))
 def test_pillow_path(index: int, path: str) -> None:
-    levels = PATHS[path].picture_levels(picture(index)).int()
+    levels = PATHS[path].levels(picture(index)).int()
     assert (levels - expected(index, path, "pil_u8").int()).abs().max() <= 1  # 0 with the same Pillow
 
 

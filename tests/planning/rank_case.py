@@ -38,7 +38,7 @@ def compared(run: Run) -> dict[str, Any]:
         engine = loop.build(run, world)
         loop.update(engine, 0)
         moments = [s[key] for s in engine.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-        networks = [getattr(r, "model", None) or r.reward.model for r in engine.rewards.values()]  # type: ignore
+        networks = [reward.network() for reward in engine.rewards.values()]
         found = {
             "transformer": [*engine.model.policy.parameters(), *engine.model.policy.buffers()],
             "optimiser (AdamW, two moments)": moments,

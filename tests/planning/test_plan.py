@@ -210,7 +210,7 @@ def test_every_recipe_can_be_planned(name, monkeypatch, tmp_path):
         ({"model": {"path": "no such folder"}}, "is no folder here"),
         ({"model": {"max_sequence_length": 0}}, "max_sequence_length 0"),
         ({"prompts": {"path": "absent.txt"}}, "absent.txt: cannot read"),
-        ({"reward": {"path": "no such folder"}}, "there is no file or folder 'no such folder'"),
+        ({"reward": {"path": "no such folder"}}, "path is 'no such folder', and there is no such file or folder"),
     ],
 )
 def test_mistakes_are_found_early(run, change, message):

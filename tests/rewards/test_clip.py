@@ -121,12 +121,12 @@ def test_ids_give_the_same_score_as_prompts(folder: Path, images: torch.Tensor) 
 def test_pictures_may_differ_in_size(folder: Path) -> None:
     reward = PickScore(path=str(folder)).load()
     files = [*pictures(torch.rand(1, 3, 50, 30)), *pictures(torch.rand(1, 3, 24, 24))]
-    both = reward.score_pictures(files, PROMPTS)
-    single = [reward.score_pictures([file], [prompt]) for file, prompt in zip(files, PROMPTS)]
+    both = reward.score_pil(files, PROMPTS)
+    single = [reward.score_pil([file], [prompt]) for file, prompt in zip(files, PROMPTS)]
     torch.testing.assert_close(both, torch.cat(single), rtol=1e-5, atol=1e-6)
     assert not both.requires_grad
-    with pytest.raises(ValueError, match="2 pictures and 1 prompts"):
-        reward.score_pictures(files, PROMPTS[:1])
+    with pytest.raises(ValueError, match="2 images and 1 prompts"):
+        reward.score_pil(files, PROMPTS[:1])
 
 
 @pytest.mark.parametrize("mistake", ["no antialiasing", "bilinear", "no crop"])
@@ -140,7 +140,7 @@ def test_the_contracts_tolerance_notices_a_wrong_resize(
     }
     images = (torch.rand(8, 3, 50, 61) * 0.6 + 0.2).mul(255).round() / 255
     reward, prompts = PickScore(path=str(folder)).load(), ["a red circle"] * 8
-    reference = reward.score_pictures(pictures(images), prompts)
+    reference = reward.score_pil(pictures(images), prompts)
     assert (reward(images, prompts) - reference).abs().max() < 1e-2
     monkeypatch.setattr(preprocess, "resize", wrong[mistake])
     assert (reward(images, prompts) - reference).abs().max() > 2e-2

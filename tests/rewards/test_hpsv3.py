@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from leapalign.errors import UserError
+from leapalign.rewards.base import UnfitImage
 from leapalign.rewards.hpsv3 import HPSv3
 from leapalign.rewards.hpsv3.model import FILE, TEMPLATE, HPSv3Reward
 from leapalign.rewards.qwen_vl import fill, read_template, repeat_token, smart_resize, without_tokens
@@ -65,14 +66,14 @@ def test_image_token_is_repeated() -> None:
 
 def test_pictures_may_differ_in_size_and_company_changes_no_bit(reward: HPSv3Reward) -> None:
     files = [picture(60, 50), picture(30, 200)]
-    both = reward.score_pictures(files, PROMPTS)
-    single = [reward.score_pictures([file], [prompt]) for file, prompt in zip(files, PROMPTS)]
+    both = reward.score_pil(files, PROMPTS)
+    single = [reward.score_pil([file], [prompt]) for file, prompt in zip(files, PROMPTS)]
     assert torch.equal(both, torch.cat(single)) and not both.requires_grad
     images = torch.rand(2, 3, 50, 60)
     alone = [reward(images[b : b + 1], PROMPTS[b : b + 1]) for b in range(2)]
     assert torch.equal(reward(images, PROMPTS), torch.cat(alone))
-    with pytest.raises(ValueError, match="2 pictures and 1 prompts"):
-        reward.score_pictures(files, PROMPTS[:1])
+    with pytest.raises(ValueError, match="2 images and 1 prompts"):
+        reward.score_pil(files, PROMPTS[:1])
 
 
 def test_head_stays_in_float32_over_a_bfloat16_backbone(folder: Path) -> None:
@@ -112,8 +113,8 @@ def test_ids_give_the_same_score_as_prompts(folder: Path, reward: HPSv3Reward) -
 
 
 def test_pictures_that_cannot_be_resized_are_named() -> None:
-    for height, width, why in ((1, 500, "over 200 times"), (16, 2000, "its short edge is none")):
-        with pytest.raises(ValueError, match=f"picture of {height} x {width}: .*{why}"):
+    for height, width, why in ((1, 500, "over 200 times"), (16, 2000, "its short edge vanishes")):
+        with pytest.raises(UnfitImage, match=f"image 1: {width} x {height} pixels: .*{why}"):
             smart_resize(height, width, 12544, 12544)
 
 

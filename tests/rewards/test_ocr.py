@@ -15,9 +15,10 @@ from torch import Tensor
 
 from drawn_text import FONTS, drawn, needs_ocr
 from leapalign.errors import UserError
-from leapalign.rewards.ocr import OCR, quoted_text
+from leapalign.rewards.ocr import OCR
 from leapalign.rewards.ocr import model as ocr_model
 from leapalign.rewards.ocr.model import ALPHABET, HEIGHT, OCRReward, box, decode, line_widths
+from leapalign.rewards.ocr.quotes import quoted_text
 from leapalign.rewards.preprocess import to_levels
 from tiny_crnn import write_tiny_crnn
 
@@ -67,7 +68,7 @@ def test_text_without_room_is_named(reward: OCRReward) -> None:
     """A square has 15 steps; equal neighbours need a blank between them."""
     images = torch.rand(1, 3, 32, 32)
     assert reward(images, [f'"{"ab" * 7}a"']).isfinite().all()
-    with pytest.raises(UserError, match="needs 16 steps, the picture's region has 15"):
+    with pytest.raises(UserError, match="needs 16 steps, the image's region has 15"):
         reward(images, [f'"{"ab" * 8}"'])
     with pytest.raises(UserError, match="needs 17 steps"):
         reward(images, [f'"{"a" * 9}"'])
@@ -188,7 +189,7 @@ def test_pillow_and_tensor_path_agree_where_pictures_shrink(tmp_path: Path, monk
     reward = OCR(path=str(write_tiny_crnn(tmp_path))).load()
     noise = torch.rand(1, 3, 200, 240, generator=torch.Generator().manual_seed(5))
     picture = Image.fromarray((60 + 130 * noise[0]).byte().permute(1, 2, 0).numpy())
-    expected, images = reward.score_pictures([picture], ['"red"']), as_image(picture)
+    expected, images = reward.score_pil([picture], ['"red"']), as_image(picture)
     assert (reward(images, ['"red"']) - expected).abs() < 0.03
     monkeypatch.setattr(ocr_model, "resize", lambda x, shape: F.interpolate(x, size=shape, mode="bicubic"))
     assert (reward(images, ['"red"']) - expected).abs() > 0.1
@@ -221,8 +222,8 @@ def test_without_the_package_the_message_says_what_to_install(monkeypatch: pytes
 
 
 def test_pictures_and_prompts_are_counted(reward: OCRReward) -> None:
-    with pytest.raises(ValueError, match="1 pictures and 2 prompts"):
-        reward.score_pictures([drawn("a")], ['"a"', '"b"'])
+    with pytest.raises(ValueError, match="1 images and 2 prompts"):
+        reward.score_pil([drawn("a")], ['"a"', '"b"'])
 
 
 def test_the_configuration_imports_nothing_heavy() -> None:
@@ -243,7 +244,7 @@ def test_published_weights_read_drawn_words(font: str, ink: int, paper: int) -> 
         assert reward.read(image) == [word]
         scores = [float(reward(image, [f'"{other}"'])) for other in WORDS]
         assert scores[WORDS.index(word)] > -0.2 and max(s for s, other in zip(scores, WORDS) if other != word) < -4
-        assert float(reward.score_pictures([picture], [f'"{word}"'])) > -0.2
+        assert float(reward.score_pil([picture], [f'"{word}"'])) > -0.2
 
 
 @needs_ocr

@@ -12,12 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+import leapalign.rewards
 from leapalign.errors import UserError
 from leapalign.rewards.qwen_vl import IMAGE_TOKEN, PLACEHOLDER, QwenPreprocess, read_template
 from leapalign.rewards.unified import UnifiedReward
 from leapalign.rewards.unified.model import MAX_PIXELS, MIN_PIXELS, UnifiedJudge, parse
 from tiny_qwen import ANSWER, write_tiny_unified
 
+FOLDER = Path(leapalign.rewards.__path__[0])
 PROMPTS = ["a red circle", "two blue star"]
 PUBLISHED = "Alignment Score (1-5): 2.694700002670288\nCoherence Score (1-5): 2.371500015258789\nStyle Score (1-5): 2.8"
 WORDS = 'Word-wise Scores: [["red", 0.21], ["[No_mistakes]", 0.9]]\n\n'
@@ -59,7 +61,7 @@ def test_gibberish_is_nan_and_counted(tmp_path: Path) -> None:
     assert reward.failures == 0
     assert reward(images, PROMPTS).isnan().all() and reward.failures == 2
     picture = Image.fromarray((images[0] * 255).byte().permute(1, 2, 0).numpy())
-    assert reward.score_pictures([picture], PROMPTS[:1]).isnan().all() and reward.failures == 3
+    assert reward.score_pil([picture], PROMPTS[:1]).isnan().all() and reward.failures == 3
 
 
 def test_what_is_understood_is_not_counted_nor_is_a_broken_picture(folder: Path) -> None:
@@ -122,8 +124,11 @@ def test_generation_is_greedy_in_two_dimensional_positions(folder: Path) -> None
     ],
 )
 def test_prompts_are_the_published_ones_in_qwens_chat(folder: Path, version: Any, digest: str) -> None:
-    text = read_template(f"unified_prompt_{version}.txt")
-    before, after = read_template("hpsv3_prompt.txt").split(IMAGE_TOKEN)[0], "<|im_end|>\n<|im_start|>assistant\n"
+    text = read_template(FOLDER / f"unified/prompt_{version}.txt")
+    before, after = (
+        read_template(FOLDER / "hpsv3/prompt.txt").split(IMAGE_TOKEN)[0],
+        "<|im_end|>\n<|im_start|>assistant\n",
+    )
     frame = before + IMAGE_TOKEN + "<|vision_end|>"
     assert text.startswith(frame) and text.endswith(after) and text.count(PLACEHOLDER) == 1
     assert hashlib.sha256(text.removeprefix(frame).removesuffix(after).encode()).hexdigest() == digest

@@ -4,6 +4,7 @@ Each line that is wrong carries an ignore comment, and an ignore comment that hi
 """
 # pyright: reportUnnecessaryTypeIgnoreComment=true
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -12,7 +13,6 @@ from torch import Tensor
 from leapalign.methods import LeapAlign
 from leapalign.models.sd3 import SD3
 from leapalign.prompts import PromptFile
-from leapalign.rewards.base import Reward
 from leapalign.rewards.clip import PickScore
 from leapalign.run import RewardTerm, Run
 from leapalign.tuning.lora import LoRA
@@ -25,7 +25,7 @@ class Mine:
     name: ClassVar[str] = "mine"
     differentiable: ClassVar[bool] = True
 
-    def load(self, device: str = "cpu", dtype: str = "float32") -> Reward:
+    def load(self, device: str = "cpu", dtype: str = "float32") -> Callable[..., Tensor]:
         def score(images: Tensor, prompts: object) -> Tensor:
             return images.mean((1, 2, 3))
 

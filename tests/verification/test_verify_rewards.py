@@ -55,7 +55,7 @@ def test_good_reward_by_the_command(clip: Path, capsys: pytest.CaptureFixture[st
     assert {states["pickscore.path", what] for what in ("files", "keys and shapes", "number types", "values")} == {
         "good"
     }
-    for what in ("opens", "scores of drawn pictures", "tensors' and picture files' scores", "gradient at the picture"):
+    for what in ("opens", "scores of drawn images", "tensors' and files' scores", "gradient at the image"):
         assert states["pickscore", what] == "good"
     told = " ".join(c["came"] for c in answer["checks"] if c["part"] == "paper")
     assert (
@@ -118,16 +118,16 @@ def test_reward_without_a_gradient_of_the_users_own(tmp_path: Path, capsys: pyte
     )
     assert main(["verify", f"{file}:same", "--json"]) == 1
     checks = [Check(**record) for record in json.loads(capsys.readouterr().out)["checks"]]
-    assert differing(checks).keys() == {("custom", "scores of drawn pictures"), ("custom", "gradient at the picture")}
+    assert differing(checks).keys() == {("custom", "scores of drawn images"), ("custom", "gradient at the image")}
     assert main(["verify", f"{file}:mean", "--json"]) == 0
 
 
 def test_preprocessing_that_differs_between_tensors_and_files(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from leapalign.rewards.clip.model import ClipReward
 
-    monkeypatch.setattr(ClipReward, "score_pictures", lambda self, pictures, prompts: self(
+    monkeypatch.setattr(ClipReward, "score_pil", lambda self, pictures, prompts: self(
         torch.rand(len(pictures), 3, 24, 24), prompts).detach())  # fmt: skip
-    assert ("pickscore", "tensors' and picture files' scores") in differing(check(PickScore(path=str(clip))))
+    assert ("pickscore", "tensors' and files' scores") in differing(check(PickScore(path=str(clip))))
 
 
 def test_hashes_of_a_list_and_of_the_hub(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from leapalign.lookup.rewards import reward_config, rewards_of
 from leapalign.lookup.sources import Source, find_source
 from leapalign.prompts import Prompt, ShapeWorldPrompts
 from leapalign.report.tables import evaluation_table
+from leapalign.rewards.adapt import load_reward
 from leapalign.storage.atomic import disk_errors
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _draw_and_judge(
     from leapalign.lookup.detectors import find_detector
 
     device = resolve_device(flags.device)
-    rewards = {name: config.load(device, flags.dtype) for name, config in configs.items()}
+    rewards = {name: load_reward(config, device, flags.dtype) for name, config in configs.items()}
     sampling = Sampling(
         num_steps=flags.steps or source.num_steps,
         images_per_prompt=flags.num,

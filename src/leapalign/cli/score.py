@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -16,6 +17,11 @@ from leapalign.lookup.rewards import reward_config
 from leapalign.prompts import PromptFile
 from leapalign.prompts.base import check_text
 from leapalign.report.tables import score_table
+from leapalign.rewards.adapt import load_reward
+from leapalign.rewards.base import Reward, UnfitImage
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Row = dict[str, Any]  # {"image", "prompt", "scores": {reward: number or None}}
 
@@ -48,7 +54,7 @@ def score_command(argv: list[str]) -> None:
 
 
 def _score(flags: ScoreFlags) -> list[Row]:
-    """One row an image, in the order given. None where a reward that answers in words gave no number."""
+    """One row an image, in the order given. None where a generated text holds no number."""
     from leapalign.distributed.world import resolve_device
 
     configs = {word: reward_config(word) for word in flags.reward}
@@ -57,13 +63,20 @@ def _score(flags: ScoreFlags) -> list[Row]:
     device = resolve_device(flags.device)
     rows: list[Row] = [{"image": str(i), "prompt": p, "scores": {}} for i, p in zip(flags.images, prompts)]
     for word, config in configs.items():
-        reward = config.load(device, flags.dtype)
+        reward = load_reward(config, device, flags.dtype)
         for start in range(0, len(rows), flags.batch_size):
             batch = slice(start, start + flags.batch_size)
-            values = reward.score_pictures(images[batch], prompts[batch]).tolist()
-            for row, value in zip(rows[batch], values):
-                row["scores"][word] = _number(value, word, config, row)
+            for row, value in zip(rows[batch], _scores(reward, images[batch], rows[batch])):
+                row["scores"][word] = _number(value, word, reward, row)
     return rows
+
+
+def _scores(reward: Reward, images: Sequence[Image], rows: Sequence[Row]) -> list[float]:
+    """Score some images; an image that the reward cannot take is named by its file."""
+    try:
+        return reward.score_pil(images, [row["prompt"] for row in rows]).tolist()
+    except UnfitImage as error:
+        raise UserError(f"{rows[error.index]['image']}: {error.problem}") from None
 
 
 def _prompts(flags: ScoreFlags) -> list[str]:
@@ -81,9 +94,9 @@ def _prompts(flags: ScoreFlags) -> list[str]:
     return texts * len(flags.images) if len(texts) == 1 else texts
 
 
-def _number(value: float, word: str, config: Any, row: Row) -> float | None:
+def _number(value: float, word: str, reward: Reward, row: Row) -> float | None:
     if math.isfinite(value):
         return value
-    if getattr(config, "differentiable", True):
+    if not reward.may_fail():
         raise RunStopped(f"{word}: the score of {row['image']} is {value}, for the prompt {row['prompt']!r}")
-    return None  # an answer in words without a number in it
+    return None  # a generated text without a number in it

@@ -12,7 +12,7 @@ Ranks gather together, so each must call such a network as often as the others:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,24 +25,21 @@ from leapalign.distributed.fsdp import mesh_of
 from leapalign.distributed.world import World
 from leapalign.errors import UserError
 from leapalign.models.pipeline import PipelineModel
+from leapalign.rewards.adapt import Wrapped
+from leapalign.rewards.base import Reward
 from leapalign.run import Run
 from leapalign.storage.pipeline_folder import FROM_FILES, Loading, PipelineFolder, load_part
 
-Scores = Callable[[Tensor, list[str]], Tensor]
-
 
 @dataclass(frozen=True, kw_only=True)
-class InStep:
+class InStep(Wrapped):
     """A reward with sharded blocks: every rank calls it at the same time, on as many pictures."""
 
-    reward: Any
     world: World
 
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores [B] of this rank's pictures."""
-        prepare = getattr(self.reward, "prepare", None)
-        if prepare:
-            prepare(sorted({prompt for some in self.world.gather(prompts) for prompt in some}))
+        self.reward.prepare(sorted({prompt for some in self.world.gather(prompts) for prompt in some}))
         return self.reward(images, prompts)
 
 
@@ -59,14 +56,14 @@ def check_names(run: Run, names: Sequence[str]) -> None:
             )
 
 
-def shard_rewards(run: Run, rewards: dict[str, Scores], world: World, device: str) -> dict[str, Scores]:
+def shard_rewards(run: Run, rewards: dict[str, Reward], world: World, device: str) -> dict[str, Reward]:
     """The same rewards, those that `shard_rewards` names with sharded blocks. UserError where that cannot be."""
     if world.size == 1 or not run.shard_rewards:
         return rewards
     blocks = {}
     for name in run.shard_rewards:
-        network = getattr(rewards[name], "model", None)
-        if not isinstance(network, nn.Module):
+        network = rewards[name].network()
+        if network is None:
             raise UserError(f"shard_rewards: the reward {name} has no network (`model`, an nn.Module) to be sharded")
         blocks[name] = blocks_of(network, f"shard_rewards: the reward {name}")
     mesh = mesh_of(run, world, device)

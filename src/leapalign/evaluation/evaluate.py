@@ -13,12 +13,14 @@ from leapalign.evaluation.sampling import Sampling, draw_images
 from leapalign.evaluation.statistics import Evaluation
 from leapalign.geneval.rules import Detection, judge
 from leapalign.prompts import Prompt
+from leapalign.rewards.adapt import complete
+from leapalign.rewards.base import Reward
 
 if TYPE_CHECKING:
     from leapalign.models.base import Model
 
 Detector = Callable[[Tensor], Sequence[Sequence[Detection]]]
-Scorers = Mapping[str, Callable[[Tensor, Sequence[str]], Tensor]]  # name -> reward(images, texts) [B]
+Scorers = Mapping[str, Callable[..., Tensor]]  # name -> a loaded reward, or any reward(images, texts) [B]
 
 
 def evaluate(
@@ -49,14 +51,14 @@ def score(
     parts = [slice(start, start + batch_size) for start in range(0, len(texts), batch_size)]
     values = {name: torch.cat([r(images[p], texts[p]).float().cpu() for p in parts]) for name, r in rewards.items()}
     for name, reward in rewards.items():
-        _check(name, reward, values[name], texts)
+        _check(name, complete(name, reward), values[name], texts)
     return Evaluation(prompts=tuple(prompts), images=images, detections=detections, verdicts=verdicts, rewards=values)
 
 
-def _check(name: str, reward: Any, values: Tensor, texts: list[str]) -> None:
-    """A reward that answers in words counts its answers without a number (`failures`); of any other NaN is an error."""
+def _check(name: str, reward: Reward, values: Tensor, texts: list[str]) -> None:
+    """NaN is an error, except for a reward whose generated text may hold no number (`may_fail`)."""
     missing = (~values.isfinite()).nonzero().flatten().tolist()
-    if missing and not hasattr(reward, "failures"):
+    if missing and not reward.may_fail():
         raise RunStopped(f"the reward {name}: {values[missing[0]]} for the prompt {texts[missing[0]]!r}")
     if len(missing) == len(values):
         raise UserError(

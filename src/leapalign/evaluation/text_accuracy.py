@@ -17,7 +17,7 @@ from torch import Tensor
 from leapalign.errors import UserError
 from leapalign.images import to_pil
 from leapalign.rewards.base import check_inputs
-from leapalign.rewards.ocr import quoted_text
+from leapalign.rewards.ocr.quotes import quoted_text
 
 
 @dataclass(frozen=True, kw_only=True)

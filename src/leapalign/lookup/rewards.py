@@ -3,48 +3,73 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import json
+import re
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, get_origin, get_type_hints
 
-from leapalign.codec import suggestion
+from leapalign.codec import decode, suggestion
 from leapalign.errors import UserError
-from leapalign.lookup.catalog import listing
 from leapalign.lookup.recipes import load_file, read_run
+from leapalign.rewards import BUILT_IN
+from leapalign.rewards.base import DescribedReward, RewardConfig
+from leapalign.rewards.custom import Custom
 
 
-def reward_config(word: str) -> Any:
-    """NAME, NAME=PATH, or file.py:name (a function or a dataclass of the user's; the file is executed)."""
+def reward_config(word: str) -> RewardConfig:
+    """Return the reward that `word` names. Raises UserError with a suggestion if it names none.
+
+    NAME, NAME=PATH, NAME=PATH,field=value or NAME,field=value (fields of the reward's configuration; numbers,
+    true, false and lists as in JSON), or file.py:name (a function or a dataclass of the user's; the file is executed).
+    """
     if ".py:" in word:
         return _own(word)
-    name, given, path = word.partition("=")
-    classes = reward_classes()
+    name, classes = _name_of(word), reward_classes()
     if name not in classes:
         raise UserError(
             f"there is no reward {name!r}{suggestion(name, classes)}; "
             f"use one of {', '.join(classes)}, NAME=PATH, or file.py:name"
         )
-    fields = {field.name for field in dataclasses.fields(classes[name])}
-    if given and "path" not in fields:
-        raise UserError(f"{word}: the reward {name} has no path; give {name} alone")
-    if name == "custom":
+    if name == Custom.name:
         raise UserError("custom: give your own function as --reward my_file.py:name")
-    return classes[name](path=path) if given else classes[name]()
+    return decode(classes[name], _settings(word, classes[name]), where=word)
+
+
+def _name_of(word: str) -> str:
+    return re.split("[=,]", word, maxsplit=1)[0]
+
+
+def _settings(word: str, cls: type[DescribedReward]) -> dict[str, Any]:
+    """The fields that a word sets; a comma in a path separates only if the name of a field and = follow it."""
+    fields = [field.name for field in dataclasses.fields(cls)]
+    first, *others = re.split(rf",(?=(?:{'|'.join(fields)})=)", word.removeprefix(cls.name))
+    if first and ("path" not in fields or not first.startswith("=")):
+        expected = f"{cls.name}=PATH,field=value" if "path" in fields else f"{cls.name},field=value"
+        raise UserError(f"{word}: expected {expected}; the fields of {cls.name} are {', '.join(fields)}")
+    given = {"path": first[1:]} if first else {}
+    kinds = get_type_hints(cls)
+    return given | {key: _value(kinds[key], text) for key, _, text in (other.partition("=") for other in others)}
+
+
+def _value(kind: Any, text: str) -> Any:
+    """A text, or the JSON value that it is where the field holds a number, true or false, or a list."""
+    if kind is str or get_origin(kind) is Literal:
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text  # which `decode` refuses, naming what it expects
 
 
 def is_reward(word: str) -> bool:
     """NAME, NAME=PATH or file.py:name; anything else names a model."""
-    return ".py:" in word or word.partition("=")[0] in reward_classes()
+    return ".py:" in word or _name_of(word) in reward_classes()
 
 
-def reward_classes() -> dict[str, Any]:
-    """name -> configuration class of every published reward."""
-    found = {}
-    for entry in listing(("rewards",))["rewards"]:
-        module, _, cls = entry["type"].rpartition(".")
-        found[entry["name"]] = getattr(importlib.import_module(module), cls)
-    return found
+def reward_classes() -> dict[str, type[DescribedReward]]:
+    """name -> configuration class of every built-in reward."""
+    return {cls.name: cls for cls in BUILT_IN}
 
 
 def rewards_of(source: str, plugins: dict[str, ModuleType]) -> dict[str, Any]:
@@ -63,9 +88,7 @@ def rewards_of(source: str, plugins: dict[str, ModuleType]) -> dict[str, Any]:
     return own
 
 
-def _own(word: str) -> Any:
-    from leapalign.rewards.custom import Custom
-
+def _own(word: str) -> RewardConfig:
     file, _, name = word.rpartition(":")
     module = load_file(file)
     found = getattr(module, name, None)

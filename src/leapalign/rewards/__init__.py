@@ -1,1 +1,39 @@
-"""Rewards: images [B, 3, H, W] in [0, 1] and prompts to one score an image [B], with gradient. One file a reward."""
+"""Rewards: images [B, 3, H, W] in [0, 1] and prompts to one score an image [B], differentiable in the images.
+
+One folder a published reward. Importing this package imports no torch.
+"""
+
+from leapalign.rewards.aesthetic import Aesthetic
+from leapalign.rewards.base import DescribedReward
+from leapalign.rewards.clip import CLIPScore, PickScore
+from leapalign.rewards.custom import Custom
+from leapalign.rewards.hpsv2 import HPSv2
+from leapalign.rewards.hpsv3 import HPSv3
+from leapalign.rewards.imagereward import ImageReward
+from leapalign.rewards.ocr import OCR
+from leapalign.rewards.unified import UnifiedReward
+
+BUILT_IN: tuple[type[DescribedReward], ...] = (
+    PickScore,
+    CLIPScore,
+    HPSv2,
+    HPSv3,
+    ImageReward,
+    Aesthetic,
+    OCR,
+    UnifiedReward,
+    Custom,
+)
+
+__all__ = [
+    "BUILT_IN",
+    "OCR",
+    "Aesthetic",
+    "CLIPScore",
+    "Custom",
+    "HPSv2",
+    "HPSv3",
+    "ImageReward",
+    "PickScore",
+    "UnifiedReward",
+]

@@ -1,71 +1,151 @@
-"""What a reward is: two protocols, and the checks at their border.
+"""The protocols of rewards, what a published reward states about itself, and the checks of their inputs.
 
-A reward is added by one new file: a frozen dataclass with the class variables of `DescribedReward` and a `load()` that
-does the heavy imports. Nothing registers it; `tests/contracts/test_rewards.py` finds it here and asks for a fixture.
+A published reward is one folder: its configuration (`__init__.py`, which imports no torch), its network (`model.py`),
+its sizes (`sizes.py`) and its texts. `DescribedReward` holds all facts about it, so that planning, verification and the
+command line know no reward by name. `leapalign.rewards.BUILT_IN` lists those of the package.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
-from leapalign.errors import opening
+from leapalign.errors import UserError, opening
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
+    from torch import Tensor, nn
 
-RANGE_SLACK = 0.01  # decoders round; a picture in [-1, 1] or [0, 255] is far outside
+    from leapalign.storage.token_limits import TooLong
+
+RANGE_SLACK = 0.01  # decoders round; an image in [-1, 1] or [0, 255] is far outside
 
 
+@runtime_checkable
 class Reward(Protocol):
-    """A loaded reward, frozen and in eval mode.
+    """A loaded reward, frozen and in eval mode. Inherit from it to get the defaults below.
 
-    Images are float [B, 3, H, W] in [0, 1]; the answer is [B], float32 (float64 for a model loaded in float64), on the
-    images' device and differentiable in them. Sample b depends on image b and prompt b alone. NaN and infinity go
-    through: whoever asked must see them. Wrong shapes, ranges or counts raise ValueError.
+    A reward of the user's own may be a plain callable `(images, prompts) -> [B]`: `leapalign.rewards.adapt` completes
+    it.
     """
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor: ...
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score images [B, 3, H, W] in [0, 1], float: [B], float32 (float64 for a model loaded in float64).
+
+        The scores lie on the images' device and are differentiable in them. Sample b depends on image b and prompt b
+        alone. NaN and infinity are passed on to the caller. Wrong shapes, ranges or counts raise ValueError.
+        """
+        ...
+
+    def score_pil(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        """Score 8-bit images of any size through Pillow, as published scores of files were made: [N], no gradient.
+
+        Raises `UnfitImage` for one that the preprocessing cannot take, ValueError for a wrong number of prompts.
+        """
+        ...
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Compute and keep what depends on the prompts alone; by default nothing does."""
+
+    def longer(self, prompts: Sequence[str]) -> TooLong | None:
+        """Count the prompts whose end the reward does not read; None where it reads prompts of any length."""
+        return None
+
+    def may_fail(self) -> bool:
+        """Whether a score may be NaN because a generated text holds no number; anywhere else NaN is an error."""
+        return False
+
+    def network(self) -> nn.Module | None:
+        """Return its network, whose memory is counted and whose blocks can be sharded; None where it has none."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Files that a reward reads: a local file or folder, a hub id, or `embedded:NAME`."""
+
+    field: str  # of the configuration: path, processor, head
+    path: str
+    weights: bool = True  # False: tokenizer and settings alone, whatever else lies there
+    file: str = ""  # of a published repository; empty: not known
+    bytes: int = 0  # about, of that file; 0: not known
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weightless:
+    """A reward of known sizes whose weights need no memory: for plans and benches."""
+
+    make: Callable[[], Any]  # a loaded reward with `model`, built where weights have no memory (the meta device)
+    score: Callable[[Any, Tensor], Tensor]  # that reward and images [B, 3, H, W] -> [B]; reads no value of the images
+    heads: tuple[str, ...] = ()  # submodules of `model` that compute in float32 at least
 
 
 class RewardConfig(Protocol):
-    """A reward's settings: a frozen, keyword-only dataclass that imports no torch before `load`."""
+    """A reward's settings, as a run needs it: a frozen, keyword-only dataclass that imports no torch before `load`."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]  # so that dataclasses.replace() takes one
-    name: ClassVar[str]  # as in flags and tables
-    differentiable: ClassVar[bool]  # False: a direct-gradient method refuses it at start-up
+    name: ClassVar[str]
+    """Name in flags, metrics and tables."""
+    differentiable: ClassVar[bool]
+    """False: direct-gradient methods refuse it at the start."""
 
-    def load(self, device: str = "cpu", dtype: str = "float32") -> Reward: ...
+    def load(self, device: str = "cpu", dtype: str = "float32") -> Callable[..., Tensor]:
+        """Load a `Reward`, or any callable (images, prompts) -> [B], which `leapalign.rewards.adapt` completes.
+
+        Raises UserError if files are missing or are not the reward's own.
+        """
+        ...
 
 
+@runtime_checkable
 class DescribedReward(RewardConfig, Protocol):
-    """A reward of this package: its settings, and the facts that `leapalign list` shows."""
+    """A reward's settings with its facts: for plans, `verify`, `list`. Inherit from it to get the defaults below.
 
-    reads_prompt: ClassVar[bool]  # False: the score is the picture's alone, though a prompt an image must still come
-    resolution: ClassVar[str]  # what the network sees
-    output_range: ClassVar[str]  # of the default settings, and where published models usually lie
-    code_licence: ClassVar[str]
-    weights_licence: ClassVar[str]
-    memory: ClassVar[str]  # of the published weights
+    `leapalign.rewards.adapt` fills them in for a dataclass of the user's own that does not inherit.
+    """
+
+    differentiable: ClassVar[bool] = True
+    reads_prompt: ClassVar[bool] = True
+    """False: the score depends on the image alone, though a prompt an image must still be given."""
+    resolution: ClassVar[str] = "not stated"
+    """Size and crop of the image that the network sees."""
+    prompt_length: ClassVar[str] = "not stated"
+    """How much of a prompt the network reads."""
+    output_range: ClassVar[str] = "not stated"
+    """Range of the scores at the default settings, and where published models usually lie."""
+    code_licence: ClassVar[str] = "not stated"
+    weights_licence: ClassVar[str] = "not stated"
+    memory: ClassVar[str] = "not stated"
+    """Memory of the published weights."""
+
+    def sources(self) -> tuple[Source, ...]:
+        """List the files that `load` reads; by default none."""
+        return ()
+
+    def weightless(self) -> Weightless | None:
+        """Return the reward without weights, if its sizes are known before they are read; by default they are not."""
+        return None
 
 
-class PictureReward(Protocol):
-    """A reward that also scores picture files."""
+class UnfitImage(UserError):
+    """An image that a reward's preprocessing cannot take. `index`: its place among those that were given."""
 
-    def score_pictures(self, pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor: ...
+    def __init__(self, problem: str, index: int = 0) -> None:
+        super().__init__(f"image {index + 1}: {problem}")
+        self.problem, self.index = problem, index
 
 
-T = TypeVar("T", bound=PictureReward)
+R = TypeVar("R", bound=Reward)
 
 
-def tried(name: str, folder: str, reward: T) -> T:
-    """The reward, once it has scored a grey picture: its files fit together in more than their names and shapes."""
+def tried(name: str, folder: str, reward: R) -> R:
+    """Return the reward once it has scored a grey image: its files fit together in more than names and shapes."""
     from PIL import Image
 
     with opening(f"{name}: the files at {folder} do not fit together", "fetch or copy all of them again"):
-        reward.score_pictures([Image.new("RGB", (32, 24), "grey")], ["a try"])
+        reward.score_pil([Image.new("RGB", (32, 24), "grey")], ["a try"])
     return reward
 
 
@@ -74,29 +154,29 @@ def check_inputs(name: str, images: Tensor, prompts: Sequence[str]) -> None:
     check_images(name, images)
     if isinstance(prompts, str):
         raise ValueError(f"{name}: prompts is one string; expected a sequence with one prompt an image: [{prompts!r}]")
-    if len(prompts) != len(images):
+    check_prompts(name, images, prompts)
+
+
+def check_prompts(name: str, images: Sequence[Image] | Tensor, prompts: Sequence[str]) -> None:
+    """Raise ValueError unless images and prompts are equally many."""
+    if len(images) != len(prompts):
         raise ValueError(f"{name}: {len(images)} images and {len(prompts)} prompts; give one prompt an image")
 
 
-def check_ids(name: str, images: Tensor, input_ids: Tensor) -> None:
+def check_ids(name: str, images: Tensor, input_ids: Sequence[Tensor] | Tensor) -> None:
     """Raise ValueError unless images are float [B, 3, H, W] in [0, 1] with one row of token ids each."""
     check_images(name, images)
     if len(input_ids) != len(images):
         raise ValueError(f"{name}: {len(images)} images and {len(input_ids)} rows of ids; give one row an image")
 
 
-def check_pictures(name: str, pictures: Sequence[Image], prompts: Sequence[str]) -> None:
-    """Raise ValueError unless there is one prompt a picture file."""
-    if len(pictures) != len(prompts):
-        raise ValueError(f"{name}: {len(pictures)} pictures and {len(prompts)} prompts; give one prompt a picture")
-
-
 def check_images(name: str, images: Tensor) -> None:
+    """Raise ValueError unless images are float [B, 3, H, W] in [0, 1]; NaN and infinity pass."""
     shape = list(images.shape)
     if images.ndim != 4 or shape[1] != 3 or 0 in shape:
         raise ValueError(f"{name}: images have shape {shape}; expected [B, 3, H, W] with nothing empty")
     if not images.is_floating_point():
-        raise ValueError(f"{name}: images are {images.dtype}; expected float in [0, 1]: divide 8-bit pictures by 255")
+        raise ValueError(f"{name}: images are {images.dtype}; expected float in [0, 1]: divide 8-bit images by 255")
     low, high = (float(bound) for bound in images.detach().aminmax())
     outside = low < -RANGE_SLACK or high > 1 + RANGE_SLACK
     # NaN and infinity are no mistake of range: they go on into the score, where the run stops and names them.

@@ -47,7 +47,7 @@ class Checkpoint:
         return len({match[1] for match in found if match})
 
     def side(self, positions: int, patch: int) -> int:
-        """Pixels of the square picture of a ViT with that many positions, the class token's included."""
+        """Side in pixels of the square image of a ViT with that many positions, the class token's included."""
         side = math.isqrt(max(0, positions - 1))
         if not side or side**2 != positions - 1:
             raise UserError(f"{self.name}: {self.file} has {positions - 1} patch positions, which make no square")
@@ -80,11 +80,6 @@ def read_checkpoint(name: str, path: str, files: Sequence[str]) -> Checkpoint:
     """The file `path` itself, or the first of `files` in the folder or hub id `path`."""
     file = locate(name, path, files)
     return Checkpoint(name=name, file=file, weights=read_weights(name, file))
-
-
-def folder_of(path: str) -> str:
-    """Where to look for what lies beside the checkpoint: its folder, or the folder or hub id itself."""
-    return str(Path(path).parent) if Path(path).is_file() else path
 
 
 def locate(name: str, path: str, files: Sequence[str]) -> str:

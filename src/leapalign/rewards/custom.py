@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from leapalign.errors import UserError
+from leapalign.rewards.base import DescribedReward, Reward, check_inputs
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Custom:
+class Custom(DescribedReward):
     """A function of your own file: `def score(images, prompts)` or `def score(images)` -> one number an image."""
 
     name: ClassVar[str] = "custom"
     differentiable: ClassVar[bool] = True
     reads_prompt: ClassVar[bool] = True
-    resolution: ClassVar[str] = "the picture's own"
+    resolution: ClassVar[str] = "the image's own"
+    prompt_length: ClassVar[str] = "yours"
     output_range: ClassVar[str] = "yours"
     code_licence: ClassVar[str] = "yours"
     weights_licence: ClassVar[str] = "yours"
@@ -42,7 +44,7 @@ class Custom:
             raise UserError(f"custom: function is {self.function!r}; expected file.py:name, as in my_reward.py:redness")
 
     def load(self, device: str = "cpu", dtype: str = "float32") -> CustomReward:
-        """The function is called as it is: it moves its own weights, if it has some, to the images' device."""
+        """Return the function with checks around it. It moves its own weights, if any, to the images' device itself."""
         file, _, name = self.function.rpartition(":")
         module = sys.modules.get(f"leapalign_user_{Path(file).stem}")
         if module is None:
@@ -54,8 +56,8 @@ class Custom:
 
 
 @dataclass(frozen=True)
-class CustomReward:
-    """The function with the checks that every reward has at its border."""
+class CustomReward(Reward):
+    """The function, with every reward's checks of inputs and scores."""
 
     label: str
     function: Callable[..., Any]
@@ -64,8 +66,6 @@ class CustomReward:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """-> [B], float32 at least."""
         import torch
-
-        from leapalign.rewards.base import check_inputs
 
         check_inputs("custom", images, prompts)
         scores = self.function(images, list(prompts)) if self.prompted else self.function(images)
@@ -76,18 +76,15 @@ class CustomReward:
             )
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
-    def score_pictures(self, pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
-        """Picture files, each in its own size -> [N]."""
-        import torch
+    def score_pil(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        """Score 8-bit images, each in its own size: [N], no gradient."""
+        from leapalign.rewards.adapt import score_as_tensors
 
-        from leapalign.rewards.preprocess import to_levels
-
-        images = [to_levels(picture.convert("RGB"))[None].float() / 255 for picture in pictures]
-        return torch.cat([self(image, [prompt]) for image, prompt in zip(images, prompts, strict=True)])
+        return score_as_tensors("custom", self, images, prompts)
 
 
 def takes_prompts(label: str, function: Callable[..., Any]) -> bool:
-    """Whether the function has a place for prompts beside the images."""
+    """Whether the function takes prompts beside the images. UserError if it takes neither one nor two arguments."""
     by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     places = [p for p in inspect.signature(function).parameters.values() if p.kind in by_place]
     needed = [p for p in places if p.default is p.empty]

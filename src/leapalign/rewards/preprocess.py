@@ -1,18 +1,18 @@
-"""From any picture to what a reward network was trained on, twice: differentiably on tensors, and by Pillow.
+"""Resize, crop or pad, and normalise an image as a reward network expects: differentiably on tensors, and by Pillow.
 
 The tensor path (`F.interpolate`, bicubic, antialiased, not clamped) equals torchvision's resize of a float tensor bit
-for bit and carries the gradient. The Pillow path is what the published scores of picture files went through; it rounds
+for bit and carries the gradient. The Pillow path is that of the published scores of files; it rounds
 to 8 bits and clips overshoot, so the two differ by 0.2 to 0.3 levels of 255 on average and by up to 20 at strong edges.
 Without antialiasing the error would be 7 to 10 levels on average.
 
-Departure: open_clip returns a non-square picture whose longer side is already the target unpadded; here it is padded.
+Departure: open_clip returns a non-square image whose longer side is already the target unpadded; here it is padded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy
 import torch
@@ -20,9 +20,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # red, green, blue of CLIP's training pictures
+from leapalign.rewards.base import UnfitImage
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # red, green, blue of CLIP's training images
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+MAX_RATIO = 200  # of the longer to the shorter edge; Qwen2-VL's own limit, here for all
+
+T = TypeVar("T")
 Rounding = Literal["floor", "half-even"]
 Fit = Literal["crop", "pad"]
 
@@ -49,23 +54,41 @@ class Preprocess:
         images = images if images.dtype == torch.float64 else images.float()
         return normalise(self._fit(resize(images, self._resized(images.shape[-2:]))), self.mean, self.std)
 
-    def pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """The reference path for picture files, resized by Pillow: [B, 3, size, size] float32, no gradient."""
-        levels = torch.stack([self.picture_levels(picture) for picture in pictures])
+    def from_pil(self, images: Sequence[Image.Image]) -> Tensor:
+        """Preprocess 8-bit images by the reference path, Pillow's: [B, 3, size, size] float32, no gradient."""
+        levels = torch.stack(each(images, self.levels))
         return normalise(levels.float() / 255, self.mean, self.std)
 
-    def picture_levels(self, picture: Image.Image) -> Tensor:
-        """One picture, resized and cut or filled: uint8 [3, size, size]."""
-        picture = picture.convert("RGB")
-        height, width = self._resized((picture.height, picture.width))
-        return self._fit(to_levels(picture.resize((width, height), Image.Resampling.BICUBIC)))
+    def levels(self, image: Image.Image) -> Tensor:
+        """Resize one image, then crop or pad it: uint8 [3, size, size]."""
+        image = image.convert("RGB")
+        height, width = self._resized((image.height, image.width))
+        return self._fit(to_levels(image.resize((width, height), Image.Resampling.BICUBIC)))
 
     def _resized(self, shape: Sequence[int]) -> tuple[int, int]:
+        check_ratio(*shape)
         target = self.resize or self.size
         return longest_edge(shape, target) if self.fit == "pad" else shortest_edge(shape, target)
 
     def _fit(self, images: Tensor) -> Tensor:
         return centre_pad(images, self.size) if self.fit == "pad" else centre_crop(images, self.size, self.rounding)
+
+
+def each(images: Sequence[Image.Image], convert: Callable[[Image.Image], T]) -> list[T]:
+    """Convert the images one by one; an `UnfitImage` names its place among them."""
+    converted = []
+    for index, image in enumerate(images):
+        try:
+            converted.append(convert(image))
+        except UnfitImage as error:
+            raise UnfitImage(error.problem, index) from None
+    return converted
+
+
+def check_ratio(height: int, width: int) -> None:
+    """Raise UnfitImage for a strip: resized, one edge would vanish, or the other fill the memory."""
+    if max(height, width) > MAX_RATIO * min(height, width):
+        raise UnfitImage(f"{width} x {height} pixels: one edge is over {MAX_RATIO} times the other; crop it first")
 
 
 def shortest_edge(shape: Sequence[int], target: int) -> tuple[int, int]:
@@ -111,6 +134,6 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return (images - columns[0]) / columns[1]
 
 
-def to_levels(picture: Image.Image) -> Tensor:
-    """An RGB picture as uint8 [3, H, W]."""
-    return torch.from_numpy(numpy.asarray(picture).copy()).permute(2, 0, 1)
+def to_levels(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 [3, H, W]."""
+    return torch.from_numpy(numpy.asarray(image).copy()).permute(2, 0, 1)

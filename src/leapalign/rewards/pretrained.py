@@ -1,13 +1,12 @@
-"""What a CLIPModel folder holds, read strictly: weights (safetensors), preprocessing numbers, tokenizer.
+"""Load weights (safetensors), preprocessing and tokenizer from a folder that transformers wrote, strictly.
 
-A folder that would be silently completed with random weights, another resize or an empty vocabulary is refused.
+transformers silently completes a folder with random weights, another resize or an empty vocabulary; here it is refused.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,6 +14,7 @@ import torch
 
 from leapalign.errors import UserError, opening
 from leapalign.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, Rounding
+from leapalign.rewards.sources import CLIP_TOKENIZER, FileSets
 from leapalign.storage import files
 from leapalign.storage.hub import find_file
 
@@ -23,16 +23,6 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BICUBIC = 3  # Pillow's number, which preprocessor_config.json stores as "resample"
-CLIP_TOKENIZER = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either set of files is a whole tokenizer
-
-
-def resolve(path: str) -> str:
-    """A folder or hub id as it is; `embedded:reward` becomes the folder inside the package."""
-    if not path.startswith("embedded:"):
-        return path
-    from leapalign.storage.embedded import resolve as embedded
-
-    return str(embedded(path))
 
 
 def load_model(name: str, folder: str, device: str, dtype: str) -> tuple[CLIPModel, float]:
@@ -111,7 +101,7 @@ def shortest(size: int | dict[str, int]) -> int:
     return size if isinstance(size, int) else size.get("shortest_edge", 0)
 
 
-def load_tokenizer(name: str, folder: str, vocabulary: int, sets: Sequence[Sequence[str]] = CLIP_TOKENIZER) -> Any:
+def load_tokenizer(name: str, folder: str, vocabulary: int, sets: FileSets = CLIP_TOKENIZER) -> Any:
     """The tokenizer of a folder or hub id that has one of the `sets` of files; its ids must fit the model's table."""
     from transformers import AutoTokenizer
 
@@ -119,8 +109,9 @@ def load_tokenizer(name: str, folder: str, vocabulary: int, sets: Sequence[Seque
     if not any(all(find(folder, file) for file in files) for files in sets):
         expected = ", or ".join(" with ".join(files) for files in sets)
         raise UserError(
-            f"{name}: no tokenizer at {folder!r}; expected {expected}. Copy the files there, or name another folder or "
-            "hub id with `processor`; a hub id must be reachable (HF_HUB_OFFLINE=1 forbids it)"
+            f"{name}: no tokenizer at {folder!r}; expected {expected}. Copy the files beside the weights, or name "
+            f"their folder or hub id as `processor` (--reward {name}=PATH,processor=FOLDER); a hub id must be "
+            "reachable (HF_HUB_OFFLINE=1 forbids it)"
         )
     with opening(
         f"{name}: transformers cannot read the tokenizer at {folder!r}",

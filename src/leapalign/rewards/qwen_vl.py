@@ -1,7 +1,7 @@
-"""What Qwen2-VL and Qwen2.5-VL (arXiv 2409.12191, 2502.13923) are given: a picture as patches, a chat text as ids.
+"""Inputs of Qwen2-VL and Qwen2.5-VL (arXiv 2409.12191, 2502.13923): an image as patches, a chat text as ids.
 
-A picture is resized to whole blocks of 28 x 28 pixels and cut into patches of 14 x 14, in the order in which four of
-them are merged to one token. The tensor path carries the gradient; the Pillow path is the one of picture files.
+An image is resized to whole blocks of 28 x 28 pixels and cut into patches of 14 x 14, in the order in which four of
+them are merged to one token. The tensor path carries the gradient; the Pillow path is the one of image files.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch import Tensor
 
 from leapalign.errors import UserError
 from leapalign.rewards import preprocess
-from leapalign.rewards.preprocess import CLIP_MEAN, CLIP_STD, normalise, to_levels
+from leapalign.rewards.base import UnfitImage
+from leapalign.rewards.preprocess import CLIP_MEAN, CLIP_STD, check_ratio, normalise, to_levels
 
-PATCH, MERGE, FRAMES = 14, 2, 2  # pixels; patches an edge of a token; a still picture is shown twice
+PATCH, MERGE, FRAMES = 14, 2, 2  # pixels; patches an edge of a token; a still image is shown twice
 BLOCK = PATCH * MERGE  # pixels an edge of a token
-MAX_RATIO = 200  # of the longer to the shorter edge
 PLACEHOLDER, IMAGE_TOKEN = "{text_prompt}", "<|image_pad|>"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Patches:
-    """One picture: normalised patches [N, 3 * 2 * 14 * 14] and its grid (1, height, width) in patches."""
+    """One image: normalised patches [N, 3 * 2 * 14 * 14] and its grid (1, height, width) in patches."""
 
     values: Tensor
     grid: tuple[int, int, int]
@@ -47,15 +47,15 @@ class QwenPreprocess:
     max_pixels: int
 
     def __call__(self, images: Tensor) -> list[Patches]:
-        """Images float [B, 3, H, W] in [0, 1] to B pictures, with gradient. At least float32."""
+        """Images float [B, 3, H, W] in [0, 1] to the patches of B images, with gradient. At least float32."""
         images = images if images.dtype == torch.float64 else images.float()  # as in leapalign.rewards.preprocess
         return self._patches(preprocess.resize(images, self._resized(images.shape[-2:])))
 
-    def picture(self, picture: Image.Image) -> Patches:
-        """The reference path for a picture file: resized by Pillow to 8 bits."""
-        picture = picture.convert("RGB")
-        height, width = self._resized((picture.height, picture.width))
-        levels = to_levels(picture.resize((width, height), Image.Resampling.BICUBIC))
+    def from_pil(self, image: Image.Image) -> Patches:
+        """Patches of an image file by the reference path: resized by Pillow to 8 bits."""
+        image = image.convert("RGB")
+        height, width = self._resized((image.height, image.width))
+        levels = to_levels(image.resize((width, height), Image.Resampling.BICUBIC))
         return self._patches(levels[None].float() / 255)[0]
 
     def _resized(self, shape: Sequence[int]) -> tuple[int, int]:
@@ -70,10 +70,9 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> t
     """(height, width) in multiples of 28 with an area in [min_pixels, max_pixels] and about the same ratio.
 
     The order of the float operations is part of the result: 768 x 768 becomes 420 x 420 at 448 * 448 pixels, since
-    768 / sqrt(768 * 768 / 448 / 448) is a hair below 448. ValueError for pictures too narrow to keep a block.
+    768 / sqrt(768 * 768 / 448 / 448) is a hair below 448. UnfitImage for images too narrow to keep a block.
     """
-    if max(height, width) > MAX_RATIO * min(height, width):
-        raise ValueError(f"picture of {height} x {width}: one edge is over {MAX_RATIO} times the other; crop it first")
+    check_ratio(height, width)
     size = [max(BLOCK, round(edge / BLOCK) * BLOCK) for edge in (height, width)]  # Python rounds halves to even
     if size[0] * size[1] > max_pixels:
         scale = math.sqrt(height * width / max_pixels)
@@ -82,7 +81,7 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> t
         scale = math.sqrt(min_pixels / (height * width))
         size = [math.ceil(edge * scale / BLOCK) * BLOCK for edge in (height, width)]
     if 0 in size:
-        raise ValueError(f"picture of {height} x {width}: at {max_pixels} pixels its short edge is none; crop it first")
+        raise UnfitImage(f"{width} x {height} pixels: at {max_pixels} pixels its short edge vanishes; crop it first")
     return size[0], size[1]
 
 
@@ -110,9 +109,9 @@ class Chat:
         return repeat_token(ids, self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), num_tokens)
 
 
-def read_template(file: str) -> str:
-    """A text beside this module, byte by byte: trailing spaces and line ends are part of it."""
-    return Path(__file__).with_name(file).read_bytes().decode("utf-8")
+def read_template(file: Path) -> str:
+    """Read a chat text byte by byte: trailing spaces and line ends are part of it."""
+    return file.read_bytes().decode("utf-8")
 
 
 def fill(template: str, prompt: str) -> str:
@@ -121,7 +120,7 @@ def fill(template: str, prompt: str) -> str:
 
 
 def without_tokens(prompt: str, tokens: Iterable[str]) -> str:
-    """The prompt without the texts of special tokens, which would end the turn or stand for a picture."""
+    """The prompt without the texts of special tokens, which would end the turn or stand for an image."""
     pattern = "|".join(re.escape(token) for token in tokens)
     while pattern and (shorter := re.sub(pattern, "", prompt)) != prompt:
         prompt = shorter  # taking one out can make another: <|im_<|im_end|>end|>
@@ -140,7 +139,7 @@ def check_tokens(name: str, folder: str, tokenizer: Any, template: str, image_to
     if missing:
         raise UserError(
             f"{name}: the tokenizer at {folder} lacks the special tokens {', '.join(missing)}; "
-            "give the one of the Qwen-VL model with `processor`"
+            f"name the folder of the Qwen-VL model as `processor` (--reward {name}=PATH,processor=FOLDER)"
         )
     if known[IMAGE_TOKEN] != image_token_id:
         raise UserError(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from leapalign.evaluation.statistics import Evaluation
     from leapalign.prompts import Prompt
     from leapalign.report.page import Page
-    from leapalign.run import Run
+from leapalign.run import Run
 
 PER_TASK = 60  # pictures a task, before and again after: overall to about ± 0.025
 QUICK_PER_TASK, QUICK_STEPS = 4, 4
@@ -100,11 +100,13 @@ def evaluate_model(study: Study, load: Callable[[str, str], Any], words: str) ->
     from leapalign.distributed.world import resolve_device
     from leapalign.evaluation.evaluate import evaluate
     from leapalign.evaluation.sampling import Sampling
+    from leapalign.rewards.adapt import load_reward
 
     run, begun = study.run, time.monotonic()
     _say(f"evaluating {words}: {len(study.prompts)} pictures")
     device = resolve_device(run.device)
-    rewards = {REWARD: run.rewards[0].reward.load(device, run.dtype), HELD_OUT: study.held_out.load(device, run.dtype)}
+    configs = {REWARD: run.rewards[0].reward, HELD_OUT: study.held_out}
+    rewards = {name: load_reward(config, device, run.dtype) for name, config in configs.items()}
     sampling = Sampling(num_steps=run.num_sampling_steps, batch_size=study.batch_size, seed=study.evaluation_seed)
     loaded = load(device, run.dtype)
     result = evaluate(loaded, study.prompts, sampling=sampling, rewards=rewards, detector=study.detector)

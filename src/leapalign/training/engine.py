@@ -7,7 +7,6 @@ freed before the rewards come.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,8 @@ from leapalign.distributed.world import World, resolve_device, world_device
 from leapalign.errors import UserError
 from leapalign.methods.objective import Hinge
 from leapalign.prompts import Prompt
+from leapalign.rewards import adapt
+from leapalign.rewards.base import Reward
 from leapalign.run import RewardTerm, Run
 from leapalign.training import batches
 from leapalign.training.weights import EMA, trained_parameters
@@ -36,7 +37,7 @@ class Engine:
 
     run: Run
     model: Any  # leapalign.models.base.Model
-    rewards: dict[str, Callable[[Tensor, list[str]], Tensor]]
+    rewards: dict[str, Reward]
     terms: dict[str, Hinge]
     prompts: list[Prompt]
     parameters: Named
@@ -109,20 +110,18 @@ def build(run: Run, world: World = ALONE) -> Engine:
     )
 
 
-def load_reward(term: RewardTerm, device: str, dtype: str) -> Callable[[Tensor, list[str]], Tensor]:
-    """The term's reward on its own device; images go there, scores come back, and so does the gradient."""
-    if not term.device:
-        return term.reward.load(device, term.dtype or dtype)
-    there = resolve_device(term.device)
-    reward = term.reward.load(there, term.dtype or dtype)
-    return lambda images, prompts: reward(images.to(there), prompts).to(images.device)
+def load_reward(term: RewardTerm, device: str, dtype: str) -> Reward:
+    """Load the term's reward on its own device; images are copied there, scores and gradients back."""
+    there = resolve_device(term.device) if term.device else device
+    reward = adapt.load_reward(term.reward, there, term.dtype or dtype)
+    return adapt.OnDevice(reward=reward, device=there) if term.device else reward
 
 
 def reward_names(run: Run) -> list[str]:
     """Each reward's name; a second one of the same class gets a number."""
     names: list[str] = []
     for term in run.rewards:
-        name = getattr(term.reward, "name", type(term.reward).__name__)
+        name = adapt.described(term.reward).name
         names.append(name if name not in names else f"{name}-{len(names) + 1}")
     return names
 
@@ -130,7 +129,7 @@ def reward_names(run: Run) -> list[str]:
 def refuse_without_gradient(run: Run) -> None:
     """Before anything is loaded; a reward of the user's own that does not say has one."""
     for name, term in zip(reward_names(run), run.rewards):
-        if not getattr(term.reward, "differentiable", True):
+        if not adapt.described(term.reward).differentiable:
             raise UserError(
                 f"the reward {name} has no gradient, and {run.method.name} trains by the reward's gradient; use it in "
                 f"evaluation (leapalign evaluate --reward {name}), and train with a differentiable one (leapalign list)"

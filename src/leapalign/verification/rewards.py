@@ -1,8 +1,7 @@
-"""A reward: its files, its scores of a few drawn pictures by both ways of preprocessing, and its gradient."""
+"""Check a reward: its files, its scores of a few drawn images by both ways of preprocessing, and its gradient."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,8 @@ import torch
 from torch import Tensor
 
 from leapalign.errors import UserError
+from leapalign.rewards.adapt import described, load_reward
+from leapalign.rewards.base import DescribedReward, Reward, RewardConfig, Source
 from leapalign.storage.embedded import resolve
 from leapalign.storage.hub import cached_folder, is_hub_id
 from leapalign.storage.pipeline_folder import read_json
@@ -33,19 +34,20 @@ PATHS = 0.1
 CHECKPOINTS = {".pt", ".pth", ".bin", ".ckpt"}
 
 
-def check_reward(word: str, config: Any, device: str, dtype: str, listed: Hashes | None) -> list[Check]:
-    """Raises UserError where there is nothing to look at: no file, no folder, nothing in the hub's cache."""
+def check_reward(word: str, config: RewardConfig, device: str, dtype: str, listed: Hashes | None) -> list[Check]:
+    """Check the reward that `word` names. UserError if it has no local file or folder and none in the hub's cache."""
+    config = described(config)
     name = config.name
     try:
-        reward = config.load(device, dtype)
+        reward = load_reward(config, device, dtype)
         opened = [good(name, "opens", f"{word}, {device}, {dtype}", "every weight in its place")]
     except UserError as error:
-        if not locations(config):
+        if not places(config):
             raise
         reward, opened = None, [different(name, "opens", str(error), "every weight in its place", "as it says")]
-    checks = [check for field, place in locations(config).items() for check in _check_files(name, field, place, listed)]
+    checks = [check for source, place in places(config) for check in _check_files(name, source, place, listed)]
     if listed is None:
-        every = [file for place in locations(config).values() for file in _files(place)]
+        every = {file for _, place in places(config) for file in _files(place)}
         checks += check_hashes(name, Path("/"), every, None) if every else []
     checks += opened
     if reward is not None:
@@ -53,33 +55,34 @@ def check_reward(word: str, config: Any, device: str, dtype: str, listed: Hashes
     return checks + [note("paper", "untrained models", sentence) for sentence in known.of_reward(name)]
 
 
-def locations(config: Any) -> dict[str, Path]:
-    """Field -> the local file or folder that it means, where there is one; raises UserError for a path to nowhere."""
-    found = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name not in ("path", "processor", "head") or not value:
-            continue
-        path = Path(resolve(value))
+def places(config: DescribedReward) -> list[tuple[Source, Path]]:
+    """Find each source's local file or folder, or the one in the hub's cache. UserError for a path that is neither."""
+    found = []
+    for source in config.sources():
+        path = Path(resolve(source.path))
         if path.exists():
-            found[field.name] = path
-        elif not is_hub_id(value):
-            raise UserError(f"{field.name} {value}: there is no such file or folder; give one, or a hub id (org/name)")
-        elif folder := cached_folder(value):
-            found[field.name] = folder
+            found.append((source, path))
+        elif not is_hub_id(source.path):
+            raise UserError(
+                f"{source.field} {source.path}: there is no such file or folder; give one, or a hub id (org/name)"
+            )
+        elif folder := cached_folder(source.path):
+            found.append((source, folder))
     return found
 
 
-def _check_files(name: str, field: str, place: Path, listed: Hashes | None) -> list[Check]:
-    """Weights by the class that config.json names, single files by their tensors; hashes against a list."""
-    part, checks = f"{name}.{field}", []
+def _check_files(name: str, source: Source, place: Path, listed: Hashes | None) -> list[Check]:
+    """Check weights by the class that config.json names, single files by their tensors; hashes against a list."""
+    part, checks = f"{name}.{source.field}", []
+    if not source.weights:
+        return []  # a tokenizer; weights that may lie there are not read
     kind = _class_of(place)
     if kind is not None:
         checks += check_weights(part, place, kind, "transformers")
     checkpoints = [file for file in _files(place) if file.suffix in CHECKPOINTS or (kind is None and _is_safe(file))]
     for file in checkpoints:
         checks += _check_checkpoint(part, file)
-    if listed is not None and field == "path":
+    if listed is not None and source.field == "path":
         checks += check_hashes(part, place if place.is_dir() else place.parent, _files(place), listed)
     return checks
 
@@ -131,27 +134,27 @@ def _is_safe(file: Path) -> bool:
     return file.suffix == ".safetensors"
 
 
-def _check_scores(name: str, config: Any, reward: Any, device: str) -> list[Check]:
-    """Tensors and picture files, each picture with its own prompt."""
-    pictures = draw_pictures()
-    pixels = torch.stack([_as_tensor(picture) for picture in pictures]).to(device).requires_grad_(config.differentiable)
+def _check_scores(name: str, config: DescribedReward, reward: Reward, device: str) -> list[Check]:
+    """Compare the scores of tensors and of image files, each image with its own prompt."""
+    images = draw_images()
+    pixels = torch.stack([_as_tensor(image) for image in images]).to(device).requires_grad_(config.differentiable)
     scores = reward(pixels, PROMPTS)
-    by_file = reward.score_pictures(pictures, PROMPTS)
+    by_file = reward.score_pil(images, PROMPTS)
     numbers = [round(float(score), 4) for score in scores.detach()]
-    if not config.differentiable:  # answers in words: without a number in them they are NaN
+    if reward.may_fail():
         return [note(name, "scores", f"{numbers}"), _check_answers(name, by_file)]
     if not bool(scores.isfinite().all()):
         return [different(name, "scores", f"{numbers}", "finite numbers", "fetch the weights again, or use float32")]
     spread = float(scores.detach().max() - scores.detach().min())
-    checks = [good(name, "scores of drawn pictures", f"{numbers}")]
+    checks = [good(name, "scores of drawn images", f"{numbers}")]
     if spread == 0:
         checks = [
-            different(name, "scores of drawn pictures", f"{numbers}", "not all the same", "fetch the weights again")
+            different(name, "scores of drawn images", f"{numbers}", "not all the same", "fetch the weights again")
         ]
     difference = float((scores.detach().cpu() - by_file.cpu()).abs().max())
     remedy = "use the preprocessor_config.json of this very model"
-    checks.append(within(name, "tensors' and picture files' scores", difference, PATHS * spread, remedy))
-    return [*checks, _check_gradient(name, scores, pixels)]
+    checks.append(within(name, "tensors' and files' scores", difference, PATHS * spread, remedy))
+    return [*checks, _check_gradient(name, scores, pixels)] if config.differentiable else checks
 
 
 def _check_answers(name: str, scores: Tensor) -> Check:
@@ -162,9 +165,9 @@ def _check_answers(name: str, scores: Tensor) -> Check:
 
 
 def _check_gradient(name: str, scores: Tensor, pixels: Tensor) -> Check:
-    what, expected, remedy = "gradient at the picture", "finite, not zero", "fetch the weights again, or use float32"
+    what, expected, remedy = "gradient at the image", "finite, not zero", "fetch the weights again, or use float32"
     if not scores.requires_grad:
-        return different(name, what, "none", expected, "let the scores keep the graph of the pictures")
+        return different(name, what, "none", expected, "let the scores keep the graph of the images")
     (grad,) = torch.autograd.grad(scores.sum(), pixels)
     norms = grad.flatten(1).norm(dim=1)
     came = f"norms {float(norms.min()):.2g} to {float(norms.max()):.2g}"
@@ -173,8 +176,8 @@ def _check_gradient(name: str, scores: Tensor, pixels: Tensor) -> Check:
     return different(name, what, came, expected, remedy)
 
 
-def draw_pictures() -> list[Image]:
-    """A red circle with a word, a blue square, stripes, a green triangle; soft edges make a resize smooth."""
+def draw_images() -> list[Image]:
+    """Draw a red circle with a word, a blue square, stripes and a green triangle; soft edges make a resize smooth."""
     from PIL import Image, ImageDraw, ImageFilter
 
     circle, square, triangle = (Image.new("RGB", (SIZE, SIZE), colour) for colour in ("white", "#e0d0c0", "#303040"))
@@ -184,11 +187,11 @@ def draw_pictures() -> list[Image]:
     ImageDraw.Draw(square).rectangle((70, 60, 190, 180), fill="#2040c0")
     ImageDraw.Draw(triangle).polygon(((128, 40), (220, 210), (36, 210)), fill="#20a040")
     stripes = Image.linear_gradient("L").resize((SIZE, SIZE)).convert("RGB")
-    return [picture.filter(ImageFilter.GaussianBlur(2)) for picture in (circle, square, stripes, triangle)]
+    return [image.filter(ImageFilter.GaussianBlur(2)) for image in (circle, square, stripes, triangle)]
 
 
-def _as_tensor(picture: Image) -> Tensor:
+def _as_tensor(image: Image) -> Tensor:
     """[3, H, W] in [0, 1]."""
     import numpy as np
 
-    return torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255

@@ -1,4 +1,4 @@
-"""The aesthetic score on a transformers `CLIPModel`'s picture tower; the text tower is dropped after loading."""
+"""The aesthetic score on a transformers `CLIPModel`'s vision tower; the text tower is dropped after loading."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from leapalign.errors import UserError
-from leapalign.rewards.base import check_images, check_inputs, check_pictures, tried
+from leapalign.rewards.base import Reward, check_images, check_inputs, check_prompts, tried
 from leapalign.rewards.checkpoint import read_checkpoint
 from leapalign.rewards.clip.model import project, unit_length
 from leapalign.rewards.linear_head import LinearHead, head_dtype, head_widths
 from leapalign.rewards.preprocess import Preprocess
-from leapalign.rewards.pretrained import load_model, load_preprocess, resolve, torch_dtype
+from leapalign.rewards.pretrained import load_model, load_preprocess, torch_dtype
+from leapalign.storage.embedded import resolve
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class AestheticScorer(nn.Module):
-    """The picture tower and the head; nothing of the text."""
+    """Vision tower and head of the aesthetic score."""
 
     def __init__(self, clip: CLIPModel, head: LinearHead) -> None:
         super().__init__()
@@ -33,8 +34,8 @@ class AestheticScorer(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AestheticReward:
-    """Scores images [B, 3, H, W] in [0, 1]; see `leapalign.rewards.base.Reward`. Prompts have no influence."""
+class AestheticReward(Reward):
+    """The aesthetic score; see `leapalign.rewards.base.Reward`. Prompts have no influence."""
 
     name: str
     model: AestheticScorer
@@ -46,18 +47,22 @@ class AestheticReward:
         return self.score_images(images)
 
     def score_images(self, images: Tensor) -> Tensor:
-        """Differentiable scores [B], without prompts that nothing would read."""
+        """Score images [B, 3, H, W] in [0, 1] without prompts: [B], differentiable."""
         check_images(self.name, images)
-        return self._scores(self.preprocess(images))
+        return self.scores(self.preprocess(images))
 
-    @torch.no_grad()  # Pillow's path is for evaluating picture files
-    def score_pictures(self, pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
-        """Scores [B] of 8-bit pictures of any sizes through the reference preprocessing."""
-        check_pictures(self.name, pictures, prompts)
-        return self._scores(self.preprocess.pictures(pictures))
+    @torch.no_grad()  # Pillow's path is for evaluating files
+    def score_pil(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        """Score 8-bit images of any size through the reference preprocessing: [B]."""
+        check_prompts(self.name, images, prompts)
+        return self.scores(self.preprocess.from_pil(images))
 
-    def _scores(self, pixel_values: Tensor) -> Tensor:
+    def scores(self, pixel_values: Tensor) -> Tensor:
+        """Score normalised pixels [B, 3, size, size]: [B], on their device."""
         return self.score(self.image_features(pixel_values)).to(pixel_values.device)
+
+    def network(self) -> nn.Module:
+        return self.model
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """Normalised pixels [B, 3, size, size] to projected features [B, D] of any length, on the model's device."""
@@ -71,7 +76,7 @@ class AestheticReward:
 def load_aesthetic(
     name: str, path: str, head: str, files: Sequence[str], processor: str, device: str, dtype: str
 ) -> AestheticReward:
-    """CLIP and head. UserError if one is missing, if they do not fit, or if the CLIP has another activation."""
+    """Load CLIP and head. UserError if one is missing, if they do not fit, or if the CLIP has another activation."""
     target, folder = torch_dtype(name, dtype), resolve(path)
     checkpoint = read_checkpoint(name, head, files)
     widths = head_widths(checkpoint)
@@ -81,8 +86,8 @@ def load_aesthetic(
     vision: Any = clip.config.vision_config  # transformers types it as dict or None
     if vision.hidden_act != "quick_gelu":
         raise UserError(
-            f"{name}: {folder} says hidden_act {vision.hidden_act!r} for its picture tower; the head was trained on "
-            "OpenAI's ViT-L/14, which needs 'quick_gelu' (a published picture scored 4.44 without it instead of 5.05). "
+            f"{name}: {folder} says hidden_act {vision.hidden_act!r} for its vision tower; the head was trained on "
+            "OpenAI's ViT-L/14, which needs 'quick_gelu' (a published image scored 4.44 without it instead of 5.05). "
             "Use openai/clip-vit-large-patch14, or correct vision_config.hidden_act if these are its weights"
         )
     if widths[0] != clip.config.projection_dim:

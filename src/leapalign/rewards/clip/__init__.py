@@ -1,9 +1,9 @@
-"""PickScore (arXiv 2305.01569) and CLIPScore (arXiv 2104.08718): the cosine between a picture and its prompt.
+"""PickScore (arXiv 2305.01569) and CLIPScore (arXiv 2104.08718): the cosine between an image and its prompt.
 
 Both run on any folder of a transformers `CLIPModel` with safetensors weights: published or embedded, local or hub id.
 The numbers in papers come on different scales; the scale is a field here, and nothing rescales behind it.
 
-Departure: the published CLIPScores end in max(., 0), whose gradient vanishes for every picture that fits badly. It is
+Departure: the published CLIPScores end in max(., 0), whose gradient vanishes for every image that fits badly. It is
 left out unless `clamp` is set.
 """
 
@@ -12,20 +12,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from leapalign.rewards.base import DescribedReward, Source, Weightless
+from leapalign.rewards.sources import is_here, published
+
 if TYPE_CHECKING:
     from leapalign.rewards.clip.model import ClipReward
 
 Convention = Literal["cosine", "hessel", "torchmetrics"]
+FILES = {
+    "yuvalkirstain/PickScore_v1": ("model.safetensors", 3_944_000_000),
+    "openai/clip-vit-large-patch14": ("model.safetensors", 1_710_000_000),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class PickScore:
-    """A CLIP trained on what people picked. Preprocessing as in transformers: shortest edge, centre crop, floor."""
+class PickScore(DescribedReward):
+    """A CLIP trained on human choices between images. Preprocessing: shortest edge, centre crop, floor."""
 
     name: ClassVar[str] = "pickscore"
     differentiable: ClassVar[bool] = True
     reads_prompt: ClassVar[bool] = True
     resolution: ClassVar[str] = "224 (shortest edge, centre crop; the folder's own number counts)"
+    prompt_length: ClassVar[str] = "77 tokens (the model's own number counts)"
     output_range: ClassVar[str] = "[-1, 1], published model about 0.2; output=logit: x exp(logit_scale), about 100"
     code_licence: ClassVar[str] = "Apache-2.0 (ours, on transformers)"
     weights_licence: ClassVar[str] = "not stated here: see the model card (its repository is MIT, unverified)"
@@ -36,26 +44,27 @@ class PickScore:
     processor: str = ""
     """Where tokenizer and preprocessor_config.json are; empty: with the model."""
     output: Literal["cosine", "logit"] = "cosine"
-    """cosine: what the paper's threshold 0.4 means. logit: exp(logit_scale) x cosine, what tables report."""
+    """cosine: the scale of the paper's threshold 0.4. logit: exp(logit_scale) x cosine, the scale of tables."""
 
     def load(self, device: str = "cpu", dtype: str = "float32", *, prompts: bool = True) -> ClipReward:
-        """`prompts=False`: only token ids will be scored, so that the folder needs no tokenizer."""
+        """Load the reward. `prompts=False`: it scores token ids alone, and the folder needs no tokenizer."""
         from leapalign.rewards.clip.model import Head, load_clip_reward
 
-        return load_clip_reward(
-            self.name,
-            self.path,
-            self.processor,
-            Head(logit_scale=self.output == "logit"),
-            device,
-            dtype,
-            prompts=prompts,
-        )
+        head = Head(logit_scale=self.output == "logit")
+        return load_clip_reward(self.name, self.path, self.processor, head, device, dtype, prompts=prompts)
+
+    def sources(self) -> tuple[Source, ...]:
+        return _sources(self.path, self.processor)
+
+    def weightless(self) -> Weightless:
+        from leapalign.rewards.clip import sizes
+
+        return sizes.of_folder(self.name, self.path) if is_here(self.path) else sizes.cosine(self.name, sizes.vit_h)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CLIPScore:
-    """A CLIP as it is, in three named conventions that differ in scale, caption prefix and crop.
+class CLIPScore(DescribedReward):
+    """An untuned CLIP, in three named conventions that differ in scale, caption prefix and crop.
 
     | convention   | score                | caption             | odd crop remainder     |
     |--------------|----------------------|---------------------|------------------------|
@@ -68,6 +77,7 @@ class CLIPScore:
     differentiable: ClassVar[bool] = True
     reads_prompt: ClassVar[bool] = True
     resolution: ClassVar[str] = "224 (shortest edge, centre crop; the folder's own number counts)"
+    prompt_length: ClassVar[str] = "77 tokens (the model's own number counts)"
     output_range: ClassVar[str] = "[-1, 1], usually 0.1 to 0.35; hessel x 2.5, torchmetrics x 100"
     code_licence: ClassVar[str] = "Apache-2.0 (ours, on transformers)"
     weights_licence: ClassVar[str] = "not stated here: see the model card (OpenAI's CLIP repository is MIT, unverified)"
@@ -82,7 +92,7 @@ class CLIPScore:
     """True: the published max(., 0), for tables. It has no gradient below 0."""
 
     def load(self, device: str = "cpu", dtype: str = "float32", *, prompts: bool = True) -> ClipReward:
-        """`prompts=False`: only token ids will be scored, so that the folder needs no tokenizer."""
+        """Load the reward. `prompts=False`: it scores token ids alone, and the folder needs no tokenizer."""
         from leapalign.rewards.clip.model import Head, load_clip_reward
 
         scale = {"cosine": 1.0, "hessel": 2.5, "torchmetrics": 100.0}[self.convention]
@@ -93,3 +103,17 @@ class CLIPScore:
             rounding="floor" if self.convention == "torchmetrics" else "half-even",
         )
         return load_clip_reward(self.name, self.path, self.processor, head, device, dtype, prompts=prompts)
+
+    def sources(self) -> tuple[Source, ...]:
+        return _sources(self.path, self.processor)
+
+    def weightless(self) -> Weightless:
+        from leapalign.rewards.clip import sizes
+
+        return sizes.of_folder(self.name, self.path) if is_here(self.path) else sizes.cosine(self.name, sizes.vit_l)
+
+
+def _sources(path: str, processor: str) -> tuple[Source, ...]:
+    """The model, and the tokenizer where it lies elsewhere."""
+    texts = (Source(field="processor", path=processor, weights=False),) if processor else ()
+    return published("path", path, FILES), *texts

@@ -1,4 +1,4 @@
-"""A transformers `CLIPModel` as a reward: frozen weights, cached text, gradient at the picture.
+"""A transformers `CLIPModel` as a reward: frozen weights, cached text, gradient at the image.
 
 Image and text features are L2-normalised as in CLIP (arXiv 2103.00020, Fig. 3); the score is their cosine, scaled.
 """
@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
-from torch.nn import Linear, Module
+from torch import Tensor, nn
 
 from leapalign.errors import UserError
-from leapalign.rewards.base import check_ids, check_inputs, check_pictures, tried
+from leapalign.rewards.base import Reward, check_ids, check_inputs, check_prompts, tried
 from leapalign.rewards.preprocess import Preprocess
-from leapalign.rewards.pretrained import load_model, load_preprocess, load_tokenizer, resolve
+from leapalign.rewards.pretrained import load_model, load_preprocess, load_tokenizer
+from leapalign.storage.embedded import resolve
+from leapalign.storage.token_limits import TooLong, count_longer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """From the cosine to a published number."""
+    """Conversion of the cosine to a published number."""
 
     scale: float = 1.0
     logit_scale: bool = False  # multiply by the model's exp(logit_scale)
@@ -35,8 +36,8 @@ class Head:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipReward:
-    """Scores images [B, 3, H, W] in [0, 1]; see `leapalign.rewards.base.Reward`.
+class ClipReward(Reward):
+    """The cosine of image and text; see `leapalign.rewards.base.Reward`.
 
     Text features are computed once a prompt, without graph, and kept: 4 KB each for ViT-H. One prompt at a time, so
     that a feature never depends in its last bits on which other prompts were new, and a resumed run repeats exactly.
@@ -61,11 +62,14 @@ class ClipReward:
         text = self.text_features_of_ids(input_ids, attention_mask)
         return self.score(self.image_features(self.preprocess(images)), text)
 
-    @torch.no_grad()  # Pillow's path is for evaluating picture files
-    def score_pictures(self, pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
-        """Scores [B] of 8-bit pictures of any sizes through the reference preprocessing."""
-        check_pictures(self.name, pictures, prompts)
-        return self.score(self.image_features(self.preprocess.pictures(pictures)), self.text_features(prompts))
+    @torch.no_grad()  # Pillow's path is for evaluating files
+    def score_pil(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        """Score 8-bit images of any size through the reference preprocessing: [B]."""
+        check_prompts(self.name, images, prompts)
+        return self.score(self.image_features(self.preprocess.from_pil(images)), self.text_features(prompts))
+
+    def network(self) -> nn.Module:
+        return self.model
 
     def score(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Normalised features [..., D], which may broadcast, to scores [...]."""
@@ -79,10 +83,19 @@ class ClipReward:
         return unit_length(features).to(pixel_values.device)
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        """Compute what is kept of these prompts, where it is not there yet."""
+        """Compute and keep the text features of the prompts that have none yet."""
         for prompt in prompts:
             if prompt not in self.cache:
                 self.cache[prompt] = self.text_features_of_ids(*self.tokenize(prompt))[0]
+
+    def longer(self, prompts: Sequence[str]) -> TooLong:
+        return count_longer(self.tokenizer, [self.head.prefix + prompt for prompt in prompts], self.text_length)
+
+    @property
+    def text_length(self) -> int:
+        """Tokens that the model reads, start and end included."""
+        config: Any = self.model.config.text_config
+        return config.max_position_embeddings
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Prompts to [B, D] of length 1, on the model's device."""
@@ -100,18 +113,17 @@ class ClipReward:
         """Ids and mask [1, L], L = the model's text length; longer prompts are cut and keep their end token."""
         if self.tokenizer is None:
             raise UserError(f"{self.name}: loaded with prompts=False; only score_ids works. Load with prompts=True")
-        config: Any = self.model.config.text_config
         tokens = self.tokenizer(
             [self.head.prefix + prompt],
             padding="max_length",
             truncation=True,
-            max_length=config.max_position_embeddings,
+            max_length=self.text_length,
             return_tensors="pt",
         )
         return tokens["input_ids"], tokens["attention_mask"]
 
 
-def project(vision: Module, projection: Linear, pixel_values: Tensor) -> Tensor:
+def project(vision: nn.Module, projection: nn.Linear, pixel_values: Tensor) -> Tensor:
     """Normalised pixels [B, 3, size, size] to projected features [B, D] of any length, on the weights' device."""
     # The weight itself as the target: its device and its dtype.
     return projection(vision(pixel_values=pixel_values.to(projection.weight)).pooler_output)
@@ -131,7 +143,7 @@ def torchmetrics_mean(scores: Tensor) -> Tensor:
 def load_clip_reward(
     name: str, path: str, processor: str, head: Head, device: str, dtype: str, *, prompts: bool
 ) -> ClipReward:
-    """Weights, preprocessing and (for `prompts`) tokenizer of a folder or hub id. UserError if something is missing."""
+    """Load weights, preprocessing and (for `prompts`) tokenizer of a folder or hub id. UserError if one is missing."""
     folder = resolve(path)
     processor_folder = resolve(processor) if processor else folder
     model, logit_scale = load_model(name, folder, device, dtype)

@@ -1,7 +1,8 @@
-"""open_clip's key names to transformers' `CLIPModel`: nothing but names, three-in-one projections and transposes.
+"""Key map from open_clip to transformers' `CLIPModel`: names, fused projections, transposes.
 
-Shapes tell all sizes but the number of heads. ViT-H/14 is known; for another size a config.json beside the checkpoint,
-in the form of open_clip's model_configs, says `vision_cfg.head_width` and `text_cfg.heads`.
+All sizes but the number of heads follow from the shapes of the weights. The heads of ViT-H/14 are known; for another
+size, a config.json beside the checkpoint (as in open_clip's model_configs) states `vision_cfg.head_width` and
+`text_cfg.heads`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from torch import Tensor
 
 from leapalign.errors import UserError
 from leapalign.rewards.base import tried
-from leapalign.rewards.checkpoint import Checkpoint, folder_of, read_checkpoint, rename, whole_numbers
+from leapalign.rewards.checkpoint import Checkpoint, read_checkpoint, rename, whole_numbers
 from leapalign.rewards.clip.model import ClipReward, Head
 from leapalign.rewards.preprocess import Preprocess
-from leapalign.rewards.pretrained import load_tokenizer, read_json, resolve, torch_dtype
+from leapalign.rewards.pretrained import load_tokenizer, read_json, torch_dtype
+from leapalign.rewards.sources import folder_of
+from leapalign.storage.embedded import resolve
 
 if TYPE_CHECKING:
     from transformers import CLIPConfig
@@ -63,7 +66,7 @@ def load_hpsv2(
         preprocess=Preprocess(size=config.vision_config.image_size, fit="pad"),
         head=Head(),
         logit_scale=logit_scale,
-        tokenizer=load_tokenizer(name, resolve(processor) or folder, vocabulary) if prompts else None,
+        tokenizer=load_tokenizer(name, resolve(processor), vocabulary) if prompts else None,
     )
     return tried(name, path, reward) if prompts else reward
 

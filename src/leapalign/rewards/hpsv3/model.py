@@ -6,7 +6,7 @@
 - One sample at a time: no padding, so a score has the same bits in any company. 8 G parameters over some 800 tokens
   keep a device busy without a batch.
 
-Departures: texts of special tokens are taken out of prompts; a picture too narrow for a block of 28 pixels is an error,
+Departures: texts of special tokens are taken out of prompts; an image too narrow for a block of 28 pixels is an error,
 where published code goes on with a size of 0.
 """
 
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from leapalign.errors import UserError, opening
-from leapalign.rewards.base import check_images, check_inputs, tried
+from leapalign.rewards.base import Reward, check_ids, check_inputs, check_prompts, tried
+from leapalign.rewards.preprocess import each
 from leapalign.rewards.pretrained import find, load_tokenizer, read_json, torch_dtype
 from leapalign.rewards.qwen_vl import Chat, Patches, QwenPreprocess, check_tokens, check_vision, read_template
 
@@ -31,15 +32,16 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import Qwen2VLConfig, Qwen2VLModel
 
-FILE, TEMPLATE, REWARD_TOKEN = "HPSv3.safetensors", "hpsv3_prompt.txt", "<|Reward|>"
-PIXELS = 448 * 448  # the least and the most that a picture is resized to
+FILE, REWARD_TOKEN = "HPSv3.safetensors", "<|Reward|>"
+TEMPLATE = Path(__file__).with_name("prompt.txt")
+PIXELS = 448 * 448  # smallest and largest area that an image is resized to
 EMBEDDING = "model.embed_tokens.weight"  # the published name
 WIDTHS = (1024, 16, 2)  # of the head's three layers
 DROPOUT = 0.05  # of the training; it only gives the layers their published numbers
 
 
 class HPSv3Model(nn.Module):
-    """Backbone and head; ids [L] and one picture to (mean, log of the spread) [2]."""
+    """Backbone and head; ids [L] and one image to (mean, log standard deviation) [2]."""
 
     def __init__(self, backbone: Qwen2VLModel) -> None:
         super().__init__()
@@ -54,19 +56,19 @@ class HPSv3Model(nn.Module):
             nn.Linear(WIDTHS[1], WIDTHS[2]),
         )
 
-    def forward(self, ids: Tensor, picture: Patches) -> Tensor:
+    def forward(self, ids: Tensor, image: Patches) -> Tensor:
         """`ids` ends with the token whose hidden state is read."""
         head: Any = self.rm_head[0]
         with KeepDouble() if head.weight.dtype == torch.float64 else nullcontext():
-            return self.rm_head(self.hidden(ids, picture).to(head.weight.dtype))
+            return self.rm_head(self.hidden(ids, image).to(head.weight.dtype))
 
-    def hidden(self, ids: Tensor, picture: Patches) -> Tensor:
+    def hidden(self, ids: Tensor, image: Patches) -> Tensor:
         """The last hidden state [width] of ids [L]."""
         backbone: Any = self.backbone  # transformers' annotations are narrower than its code
         device = backbone.device
-        ids, grid = ids.to(device)[None], torch.tensor([picture.grid], device=device)
+        ids, grid = ids.to(device)[None], torch.tensor([image.grid], device=device)
         embeds = backbone.get_input_embeddings()(ids)
-        tokens = backbone.get_image_features(picture.values.to(device), grid)
+        tokens = backbone.get_image_features(image.values.to(device), grid)
         places = (ids == backbone.config.image_token_id)[..., None]
         embeds = embeds.masked_scatter(places, tokens.pooler_output[0].to(embeds.dtype))
         positions = torch.arange(ids.shape[1], device=device).expand(3, 1, -1)
@@ -85,8 +87,8 @@ class KeepDouble(TorchFunctionMode):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HPSv3Reward:
-    """Scores images [B, 3, H, W] in [0, 1]; see `leapalign.rewards.base.Reward`."""
+class HPSv3Reward(Reward):
+    """HPSv3; see `leapalign.rewards.base.Reward`."""
 
     name: str
     model: HPSv3Model
@@ -97,49 +99,45 @@ class HPSv3Reward:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Differentiable scores [B]."""
         check_inputs(self.name, images, prompts)
-        pictures = self.preprocess(images)
-        return self.outputs(pictures, self.tokenize(prompts, pictures))[:, 0].to(images.device)
+        patches = self.preprocess(images)
+        return self.outputs(patches, self.tokenize(prompts, patches))[:, 0].to(images.device)
+
+    def network(self) -> nn.Module:
+        return self.model
 
     def score_ids(self, images: Tensor, input_ids: Sequence[Tensor]) -> Tensor:
         """Differentiable scores [B] for whole chat texts as rows of ids [L]; what follows <|Reward|> is not read."""
-        check_images(self.name, images)
-        if len(input_ids) != len(images):
-            raise ValueError(
-                f"{self.name}: {len(images)} images and {len(input_ids)} rows of ids; give one row an image"
-            )
+        check_ids(self.name, images, input_ids)
         return self.outputs(self.preprocess(images), input_ids)[:, 0].to(images.device)
 
-    @torch.no_grad()  # Pillow's path is for evaluating picture files
-    def score_pictures(self, pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
-        """Scores [B] of 8-bit pictures of any sizes through the reference preprocessing."""
-        if len(pictures) != len(prompts):
-            raise ValueError(
-                f"{self.name}: {len(pictures)} pictures and {len(prompts)} prompts; give one prompt a picture"
-            )
-        patches = [self.preprocess.picture(picture) for picture in pictures]
+    @torch.no_grad()  # Pillow's path is for evaluating files
+    def score_pil(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        """Score 8-bit images of any size through the reference preprocessing: [B]."""
+        check_prompts(self.name, images, prompts)
+        patches = each(images, self.preprocess.from_pil)
         return self.outputs(patches, self.tokenize(prompts, patches))[:, 0]
 
-    def outputs(self, pictures: Sequence[Patches], input_ids: Sequence[Tensor]) -> Tensor:
-        """(mean, log of the spread) [B, 2] of B pictures with a row of ids each."""
-        rows = [self.until_reward(ids, picture) for ids, picture in zip(input_ids, pictures)]
-        return torch.stack([self.model(ids, picture) for ids, picture in zip(rows, pictures)])
+    def outputs(self, images: Sequence[Patches], input_ids: Sequence[Tensor]) -> Tensor:
+        """(mean, log standard deviation) [B, 2] of B images with a row of ids each."""
+        rows = [self.until_reward(ids, image) for ids, image in zip(input_ids, images)]
+        return torch.stack([self.model(ids, image) for ids, image in zip(rows, images)])
 
-    def until_reward(self, ids: Tensor, picture: Patches) -> Tensor:
-        """Ids up to and with <|Reward|>. ValueError without one, or with other than the picture's image tokens."""
+    def until_reward(self, ids: Tensor, image: Patches) -> Tensor:
+        """Ids up to <|Reward|>, included. ValueError without one, or with another number of image tokens."""
         ends = (ids == self.reward_token_id).nonzero()
         found = int((ids == self.model.backbone.config.image_token_id).sum())
-        if len(ends) != 1 or found != picture.num_tokens:
+        if len(ends) != 1 or found != image.num_tokens:
             raise ValueError(
                 f"{self.name}: a row of ids has {len(ends)} reward tokens and {found} image tokens; "
-                f"expected 1 and {picture.num_tokens} for a grid of {picture.grid[1]} x {picture.grid[2]} patches"
+                f"expected 1 and {image.num_tokens} for a grid of {image.grid[1]} x {image.grid[2]} patches"
             )
         return ids[: int(ends) + 1]
 
-    def tokenize(self, prompts: Sequence[str], pictures: Sequence[Patches]) -> list[Tensor]:
-        """The chat text of each prompt as ids [L], with the image tokens that its picture needs."""
+    def tokenize(self, prompts: Sequence[str], images: Sequence[Patches]) -> list[Tensor]:
+        """The chat text of each prompt as ids [L], with the image tokens that its image needs."""
         if self.chat is None:
             raise UserError(f"{self.name}: loaded with prompts=False; only score_ids works. Load with prompts=True")
-        return [self.chat(prompt, picture.num_tokens) for prompt, picture in zip(prompts, pictures)]
+        return [self.chat(prompt, image.num_tokens) for prompt, image in zip(prompts, images)]
 
 
 def load_hpsv3(name: str, path: str, processor: str, device: str, dtype: str, *, prompts: bool) -> HPSv3Reward:
@@ -167,7 +165,8 @@ def load_config(name: str, folder: str) -> Any:
     if config.get("model_type") != "qwen2_vl":
         raise UserError(
             f"{name}: no config.json of a Qwen2-VL model at {folder!r}; expected Qwen/Qwen2-VL-7B-Instruct as a local "
-            "folder or as a hub id that can be reached (HF_HUB_OFFLINE=1 forbids it). Name it with `processor`"
+            "folder or as a hub id that can be reached (HF_HUB_OFFLINE=1 forbids it). Name it as `processor` "
+            f"(--reward {name}=PATH,processor=FOLDER)"
         )
     check_vision(name, folder, config.get("vision_config", {}))
     with opening(f"{name}: config.json at {folder!r} is none of a Qwen2-VL model", "fetch it again"):
@@ -182,7 +181,7 @@ def load_weights(name: str, path: str) -> dict[str, Tensor]:
     if file is None:
         raise UserError(
             f"{name}: no {FILE} at {path!r}; expected that file, a local folder with it, or a hub id that can be "
-            "reached (HF_HUB_OFFLINE=1 forbids it). Give --path or fetch the model first"
+            "reached (HF_HUB_OFFLINE=1 forbids it). Fetch it first, or give its folder (--reward hpsv3=FOLDER)"
         )
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -228,7 +227,7 @@ def check_weights(name: str, path: str, expected: dict[str, list[int]], weights:
         if list(weights[key].shape) != shape:
             raise UserError(
                 f"{name}: {key} at {path} has shape {list(weights[key].shape)}, by config.json it is {shape}; "
-                "give the config.json of the file's own backbone with `processor`"
+                "name the folder of the file's own backbone as `processor`"
             )
 
 
@@ -248,7 +247,7 @@ def load_chat(name: str, folder: str, vocabulary: int, image_token_id: int) -> C
     if len(tokenizer) != vocabulary or tokenizer.convert_tokens_to_ids(REWARD_TOKEN) != vocabulary - 1:
         raise UserError(
             f"{name}: the tokenizer at {folder} has {len(tokenizer)} entries with {REWARD_TOKEN}, the weights "
-            f"{vocabulary}; give the one of Qwen/Qwen2-VL-7B-Instruct with `processor`"
+            f"{vocabulary}; name the folder of Qwen/Qwen2-VL-7B-Instruct as `processor`"
         )
     check_tokens(name, folder, tokenizer, template, image_token_id)
     return Chat(tokenizer=tokenizer, template=template)

@@ -1,7 +1,7 @@
-"""ImageReward on transformers' BLIP classes: names from the original, sizes from shapes, one forward a pair.
+"""ImageReward on transformers' BLIP classes: key map from the original names, one forward a pair.
 
-Shapes tell all sizes but the number of heads. The published widths are known; for another size a config.json beside the
-checkpoint says `vision.num_heads` and `text.num_attention_heads`.
+All sizes but the number of heads follow from the shapes of the weights. The heads of the published widths are known;
+for another size, a config.json beside the checkpoint states `vision.num_heads` and `text.num_attention_heads`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from leapalign.errors import UserError
-from leapalign.rewards.base import check_ids, check_inputs, check_pictures, tried
-from leapalign.rewards.checkpoint import Checkpoint, folder_of, read_checkpoint, rename, whole_numbers
+from leapalign.rewards.base import Reward, check_ids, check_inputs, check_prompts, tried
+from leapalign.rewards.checkpoint import Checkpoint, read_checkpoint, rename, whole_numbers
 from leapalign.rewards.linear_head import LinearHead, head_dtype, head_widths
 from leapalign.rewards.preprocess import Preprocess
-from leapalign.rewards.pretrained import load_tokenizer, read_json, resolve, torch_dtype
+from leapalign.rewards.pretrained import load_tokenizer, read_json, torch_dtype
+from leapalign.rewards.sources import BERT_TOKENIZER, folder_of
+from leapalign.storage.embedded import resolve
+from leapalign.storage.token_limits import TooLong, count_longer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output on the training set
 TEXT_LENGTH = 35  # tokens, [CLS] and [SEP] included
 HEADS = {(1024, 768): (16, 12)}  # (vision width, text width) -> heads: ViT-L/16 and BERT-base
-BERT_TOKENIZER = (("tokenizer.json",), ("vocab.txt", "tokenizer_config.json"))
 
 RULES = (
     (r"^blip\.visual_encoder\.cls_token$", "vision.embeddings.class_embedding"),
@@ -45,7 +47,7 @@ UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.
 
 
 class BlipScorer(nn.Module):
-    """The three parts of ImageReward, without memory of their own until a checkpoint fills them."""
+    """Vision tower, text tower and head of ImageReward."""
 
     def __init__(self, vision: BlipVisionConfig, text: BlipTextConfig, widths: tuple[int, ...]) -> None:
         from transformers import BlipTextModel, BlipVisionModel
@@ -57,10 +59,10 @@ class BlipScorer(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlipReward:
-    """Scores images [B, 3, H, W] in [0, 1]; see `leapalign.rewards.base.Reward`.
+class BlipReward(Reward):
+    """ImageReward; see `leapalign.rewards.base.Reward`.
 
-    The text tower looks at the picture in each layer, so that nothing of a prompt can be computed before.
+    The text tower attends to the image in each layer, so nothing of a prompt can be computed in advance.
     """
 
     name: str
@@ -71,20 +73,24 @@ class BlipReward:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Differentiable scores [B]."""
         check_inputs(self.name, images, prompts)
-        return self._scores(self.preprocess(images), *self.tokenize(prompts))
+        return self.scores(self.preprocess(images), *self.tokenize(prompts))
+
+    def network(self) -> nn.Module:
+        return self.model
 
     def score_ids(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Differentiable scores [B] for prompts given as token ids [B, L] that begin with [CLS]."""
         check_ids(self.name, images, input_ids)
-        return self._scores(self.preprocess(images), input_ids, attention_mask)
+        return self.scores(self.preprocess(images), input_ids, attention_mask)
 
-    @torch.no_grad()  # Pillow's path is for evaluating picture files
-    def score_pictures(self, pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
-        """Scores [B] of 8-bit pictures of any sizes through the reference preprocessing."""
-        check_pictures(self.name, pictures, prompts)
-        return self._scores(self.preprocess.pictures(pictures), *self.tokenize(prompts))
+    @torch.no_grad()  # Pillow's path is for evaluating files
+    def score_pil(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        """Score 8-bit images of any size through the reference preprocessing: [B]."""
+        check_prompts(self.name, images, prompts)
+        return self.scores(self.preprocess.from_pil(images), *self.tokenize(prompts))
 
-    def _scores(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def scores(self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Score normalised pixels [B, 3, size, size] and ids [B, L]: [B], on the device of the pixels."""
         hidden = self.hidden(self.image_features(pixel_values), input_ids, attention_mask)
         return self.score(hidden).to(pixel_values.device)
 
@@ -95,7 +101,7 @@ class BlipReward:
         return self.model.vision(pixel_values=pixels).last_hidden_state
 
     def hidden(self, image_features: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Patches [B, 1 + N, D] and ids [B, L] to what [CLS] has read [B, E]."""
+        """Patches [B, 1 + N, D] and ids [B, L] to the hidden state at [CLS] [B, E]."""
         device = image_features.device
         mask = None if attention_mask is None else attention_mask.to(device)
         states = self.model.text(
@@ -106,6 +112,9 @@ class BlipReward:
     def score(self, hidden: Tensor) -> Tensor:
         """[B, E] to standardised scores [B], at least float32."""
         return (self.model.mlp(hidden) - MEAN) / STD
+
+    def longer(self, prompts: Sequence[str]) -> TooLong:
+        return count_longer(self.tokenizer, prompts, TEXT_LENGTH)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids and mask [B, 35]; longer prompts are cut and keep their [SEP]."""
@@ -131,9 +140,7 @@ def load_imagereward(
         name=name,
         model=model,
         preprocess=imagereward_preprocess(vision),
-        tokenizer=load_tokenizer(name, resolve(processor) or folder, text.vocab_size, BERT_TOKENIZER)
-        if prompts
-        else None,
+        tokenizer=load_tokenizer(name, resolve(processor), text.vocab_size, BERT_TOKENIZER) if prompts else None,
     )
     return tried(name, path, reward) if prompts else reward
 

@@ -1,41 +1,25 @@
-"""OCR: how likely a text recogniser finds the words that the prompt quotes; a trained reward that works offline.
+"""OCR: likelihood of the words that the prompt quotes, by a text recogniser; a trained reward that works offline.
 
 The recogniser is EasyOCR's English one (`english_g2`): a CRNN (arXiv 1507.05717) with CTC (Graves et al., 2006). The
 score is the CTC log-likelihood of the quoted text over its number of characters: at most 0, and 0 only for certainty.
 
-Departures from EasyOCR: it resizes bilinearly without antialiasing, and reads what it is unsure of a second time with
-more contrast. Here: bicubic, antialiased, and once.
+Departures from EasyOCR: it resizes bilinearly without antialiasing, and reads uncertain text a second time with more
+contrast. Here: bicubic, antialiased, and once.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from leapalign.errors import UserError
+from leapalign.rewards.base import DescribedReward, Source
 
 if TYPE_CHECKING:
     from leapalign.rewards.ocr.model import OCRReward
 
-# A single quotation mark inside a word is an apostrophe.
-QUOTED = re.compile(r"\"([^\"]+)\"|“([^”]+)”|(?<!\w)'(.+?)'(?!\w)|(?<!\w)‘(.+?)’(?!\w)")
-
-
-def quoted_text(name: str, prompt: str) -> str:
-    """What a prompt quotes: 'a sign that says "Stop" and "here"' -> 'Stop here'. UserError where that is nothing."""
-    parts = ["".join(groups) for groups in QUOTED.findall(prompt)]
-    words = " ".join(parts).split()
-    if not words:
-        raise UserError(
-            f"{name}: the prompt {prompt!r} quotes no words; put the text that the picture is to show in quotation "
-            'marks, as in: a sign that says "open"'
-        )
-    return " ".join(words)
-
 
 @dataclass(frozen=True, kw_only=True)
-class OCR:
+class OCR(DescribedReward):
     """Mean log-likelihood a character of the words that the prompt quotes ("…" or '…'), by a reader of one text line.
 
     Several quoted parts are one line, with spaces between. Capitals count. The recogniser does not look for text: it
@@ -47,6 +31,7 @@ class OCR:
     differentiable: ClassVar[bool] = True
     reads_prompt: ClassVar[bool] = True
     resolution: ClassVar[str] = "height 64, grey, the region's aspect ratio, width filled to a multiple of 64"
+    prompt_length: ClassVar[str] = "the quoted words, as many characters as the region has room for"
     output_range: ClassVar[str] = "(-inf, 0], clear words about -0.01, other words below -10"
     code_licence: ClassVar[str] = "Apache-2.0 (ours; the architecture is that of EasyOCR, Apache-2.0)"
     weights_licence: ClassVar[str] = (
@@ -63,3 +48,6 @@ class OCR:
         from leapalign.rewards.ocr.model import load_ocr
 
         return load_ocr(self.name, self.path, self.region, device, dtype)
+
+    def sources(self) -> tuple[Source, ...]:
+        return (Source(field="path", path=self.path),) if self.path else ()

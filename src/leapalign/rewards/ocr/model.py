@@ -21,10 +21,10 @@ from PIL.Image import Resampling
 from torch import Tensor, nn
 
 from leapalign.errors import UserError
-from leapalign.rewards.base import check_inputs, check_pictures
+from leapalign.rewards.base import Reward, check_inputs, check_prompts
 from leapalign.rewards.checkpoint import Checkpoint, read_checkpoint
-from leapalign.rewards.ocr import quoted_text
-from leapalign.rewards.preprocess import resize
+from leapalign.rewards.ocr.quotes import quoted_text
+from leapalign.rewards.preprocess import check_ratio, each, resize
 from leapalign.rewards.pretrained import torch_dtype
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Recurrent(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OCRReward:
+class OCRReward(Reward):
     """Scores images [B, 3, H, W] in [0, 1]; see `leapalign.rewards.base.Reward` and `leapalign.rewards.ocr.OCR`."""
 
     name: str
@@ -95,17 +95,20 @@ class OCRReward:
         check_inputs(self.name, images, prompts)
         return self.score(self.logits(self.lines(images)), [quoted_text(self.name, prompt) for prompt in prompts])
 
-    @torch.no_grad()  # Pillow's path is for evaluating picture files
-    def score_pictures(self, pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
-        """Scores [B] of 8-bit pictures of any sizes, turned grey and resized by Pillow."""
-        check_pictures(self.name, pictures, prompts)
+    @torch.no_grad()  # Pillow's path is for evaluating files
+    def score_pil(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        """Score 8-bit images of any size, turned grey and resized by Pillow: [B]."""
+        check_prompts(self.name, images, prompts)
         texts = [quoted_text(self.name, prompt) for prompt in prompts]
-        logits = [self.logits(self.picture_line(picture)) for picture in pictures]  # each has its own width
+        logits = [self.logits(line) for line in each(images, self.line_of_pil)]  # each has its own width
         return torch.cat([self.score(each, [text]) for each, text in zip(logits, texts)])
+
+    def network(self) -> nn.Module:
+        return self.model
 
     @torch.no_grad()
     def read(self, images: Tensor) -> list[str]:
-        """What is most likely written in each image, one best class a step (greedy)."""
+        """Read the most likely text of each image, the best class of each step (greedy)."""
         return decode(self.logits(self.lines(images)))
 
     def score(self, logits: Tensor, texts: Sequence[str]) -> Tensor:
@@ -123,7 +126,7 @@ class OCRReward:
         return -loss / lengths.to(loss)
 
     def encode(self, text: str, *, steps: int) -> Tensor:
-        """Classes of the characters; UserError if one is unknown or the steps of the picture do not suffice."""
+        """Classes of the characters; UserError if one is unknown or the image has too few steps."""
         unknown = sorted(set(text) - set(ALPHABET))
         if unknown:
             raise UserError(
@@ -132,7 +135,7 @@ class OCRReward:
         needed = len(text) + sum(a == b for a, b in itertools.pairwise(text))  # CTC: a blank between equal neighbours
         if needed > steps:
             raise UserError(
-                f"{self.name}: {text!r} needs {needed} steps, the picture's region has {steps} (a quarter of its width "
+                f"{self.name}: {text!r} needs {needed} steps, the image's region has {steps} (a quarter of its width "
                 f"at a height of {HEIGHT}); quote less text, or give a wider and lower region"
             )
         return torch.tensor([ALPHABET.index(character) + 1 for character in text])
@@ -150,9 +153,9 @@ class OCRReward:
         width, filled = line_widths(right - left, bottom - top)
         return normalise(resize(grey, (HEIGHT, width)), filled)
 
-    def picture_line(self, picture: Image) -> Tensor:
-        """One 8-bit picture to [1, 1, 64, W'], normalised float32."""
-        grey = picture.convert("RGB").convert("L").crop(box(self.region, picture.width, picture.height))
+    def line_of_pil(self, image: Image) -> Tensor:
+        """One 8-bit image to [1, 1, 64, W'], normalised float32."""
+        grey = image.convert("RGB").convert("L").crop(box(self.region, image.width, image.height))
         width, filled = line_widths(grey.width, grey.height)
         levels = numpy.asarray(grey.resize((width, HEIGHT), Resampling.BICUBIC)).copy()
         return normalise(torch.from_numpy(levels).float()[None, None] / 255, filled)
@@ -165,7 +168,8 @@ def box(region: Region, width: int, height: int) -> tuple[int, int, int, int]:
 
 
 def line_widths(width: int, height: int) -> tuple[int, int]:
-    """Of a box of pixels at the recogniser's height: its width, and the multiple of the height that it is filled to."""
+    """Width of a box of pixels at the recogniser's height, and the multiple of the height that it is filled to."""
+    check_ratio(height, width)
     return max(1, HEIGHT * width // height), HEIGHT * math.ceil(width / height)
 
 
@@ -181,7 +185,7 @@ def decode(logits: Tensor) -> list[str]:
 
 
 def load_ocr(name: str, path: str, region: Region, device: str, dtype: str) -> OCRReward:
-    """UserError for a region outside the picture, a dtype or file that is unknown, and weights that do not fit."""
+    """Load the reward. UserError for a region outside the image, an unknown dtype or file, weights that do not fit."""
     left, top, right, bottom = region
     if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
         raise UserError(

@@ -6,7 +6,7 @@ name. What IQ (image quality) is, is not stated: `aspect="quality"` is ours, the
 or, with `quality="style"`, the Style line (how appealing); say which beside a number.
 
 Departures: a text without the line gives NaN and is counted, where public training code takes 0; a number outside
-[0, 5] or one that the length limit may have cut is no number; decoding is greedy, whatever the folder's file says.
+[0, 5] or one that the length limit may have cut is not taken; decoding is greedy, whatever generation_config.json says.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from leapalign.errors import UserError
+from leapalign.rewards.base import DescribedReward, Source
 
 if TYPE_CHECKING:
     from leapalign.rewards.unified.model import UnifiedJudge
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnifiedReward:
-    """A picture's alignment with its prompt, or its quality, read out of a generated text."""
+class UnifiedReward(DescribedReward):
+    """Alignment of an image with its prompt, or its quality, read out of a generated text."""
 
     name: ClassVar[str] = "unified"
     differentiable: ClassVar[bool] = False
     reads_prompt: ClassVar[bool] = True
-    resolution: ClassVar[str] = (
-        "the picture's own, in blocks of 28 pixels (the folder's min_pixels and max_pixels count)"
-    )
+    resolution: ClassVar[str] = "the image's own, in blocks of 28 pixels (the folder's min_pixels and max_pixels count)"
+    prompt_length: ClassVar[str] = "no limit"
     output_range: ClassVar[str] = "1 to 5, or NaN (counted in `failures`); FLUX.1-dev about 3.5"
     code_licence: ClassVar[str] = "Apache-2.0 (ours, on transformers)"
     weights_licence: ClassVar[str] = "not stated here: see the model card (MIT, unverified)"
@@ -56,6 +56,10 @@ class UnifiedReward:
 
         axis = "alignment" if self.aspect == "alignment" else self.quality
         question = Question(
-            template=f"unified_prompt_{self.version}.txt", axis=axis.capitalize(), max_new_tokens=self.max_new_tokens
+            template=f"prompt_{self.version}.txt", axis=axis.capitalize(), max_new_tokens=self.max_new_tokens
         )
         return load_unified(self.name, self.path, self.processor or self.path, question, device, dtype)
+
+    def sources(self) -> tuple[Source, ...]:
+        texts = (Source(field="processor", path=self.processor, weights=False),) if self.processor else ()
+        return Source(field="path", path=self.path), *texts

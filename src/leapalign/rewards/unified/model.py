@@ -1,4 +1,4 @@
-"""UnifiedReward (arXiv 2503.05236): ask Qwen2.5-VL about one picture at a time and read the number in its answer."""
+"""UnifiedReward (arXiv 2503.05236): ask Qwen2.5-VL about one image at a time and read the number in its answer."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from leapalign.errors import UserError
-from leapalign.rewards.base import check_inputs
-from leapalign.rewards.preprocess import CLIP_MEAN, CLIP_STD
+from leapalign.rewards.base import Reward, check_inputs, check_prompts
+from leapalign.rewards.preprocess import CLIP_MEAN, CLIP_STD, each
 from leapalign.rewards.pretrained import BICUBIC, check_architecture, load_tokenizer, read_json, read_model, torch_dtype
 from leapalign.rewards.qwen_vl import BLOCK, Chat, Patches, QwenPreprocess, check_tokens, check_vision, read_template
 
@@ -30,19 +31,19 @@ MIN_PIXELS, MAX_PIXELS = 56 * 56, 3584 * 3584  # Qwen2.5-VL's own
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is asked, and which line of the answer counts."""
+    """The prompt's template, and the line of the answer that counts."""
 
-    template: str  # a file of this folder
+    template: str  # name of a file beside this module
     axis: str  # "Alignment", "Coherence" or "Style"
     max_new_tokens: int
 
 
 @dataclass(kw_only=True, eq=False)
-class UnifiedJudge:
-    """Scores images [B, 3, H, W] in [0, 1] without gradient; see `leapalign.rewards.base.Reward`.
+class UnifiedJudge(Reward):
+    """UnifiedReward, without gradient; see `leapalign.rewards.base.Reward`.
 
-    `failures` counts the texts without a readable number since loading; their scores are NaN. A picture that is not
-    finite has the score NaN as well, and is not asked about.
+    `failures` counts the texts without a readable number since loading; their scores are NaN. An image that is not
+    finite has the score NaN as well, and the model is not asked.
     """
 
     name: str
@@ -57,33 +58,37 @@ class UnifiedJudge:
         check_inputs(self.name, images, prompts)
         return self.scores(self.preprocess(images.detach()), prompts).to(images.device)
 
-    def score_pictures(self, pictures: Sequence[Image], prompts: Sequence[str]) -> Tensor:
-        """Scores [B] of 8-bit pictures of any sizes through the reference preprocessing."""
-        if len(pictures) != len(prompts):
-            raise ValueError(
-                f"{self.name}: {len(pictures)} pictures and {len(prompts)} prompts; give one prompt a picture"
-            )
-        return self.scores([self.preprocess.picture(picture) for picture in pictures], prompts)
+    def score_pil(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        """Score 8-bit images of any size through the reference preprocessing: [B]."""
+        check_prompts(self.name, images, prompts)
+        return self.scores(each(images, self.preprocess.from_pil), prompts)
 
-    def scores(self, pictures: Sequence[Patches], prompts: Sequence[str]) -> Tensor:
-        """One number a picture, float32 (float64 for a model in float64)."""
-        numbers = [self.score(picture, prompt) for picture, prompt in zip(pictures, prompts)]
+    def may_fail(self) -> bool:
+        return True
+
+    def network(self) -> nn.Module:
+        return self.model
+
+    def scores(self, images: Sequence[Patches], prompts: Sequence[str]) -> Tensor:
+        """One number an image, float32 (float64 for a model in float64)."""
+        numbers = [self.score(image, prompt) for image, prompt in zip(images, prompts)]
         return torch.tensor(numbers, dtype=torch.promote_types(self.model.dtype, torch.float32))
 
-    def score(self, picture: Patches, prompt: str) -> float:
-        if not bool(picture.values.isfinite().all()):
+    def score(self, image: Patches, prompt: str) -> float:
+        """The number in the model's answer; NaN without one."""
+        if not bool(image.values.isfinite().all()):
             return math.nan  # the network would answer something
-        number = parse(self.answer(picture, prompt), self.question.axis)
+        number = parse(self.answer(image, prompt), self.question.axis)
         self.failures += math.isnan(number)
         return number
 
     @torch.no_grad()  # a text has no gradient
-    def answer(self, picture: Patches, prompt: str) -> str:
-        """The generated text; one that met the length limit loses its last line, which may end in half a number."""
-        ids = self.chat(prompt, picture.num_tokens)[None].to(self.model.device)
+    def answer(self, image: Patches, prompt: str) -> str:
+        """Generate the answer; one that met the length limit loses its last line, which may end in half a number."""
+        ids = self.chat(prompt, image.num_tokens)[None].to(self.model.device)
         model: Any = self.model  # transformers' annotations are narrower than its code
         out = model.generate(
-            **self.inputs(ids, picture),
+            **self.inputs(ids, image),
             max_new_tokens=self.question.max_new_tokens,
             do_sample=False,
             temperature=None,
@@ -94,15 +99,15 @@ class UnifiedJudge:
         text = self.chat.tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text if int(new[-1]) in self.end_tokens() else text.rpartition("\n")[0]
 
-    def inputs(self, ids: Tensor, picture: Patches) -> dict[str, Tensor]:
+    def inputs(self, ids: Tensor, image: Patches) -> dict[str, Tensor]:
         device = ids.device
         inputs = {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
-            "pixel_values": picture.values.to(device),
-            "image_grid_thw": torch.tensor([picture.grid], device=device),
+            "pixel_values": image.values.to(device),
+            "image_grid_thw": torch.tensor([image.grid], device=device),
         }
-        # Newer releases of transformers want to be told where the picture is, older ones refuse the argument.
+        # Newer releases of transformers ask where the image tokens are, older ones refuse the argument.
         if "mm_token_type_ids" in inspect.signature(self.model.forward).parameters:
             inputs["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
         return inputs
@@ -123,17 +128,15 @@ def parse(text: str, axis: str) -> float:
 
 
 def load_unified(name: str, folder: str, processor: str, question: Question, device: str, dtype: str) -> UnifiedJudge:
-    """Weights, preprocessing and tokenizer of a folder or hub id. UserError if something is missing or other."""
+    """Load weights, preprocessing and tokenizer of a folder or hub id. UserError if one is missing or does not fit."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     architecture = Qwen2_5_VLForConditionalGeneration
     config = check_architecture(name, folder, architecture.__name__, MODEL_TYPE)
     check_vision(name, folder, config.get("vision_config", {}))  # before gigabytes are read
     model = read_model(name, folder, architecture, MODEL_TYPE, torch_dtype(name, dtype))
-    tokenizer, template = (
-        load_tokenizer(name, processor, len(model.get_input_embeddings().weight)),
-        read_template(question.template),
-    )
+    tokenizer = load_tokenizer(name, processor, len(model.get_input_embeddings().weight))
+    template = read_template(Path(__file__).with_name(question.template))
     check_tokens(name, processor, tokenizer, template, model.config.image_token_id)
     return UnifiedJudge(
         name=name,
@@ -145,7 +148,7 @@ def load_unified(name: str, folder: str, processor: str, question: Question, dev
 
 
 def load_limits(name: str, folder: str) -> QwenPreprocess:
-    """The folder's pixel limits, which have two spellings; without a file, Qwen2.5-VL's own."""
+    """Read the folder's pixel limits, which have two spellings; without a file they are Qwen2.5-VL's own."""
     config = read_json(folder, "preprocessor_config.json") or read_json(folder, "processor_config.json")
     config = config.get("image_processor", config)  # transformers 5 nests it
     size = config.get("size") or {}

@@ -1,0 +1,146 @@
+"""Rewards of the user's own, completed: whatever a dataclass or a callable leaves out gets its default here.
+
+The rest of leapalign relies on the protocols of `leapalign.rewards.base` and probes for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from leapalign.errors import UserError
+from leapalign.rewards.base import DescribedReward, Reward, RewardConfig, Source, Weightless, check_prompts
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor, nn
+
+    from leapalign.storage.token_limits import TooLong
+
+
+def described(config: RewardConfig) -> DescribedReward:
+    """Return the configuration, or one of the user's own with the facts and methods that it lacks.
+
+    Raises UserError for a value that has no `load`.
+    """
+    if isinstance(config, DescribedReward):
+        return config
+    if isinstance(config, type) or not callable(getattr(config, "load", None)):
+        raise UserError(f"reward: {config!r} is no reward; expected a dataclass with a method load(device, dtype)")
+    return Described(config)
+
+
+def load_reward(config: RewardConfig, device: str, dtype: str) -> Reward:
+    """Load the reward, complete. Raises UserError if its files are missing or are not its own."""
+    return complete(described(config).name, config.load(device, dtype))
+
+
+def complete(name: str, loaded: Callable[..., Tensor]) -> Reward:
+    """Return a loaded reward, or a callable of the user's own with the members of `Reward` that it lacks."""
+    return loaded if isinstance(loaded, Reward) else Adapted(name=name, reward=loaded)
+
+
+class Described(DescribedReward):
+    """A dataclass of the user's own that does not inherit from `DescribedReward`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]] = {}
+    name: ClassVar[str] = ""  # of the instance, below
+
+    def __init__(self, config: RewardConfig) -> None:
+        self.config = config
+        facts = {fact: getattr(config, fact) for fact in DescribedReward.__annotations__ if hasattr(config, fact)}
+        vars(self).update({"name": getattr(config, "name", type(config).__name__)} | facts)
+
+    def load(self, device: str = "cpu", dtype: str = "float32") -> Callable[..., Tensor]:
+        return self.config.load(device, dtype)
+
+    def sources(self) -> tuple[Source, ...]:
+        own = getattr(self.config, "sources", None)
+        return own() if own else ()
+
+    def weightless(self) -> Weightless | None:
+        own = getattr(self.config, "weightless", None)
+        return own() if own else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapted(Reward):
+    """A loaded reward of the user's own: any callable (images, prompts) -> [B]."""
+
+    name: str
+    reward: Callable[..., Any]
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.reward(images, prompts)
+
+    def score_pil(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        """Score by its own `score_pil`, or as tensors, each image in its own size."""
+        own = getattr(self.reward, "score_pil", None)
+        return own(images, prompts) if own else score_as_tensors(self.name, self.reward, images, prompts)
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        if own := getattr(self.reward, "prepare", None):
+            own(prompts)
+
+    def longer(self, prompts: Sequence[str]) -> TooLong | None:
+        own = getattr(self.reward, "longer", None)
+        return own(prompts) if own else None
+
+    def may_fail(self) -> bool:
+        own = getattr(self.reward, "may_fail", None)
+        return bool(own()) if own else False
+
+    def network(self) -> nn.Module | None:
+        """Return its `model`, if that is a module."""
+        from torch import nn
+
+        found = getattr(self.reward, "model", None)
+        return found if isinstance(found, nn.Module) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrapped(Reward):
+    """A reward that is called in another way; the rest is its own."""
+
+    reward: Reward
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.reward(images, prompts)
+
+    def score_pil(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+        return self.reward.score_pil(images, prompts)
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        self.reward.prepare(prompts)
+
+    def longer(self, prompts: Sequence[str]) -> TooLong | None:
+        return self.reward.longer(prompts)
+
+    def may_fail(self) -> bool:
+        return self.reward.may_fail()
+
+    def network(self) -> nn.Module | None:
+        return self.reward.network()
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnDevice(Wrapped):
+    """A reward on a device of its own: images are copied there, scores and gradients back."""
+
+    device: str
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.reward(images.to(self.device), prompts).to(images.device)
+
+
+def score_as_tensors(name: str, reward: Callable[..., Any], images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
+    """Score 8-bit images through their tensors, one by one, since their sizes may differ: [N], no gradient."""
+    import torch
+
+    from leapalign.rewards.preprocess import to_levels
+
+    check_prompts(name, images, prompts)
+    tensors = [to_levels(image.convert("RGB"))[None].float() / 255 for image in images]
+    with torch.no_grad():
+        return torch.cat([reward(tensor, [prompt]) for tensor, prompt in zip(tensors, prompts)])
