@@ -17,7 +17,7 @@ from leapalign.lookup.rewards import reward_config
 from leapalign.prompts import PromptFile
 from leapalign.prompts.base import check_text
 from leapalign.report.tables import score_table
-from leapalign.rewards.adapt import load_reward
+from leapalign.rewards.adapt import load_reward, tell_longer
 from leapalign.rewards.base import Reward, UnfitImage
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ def _score(flags: ScoreFlags) -> list[Row]:
     rows: list[Row] = [{"image": str(i), "prompt": p, "scores": {}} for i, p in zip(flags.images, prompts)]
     for word, config in configs.items():
         reward = load_reward(config, device, flags.dtype)
+        tell_longer({word: reward}, prompts)
         for start in range(0, len(rows), flags.batch_size):
             batch = slice(start, start + flags.batch_size)
             for row, value in zip(rows[batch], _scores(reward, images[batch], rows[batch])):

@@ -5,18 +5,18 @@ The rest of leapalign relies on the protocols of `leapalign.rewards.base` and pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from leapalign.errors import UserError
 from leapalign.rewards.base import DescribedReward, Reward, RewardConfig, Source, Weightless, check_prompts
+from leapalign.storage.token_limits import TooLong, sentence
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
-
-    from leapalign.storage.token_limits import TooLong
 
 
 def described(config: RewardConfig) -> DescribedReward:
@@ -39,6 +39,15 @@ def load_reward(config: RewardConfig, device: str, dtype: str) -> Reward:
 def complete(name: str, loaded: Callable[..., Tensor]) -> Reward:
     """Return a loaded reward, or a callable of the user's own with the members of `Reward` that it lacks."""
     return loaded if isinstance(loaded, Reward) else Adapted(name=name, reward=loaded)
+
+
+def tell_longer(rewards: Mapping[str, Reward], prompts: Sequence[str]) -> None:
+    """Print one line on stderr for each reward that does not read the end of some of the prompts."""
+    texts = list(dict.fromkeys(prompts))
+    for name, reward in rewards.items():
+        found = reward.longer(texts)
+        if found is not None and found.count:
+            print(sentence(f"the reward {name}", found, len(texts)), file=sys.stderr)
 
 
 class Described(DescribedReward):

@@ -90,6 +90,8 @@ def build(run: Run, world: World = ALONE) -> Engine:
     prepare(run, model, batches.prompts_used(run, prompts), world, device)
     with world.agreed():
         rewards = {name: load_reward(term, device, run.dtype) for name, term in zip(names, run.rewards)}
+    if world.main:
+        adapt.tell_longer(rewards, batches.prompts_used(run, prompts))
     rewards = shard_rewards(run, rewards, world, device)
     parameters = trained_parameters(model.policy)
     return Engine(
