@@ -1,5 +1,5 @@
-# Everything starts from nothing: each goal makes .venv first; a second call finds the stamp and installs nothing.
-# PYTHON chooses the interpreter (3.10 or later), PROCESSES how many test at a time: make test PYTHON=python3.12 PROCESSES=4
+# Each goal first makes .venv; a second call finds its stamp and installs nothing.
+# PYTHON chooses the interpreter (3.10 or later), PROCESSES the number of test processes: make test PYTHON=python3.12 PROCESSES=4
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -7,17 +7,18 @@ PROCESSES ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv test test-slow test-ocr test-quantization losses lint format demo wheel clean
+.PHONY: help venv test test-slow test-ocr test-quantization test-versions losses lint format demo wheel clean
 
 help:
-	@echo "make venv       .venv with leapalign (editable), exact versions from constraints.txt, and the tools for tests"
-	@echo "make demo       align the embedded pipeline with the embedded reward: minutes on two CPU cores"
-	@echo "make test       the tests; make test-slow: those that take minutes as well"
-	@echo "make test-ocr   installs leapalign[ocr] (120 MB) and tests the OCR reward with its published weights"
-	@echo "make test-quantization   installs leapalign[quantization] (46 MB) and tests bases in 8 and 4 bits"
-	@echo "make losses     short runs of the embedded recipes against their stored losses (a refactor changes none): 2 minutes"
-	@echo "make lint       ruff and pyright; make format: let ruff rewrite"
-	@echo "make wheel      the wheel, in dist/"
+	@echo "make venv               .venv with leapalign (editable), the exact versions of constraints.txt, and the tools"
+	@echo "make demo               align the embedded pipeline with the embedded reward: minutes on two CPU cores"
+	@echo "make test               tests; make test-slow: also those that take minutes each"
+	@echo "make test-ocr           install leapalign[ocr] (120 MB); test the OCR reward with its published weights"
+	@echo "make test-quantization  install leapalign[quantization] (46 MB); test bases in 8 and 4 bits"
+	@echo "make test-versions      test with the lowest versions of pyproject.toml, then with the newest, in new environments"
+	@echo "make losses             compare short runs of the embedded recipes with their stored losses: 2 minutes"
+	@echo "make lint               ruff and pyright; make format: let ruff rewrite"
+	@echo "make wheel              build the wheel, in dist/"
 
 venv: $(INSTALLED)
 
@@ -39,6 +40,10 @@ test-ocr: venv
 test-quantization: venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[quantization]"
 	$(BIN)/python -m pytest tests/tuning/test_quantization.py tests/recipes/test_small_gpu.py
+
+test-versions:
+	PYTHON=$(PYTHON) .ci/versions lowest
+	PYTHON=$(PYTHON) .ci/versions newest
 
 losses: venv
 	OMP_NUM_THREADS=1 $(BIN)/python benches/losses.py

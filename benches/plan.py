@@ -31,13 +31,12 @@ from leapalign.methods.drtune import DRTune
 from leapalign.methods.leapalign import LeapAlign
 from leapalign.methods.refl import ReFL
 from leapalign.models import flux, flux2, qwen_image, z_image
-from leapalign.models.base import Conditioning
+from leapalign.models.base import Conditioning, TextShape
 from leapalign.models.decode import Decoder
 from leapalign.models.pipeline import Guidance, PipelineModel, parse_dtype
 from leapalign.planning.activations import GRAPHS, GraphBytes, count_forwards, draw, graph_bytes, latent_bytes
 from leapalign.planning.meta_models import META, fake, fake_mode
 from leapalign.planning.tensor_bytes import LiveBytes, Saved
-from leapalign.planning.texts import TextShape
 from leapalign.prompts import PromptFile
 from leapalign.rewards.clip import PickScore
 from leapalign.run import RewardTerm, Run

@@ -1,4 +1,4 @@
-"""Transformers of all five families that have a table of adapter layers: shapes without weights, on the meta device."""
+"""Transformers of the built-in families: shapes without weights, on the meta device; and their layers for adapters."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 
+from leapalign.models import FAMILIES
 from leapalign.tuning.targets import find_targets
 
 RANK = 2
+TARGETS = {  # class of the transformer -> its family's default
+    next(iter(family.published.values())).components["transformer"][0].partition(".")[2]: family.lora_targets
+    for family in FAMILIES
+}
 
 
 def transformers() -> dict[str, Any]:
@@ -43,7 +48,7 @@ def transformers() -> dict[str, Any]:
 def random_state(plain: Any, targets: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """An adapter's state with values, for the layers that `targets` mean."""
     generator, state = torch.Generator().manual_seed(1), {}
-    for name in find_targets(plain, targets):
+    for name in find_targets(plain, targets, TARGETS[type(plain).__name__]):
         layer = plain.get_submodule(name)
         state[f"{name}.lora_A.weight"] = torch.randn(RANK, layer.in_features, generator=generator)
         state[f"{name}.lora_B.weight"] = torch.randn(layer.out_features, RANK, generator=generator)

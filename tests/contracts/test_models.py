@@ -142,7 +142,7 @@ def test_second_load_takes_its_prompts_from_disk(
 
 def test_its_pipelines_folder_is_recognised(loaded: tuple[Case, PipelineModel]) -> None:
     case, model = loaded
-    assert type(config_for(str(model.folder.path))) is type(case.config("somewhere"))
+    assert type(config_for(str(model.folder.path), {})) is type(case.config("somewhere"))
 
 
 def test_verify_finds_its_sampler_equal_to_the_pipelines_own(loaded: tuple[Case, PipelineModel]) -> None:

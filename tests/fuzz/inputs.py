@@ -55,7 +55,7 @@ LINES: dict[str, tuple[tuple[str, ...], ...]] = {  # that end with 0 as they are
     ),
     "export": (
         ("export", "run", "--out", "new", "--format", "pipeline", "--dtype", "bfloat16"),
-        ("export", "lora", "--out", "new", "--format", "comfyui", "--json"),
+        ("export", "lora", "--out", "new", "--format", "lora", "--json"),
     ),
     "verify": (
         ("verify", "sd3", "--prompt", "a red circle", *DRAWN, "--seed", "2"),

@@ -386,7 +386,7 @@ def test_a_folder_is_opened_by_its_own_family(
     flux2_folder: str, qwen_image_folder: str, z_image_folder: str, sd3_folder: str
 ) -> None:
     folders = {flux2_folder: Flux2Klein, qwen_image_folder: QwenImage, z_image_folder: ZImage, sd3_folder: SD3}
-    assert {folder: type(config_for(folder)) for folder in folders} == folders
+    assert {folder: type(config_for(folder, {})) for folder in folders} == folders
     with pytest.raises(UserError, match="holds a ZImagePipeline, expected a QwenImagePipeline"):
         load(z_image_folder, "qwen_image")
 

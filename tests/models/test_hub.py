@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import huggingface_hub
 import pytest
 import torch
@@ -21,6 +20,11 @@ from leapalign.errors import UserError
 from leapalign.models.sd3 import SD3
 from leapalign.storage.hub import commit_of, find_file, is_hub_id, no_such_place, snapshot, split_id
 from leapalign.storage.pipeline_folder import VARIANTS, locate, needed_files
+
+try:
+    import httpx2 as httpx  # the client of huggingface_hub 2
+except ModuleNotFoundError:
+    import httpx  # that of huggingface_hub 1
 
 SIZE: dict[str, Any] = {"height": 16, "width": 16, "max_sequence_length": 5, "guidance_scale": 1.0}
 
@@ -162,8 +166,8 @@ def test_download_asks_for_the_index_first_and_then_for_its_parts(
 
 
 def http(kind: type[Exception], status: int) -> Exception:
-    request = httpx2.Request("GET", "https://huggingface.co/api/models/org/tiny")
-    return kind("words of the server", response=httpx2.Response(status, request=request))  # type: ignore[call-arg]
+    request = httpx.Request("GET", "https://huggingface.co/api/models/org/tiny")
+    return kind("words of the server", response=httpx.Response(status, request=request))  # type: ignore[call-arg]
 
 
 def caused(error: Exception, cause: Exception) -> Exception:
@@ -191,10 +195,10 @@ FAILURES = {
         "HF_HUB_OFFLINE forbids the network.*unset it, or fetch it where there is a network",
     ),
     "no network": (
-        caused(errors.LocalEntryNotFoundError("no"), httpx2.ConnectError("Name or service not known")),
+        caused(errors.LocalEntryNotFoundError("no"), httpx.ConnectError("Name or service not known")),
         r"cannot be reached \(Name or service not known\): check network and proxy",
     ),
-    "proxy": (httpx2.ProxyError("407"), r"cannot be reached \(407\): check network and proxy"),
+    "proxy": (httpx.ProxyError("407"), r"cannot be reached \(407\): check network and proxy"),
     "half fetched": (errors.LocalEntryNotFoundError("no"), "not whole in the cache"),
     "disk full": (OSError(errno.ENOSPC, "No space left on device"), "disk of the hub's cache is full.*HF_HOME"),
     "read-only": (PermissionError(errno.EACCES, "Permission denied"), "cannot be written.*HF_HOME"),

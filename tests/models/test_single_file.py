@@ -15,7 +15,6 @@ from torch import Tensor
 
 import original_layout as original
 from leapalign.errors import UserError
-from leapalign.models.base import pointed_at
 from leapalign.models.flux import Flux
 from leapalign.models.sd3 import SD3
 
@@ -138,5 +137,5 @@ def test_families_without_a_converter_say_so(sd3_folder: str, tmp_path: Path) ->
 def test_tuned_pipeline_of_a_run_has_its_own_weights(sd3_folder: str) -> None:
     """A single file that stood for the base's weights must not stand for the tuned ones."""
     config = SD3(path=sd3_folder, transformer_file="base.safetensors", **SIZE)
-    assert pointed_at(config, "tuned") == SD3(path="tuned", **SIZE)
+    assert config.at("tuned") == SD3(path="tuned", **SIZE)
     assert json.loads((Path(sd3_folder) / "model_index.json").read_text())["_class_name"] == SD3.pipeline

@@ -45,7 +45,7 @@ class GuidedSD3:
         policy = copy.deepcopy(_transformer()).requires_grad_(True)
         if isinstance(tuning, LoRA):
             policy.requires_grad_(False)
-            attach(policy, find_targets(policy, ()), rank=tuning.rank, alpha=tuning.rank)
+            attach(policy, find_targets(policy, (), SD3.lora_targets), rank=tuning.rank, alpha=tuning.rank)
         return Guided(policy.double())
 
 

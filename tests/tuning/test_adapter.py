@@ -307,5 +307,5 @@ def test_the_folder_is_opened_like_any_other(folders):
     config = FAMILIES["flux"].config(folders["flux"])
     assert isinstance(config, Flux)
     folder = open_folder(config.path, "FluxPipeline", ("transformer",))
-    policy = LoRA(rank=1).load_policy(folder, "cpu", torch.float32)
+    policy = LoRA(rank=1).load_policy(folder, "cpu", torch.float32, Flux.lora_targets)
     assert sum(p.requires_grad for p in policy.parameters()) == 2 * len(adapter.lora_layers(policy))

@@ -123,7 +123,6 @@ def test_sample_evaluate_and_export_a_run(finished: Run, tmp_path: Path, capsys:
     for form, file in (
         ("pipeline", "model_index.json"),
         ("lora", "pytorch_lora_weights.safetensors"),
-        ("comfyui", "comfyui_lora.safetensors"),
     ):
         capsys.readouterr()
         assert main(["export", out, "--out", f"{tmp_path}/{form}", "--format", form, "--json"]) == 0
@@ -166,8 +165,8 @@ def test_a_fully_tuned_run_exports_its_pipeline(run: Run, tmp_path: Path, capsys
     assert main(["export", full.out, "--out", f"{tmp_path}/x", "--dtype", "bfloat16"]) == 0
     weights = load_file(tmp_path / "x" / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {t.dtype for t in weights.values()} == {torch.bfloat16}
-    assert main(["export", full.out, "--out", f"{tmp_path}/y", "--format", "comfyui"]) == 2
-    assert "tuning 'full' has no comfyui to export; use --format pipeline" in capsys.readouterr().err
+    assert main(["export", full.out, "--out", f"{tmp_path}/y", "--format", "lora"]) == 2
+    assert "tuning 'full' has no lora to export; use --format pipeline" in capsys.readouterr().err
 
 
 def test_the_demo_compares_base_and_adapter(run: Run, reward_folder: Path) -> None:

@@ -6,8 +6,8 @@ import pytest
 from torch import nn
 
 from leapalign.errors import UserError
-from leapalign.tuning.targets import DEFAULTS, endings, find_targets, linear_layers
-from lora_transformers import transformers
+from leapalign.tuning.targets import endings, find_targets, linear_layers
+from lora_transformers import TARGETS, transformers
 
 TRANSFORMERS = transformers()
 OUTSIDE = {  # linear layers that no default has, by their ends: embeddings, modulation, the last projection
@@ -39,10 +39,10 @@ OUTSIDE = {  # linear layers that no default has, by their ends: embeddings, mod
 }
 
 
-@pytest.mark.parametrize("family", DEFAULTS)
+@pytest.mark.parametrize("family", TARGETS)
 def test_the_default_is_every_linear_layer_of_the_blocks_but_modulation(family):
     plain = TRANSFORMERS[family]
-    layers, chosen = linear_layers(plain), find_targets(plain, ())
+    layers, chosen = linear_layers(plain), find_targets(plain, (), TARGETS[family])
     rest = [layer for layer in layers if layer not in chosen]
     whole = {layer for layer in rest if layer in OUTSIDE[family]}
     assert {e for layer in rest if layer not in whole for e in endings([layer])} | whole == OUTSIDE[family]
@@ -50,7 +50,7 @@ def test_the_default_is_every_linear_layer_of_the_blocks_but_modulation(family):
 
 
 def test_the_defaults_are_those_of_the_classes_here():
-    assert set(DEFAULTS) == set(TRANSFORMERS) == set(OUTSIDE)
+    assert set(TARGETS) == set(TRANSFORMERS) == set(OUTSIDE)
 
 
 def test_sd3_without_a_second_attention_has_a_default_too():
@@ -60,12 +60,13 @@ def test_sd3_without_a_second_attention_has_a_default_too():
         sample_size=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=8,
         caption_projection_dim=16, pooled_projection_dim=8, pos_embed_max_size=4,
     )  # fmt: skip
-    assert find_targets(plain, ()) and not any("attn2" in layer for layer in find_targets(plain, ()))
+    layers = find_targets(plain, (), TARGETS["SD3Transformer2DModel"])
+    assert layers and not any("attn2" in layer for layer in layers)
 
 
 def test_the_last_projection_of_flux_is_not_that_of_a_block():
     plain = TRANSFORMERS["FluxTransformer2DModel"]
-    chosen = find_targets(plain, ())
+    chosen = find_targets(plain, (), TARGETS["FluxTransformer2DModel"])
     assert "single_transformer_blocks.1.proj_out" in chosen and "proj_out" not in chosen
 
 
@@ -90,8 +91,8 @@ def test_a_name_that_means_nothing_is_refused_with_a_near_one():
         find_targets(plain, ("attn",))
 
 
-def test_another_class_needs_names():
+def test_a_family_without_a_default_needs_names():
     plain = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(UserError, match="no default for Sequential"):
+    with pytest.raises(UserError, match="the family of Sequential has no default"):
         find_targets(plain, ())
     assert find_targets(plain, ("0",)) == ["0"]

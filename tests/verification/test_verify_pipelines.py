@@ -20,6 +20,7 @@ from transformers import CLIPTokenizer
 import tiny_pipelines as tiny
 from hub_cache import lay_out
 from leapalign.cli import main
+from leapalign.models import FAMILIES as MODEL_FAMILIES
 from leapalign.models import diffusers_reference, sd3
 from leapalign.models.flux import Flux
 from leapalign.models.sd3 import SD3
@@ -309,39 +310,48 @@ def test_another_sampler_is_found(sd3_folder: Path, monkeypatch: pytest.MonkeyPa
 # ---- published models, by their numbers alone
 
 
+MODELS = [(family, model) for family in MODEL_FAMILIES for model in known.models_of(family.published)]
+
+
 def write_configs(folder: Path, model: known.Known, **changes: Any) -> Path:
     for part, file, content in (
         ("transformer", "config.json", {**model.transformer, **changes}),
         ("scheduler", "scheduler_config.json", dict(model.scheduler)),
     ):
-        (folder / part).mkdir()
+        (folder / part).mkdir(parents=True)
         (folder / part / file).write_text(json.dumps(content))
     return folder
 
 
-def test_published_models_are_recognised_and_their_figures_told(tmp_path: Path) -> None:
-    for number, model in enumerate(known.MODELS):
-        (tmp_path / str(number)).mkdir()
-        folder = write_configs(tmp_path / str(number), model)
-        checks = check_architecture(model.names[0], folder)
-        assert not differing(checks) and model.names[0] in checks[0].came
-    told = " ".join(c.came for c in check_architecture("here", tmp_path / "0"))
-    for figure in ("0.3078", "22.7902", "1.0455", "13.502", "Table 2", "10.7624", "Table 3", "0.6535"):
-        assert figure in told
-    told = " ".join(c.came for c in check_architecture("here", tmp_path / "2"))
-    assert "0.2967" in told and "22.5189" in told and "1.0614" in told and "Table 4" in told
+@pytest.mark.parametrize(("family", "model"), MODELS, ids=[model.names[0] for _, model in MODELS])
+def test_published_models_are_recognised_and_their_figures_told(
+    family: Any, model: known.Known, tmp_path: Path
+) -> None:
+    folder = write_configs(tmp_path, model)
+    checks = check_architecture(model.names[0], folder, family.published)
+    assert not differing(checks) and model.names[0] in checks[0].came
+    told = " ".join(c.came for c in check_architecture("here", folder, family.published))
+    assert [f"{score:g}" for f in model.figures for score in f.scores.values() if f"{score:g}" not in told] == []
+
+
+def test_the_papers_figures_are_those_of_its_tables() -> None:
+    figures = {model.names: {f.where.partition(":")[0]: f.scores for f in model.figures} for _, model in MODELS}
+    flux = figures["black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-Krea-dev"]
+    assert flux["Table 3"] == {"hpsv3": 10.7624} and set(flux) == {"Table 2", "Table 3"}
+    assert figures[("stabilityai/stable-diffusion-3.5-medium",)]["Table 4"]["pickscore logit"] == 22.5189
+    assert len(known.of_reward("hpsv3")) == 3 and len(known.of_reward("geneval")) == 1
 
 
 def test_other_numbers_under_a_published_name_and_another_shift(tmp_path: Path) -> None:
-    flux = known.MODELS[0]
-    folder = write_configs(tmp_path, flux, guidance_embeds=False)
-    found = differing(check_architecture("black-forest-labs/FLUX.1-dev@main", folder))
+    flux = known.by_id("black-forest-labs/FLUX.1-dev", Flux.published)
+    assert flux is not None
+    folder = write_configs(tmp_path / "schnell", flux, guidance_embeds=False)
+    found = differing(check_architecture("black-forest-labs/FLUX.1-dev@main", folder, Flux.published))
     assert "guidance_embeds" in found["transformer", "architecture"]
     assert "use_dynamic_shifting" in found["scheduler", "numbers"]  # schnell's transformer with dev's scheduler
-    shutil.rmtree(tmp_path / "transformer")
-    shutil.rmtree(tmp_path / "scheduler")
-    config("scheduler/scheduler_config.json", shift=1.0)(write_configs(tmp_path, flux))
-    assert differing(check_architecture("here", tmp_path)) == {("scheduler", "numbers"): "{'shift': 1.0}"}
+    folder = write_configs(tmp_path / "shifted", flux)
+    config("scheduler/scheduler_config.json", shift=1.0)(folder)
+    assert differing(check_architecture("here", folder, Flux.published)) == {("scheduler", "numbers"): "{'shift': 1.0}"}
 
 
 # ---- the user's mistakes

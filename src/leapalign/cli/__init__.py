@@ -40,7 +40,7 @@ USAGE = """usage: leapalign COMMAND ...
   sample WHAT              pictures from a run, a pipeline folder or an embedded model
   evaluate WHAT            GenEval tasks and rewards of a run or a pipeline folder
   score IMAGES             rewards of picture files
-  export RUN               a run's weights for other programs: pipeline, LoRA file, ComfyUI
+  export RUN               a run's weights for other programs: pipeline or LoRA file
   verify WHAT              whether a model's or a reward's files are good, and what to expect of it
   cache                    the prompts encoded on disk: how many, and --clear
   list [KIND]              methods, models, rewards, prompt sets, ways of tuning or recipes

@@ -25,8 +25,8 @@ class ExportFlags:
     """The run's folder."""
     out: str
     """A new folder."""
-    format: Literal["pipeline", "lora", "comfyui"] = "pipeline"
-    """A whole diffusers folder (an adapter is merged), a diffusers LoRA file, or one with ComfyUI's names."""
+    format: Literal["pipeline", "lora"] = "pipeline"
+    """A whole diffusers folder (an adapter is merged), or a LoRA file as diffusers and ComfyUI read it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the transformer or the adapter; bfloat16 halves it and rounds each weight."""
     json: bool = False

@@ -12,7 +12,6 @@ from leapalign.cli.answer import answer
 from leapalign.lookup.recipes import load_plugins
 from leapalign.lookup.rewards import is_reward, reward_config
 from leapalign.lookup.sources import find_source
-from leapalign.models.base import pointed_at
 from leapalign.report.tables import print_checks
 from leapalign.verification.checks import Check, note
 
@@ -80,7 +79,7 @@ def _check_model(flags: VerifyFlags, device: str, hashes: Hashes | None) -> list
 
     source = find_source(flags.source, load_plugins(flags.plugin))
     whole = source.tuning.output == "pipeline"
-    config = pointed_at(source.model, source.saved) if whole else source.model
+    config = source.model.at(source.saved) if whole else source.model
     trained = (Path(flags.source) / "run.json").is_file() or flags.source.startswith("embedded:")
     size = flags.size or (config.height if trained else 0)
     trial = Trial(prompt=flags.prompt, num_steps=flags.steps, size=size, seed=flags.seed, device=device)

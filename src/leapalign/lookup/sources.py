@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from leapalign.errors import UserError
-from leapalign.lookup.catalog import listing
 from leapalign.lookup.recipes import read_run
 from leapalign.lookup.runs import check_run_folder
-from leapalign.models.base import pointed_at
+from leapalign.models import FAMILIES
+from leapalign.models.base import Family
 from leapalign.run import Run
 from leapalign.tuning.full import FULL
 
@@ -49,8 +49,8 @@ def find_source(source: str, plugins: dict[str, ModuleType]) -> Source:
         from leapalign.recipes import shapeworld_leapalign
 
         run = shapeworld_leapalign()
-        return Source(model=pointed_at(run.model, source), num_steps=run.num_sampling_steps, saved=source)
-    return Source(model=config_for(source), num_steps=STEPS, saved=source)
+        return Source(model=run.model.at(source), num_steps=run.num_sampling_steps, saved=source)
+    return Source(model=config_for(source, plugins), num_steps=STEPS, saved=source)
 
 
 def run_source(folder: Path, run: Run) -> Source:
@@ -63,21 +63,20 @@ def run_source(folder: Path, run: Run) -> Source:
     return Source(model=run.model, num_steps=run.num_sampling_steps, saved=str(saved), tuning=run.tuning)
 
 
-def families() -> dict[str, Any]:
-    """diffusers' pipeline class -> configuration class of every model family."""
-    found = {}
-    for entry in listing(("models",))["models"]:
-        module, _, cls = entry["type"].rpartition(".")
-        config = getattr(importlib.import_module(module), cls)
-        found[config.pipeline] = config
+def families(plugins: Mapping[str, ModuleType]) -> dict[str, Any]:
+    """diffusers' pipeline class -> configuration class. A user's own family goes before a built-in one."""
+    found: dict[str, Any] = {family.pipeline: family for family in FAMILIES}
+    for module in plugins.values():
+        own: list[Any] = [c for c in vars(module).values() if is_dataclass(c) and c.__module__ == module.__name__]
+        found |= {c.pipeline: c for c in own if hasattr(c, "pipeline")}  # only families have one
     return found
 
 
-def config_for(source: str) -> Any:
+def config_for(source: str, plugins: Mapping[str, ModuleType]) -> Family:
     """The configuration at its default settings of a pipeline folder, a hub id (fetched) or `embedded:NAME`."""
     from leapalign.storage.pipeline_folder import INDEX, locate, read_json
 
-    index, known = read_json(locate(source) / INDEX), families()
+    index, known = read_json(locate(source) / INDEX), families(plugins)
     name = index.get("_class_name")
     if not isinstance(name, str) or name not in known:
         raise UserError(f"{source}: it holds a {name}; expected one of {', '.join(sorted(known))}")

@@ -6,18 +6,21 @@ inside its adapter. Importing this file costs nothing: torch comes with `load()`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
     from leapalign.flow.rollout import Velocity
-    from leapalign.storage.pipeline_folder import Loading
+    from leapalign.models.published import Published
+    from leapalign.storage.pipeline_folder import Loading, PipelineFolder
     from leapalign.tuning.base import Tuning
+    from leapalign.tuning.targets import LoraTargets
 
 
 @dataclass(frozen=True)
@@ -78,21 +81,49 @@ class Conditioning:
     negative: Text | None = None  # [1, ...]
 
 
-def pointed_at(config: Any, folder: str) -> Any:
-    """The same settings on another folder, with that folder's own weights: no single file stands for them there."""
-    alone = {"transformer_file": ""} if hasattr(config, "transformer_file") else {}
-    return replace(config, path=folder, **alone)
+@dataclass(frozen=True, kw_only=True)
+class TextShape:
+    """The size of one prompt's embeds, without running the text encoders."""
+
+    tokens: tuple[int, int]  # length, width; the longest length where prompts keep their own
+    pooled: int = 0  # width; 0 = none
+    masked: bool = False  # prompts keep their own lengths; the mask adds one byte a token
+
+    def empty(self, rows: int, dtype: torch.dtype, mode: AbstractContextManager[Any]) -> Text:
+        """Tokens and pooled features made in `mode` (fake tensors), and a real mask, which families read.
+
+        With several rows the texts have different lengths.
+        """
+        import torch
+
+        with mode:
+            tokens = torch.zeros(rows, *self.tokens, dtype=dtype)
+            pooled = torch.zeros(rows, self.pooled, dtype=dtype) if self.pooled else None
+        if not self.masked:
+            return Text(tokens, pooled)
+        mask = torch.ones(rows, self.tokens[0], dtype=torch.bool)
+        mask[1:, -1] = False
+        return Text(tokens, pooled, mask)
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of one prompt in this dtype."""
+        length, width = self.tokens
+        return (length * width + self.pooled) * dtype.itemsize + (length if self.masked else 0)
 
 
 class ModelConfig(Protocol):
-    """A family's settings: a frozen, keyword-only dataclass that imports no torch before `load`."""
+    """Settings of a model: a frozen, keyword-only dataclass that imports no torch before `load`."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]  # so that dataclasses.replace() takes one
     name: ClassVar[str]  # as in flags and tables
 
     @property
     def path(self) -> str:
-        """A folder, a hub id (org/name or org/name@revision), or embedded:generator."""
+        """A pipeline folder, a hub id (org/name or org/name@revision), or embedded:generator."""
+        ...
+
+    def at(self, folder: str) -> ModelConfig:
+        """The same settings on another pipeline folder, with that folder's own transformer."""
         ...
 
     def load(self, device: str, dtype: str, tuning: Tuning = ..., loading: Loading = ...) -> Model:
@@ -100,6 +131,23 @@ class ModelConfig(Protocol):
 
         `loading`: how its components are loaded; a model that is not a pipeline's folder may ignore it.
         """
+        ...
+
+
+@runtime_checkable
+class Family(ModelConfig, Protocol):
+    """A family of diffusers pipelines: its settings, and in the same file all facts that other folders need of it.
+
+    A family outside this package (`--plugin FILE`) offers the same.
+    """
+
+    pipeline: ClassVar[str]  # class of diffusers whose folders it opens
+    renamed: ClassVar[Mapping[str, str]]  # settings that the pipeline's call names otherwise: ours -> its
+    lora_targets: ClassVar[LoraTargets]  # default layers of an adapter
+    published: ClassVar[Mapping[str, Published]]  # hub id -> the published pipeline without its weights
+
+    def text_shape(self, folder: PipelineFolder, transformer: Any) -> TextShape:
+        """The size of a prompt's embeds. `transformer`: the configuration of the folder's transformer."""
         ...
 
 

@@ -52,7 +52,7 @@ def open_pipeline(config: Any, folder: Path) -> Any:
 
 def call_settings(config: Any, pipeline: Any) -> dict[str, Any]:
     """Our settings, by the names that the pipeline's call has for them; those that it has not are left out."""
-    names = {name: name for name in vars(config)} | dict(getattr(config, "renamed", ()))
+    names = {name: name for name in vars(config)} | dict(getattr(config, "renamed", {}))
     takes = inspect.signature(type(pipeline).__call__).parameters
     return {theirs: getattr(config, ours) for ours, theirs in names.items() if theirs in takes}
 

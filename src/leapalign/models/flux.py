@@ -9,13 +9,16 @@ and the Euler sum stay in float32 under bfloat16.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from leapalign.errors import UserError
-from leapalign.models.base import Text
+from leapalign.models import published as known
+from leapalign.models.base import Text, TextShape
 from leapalign.storage.pipeline_folder import FROM_FILES, Loading, open_folder
+from leapalign.tuning import targets
 from leapalign.tuning.full import FULL
 
 if TYPE_CHECKING:
@@ -28,13 +31,79 @@ if TYPE_CHECKING:
 TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 PATCH = 2  # latents a token, along each side
 
+LAYERS = targets.LoraTargets(  # proj_mlp and proj_out are the single blocks' feed-forward
+    layers=(
+        *(*targets.ATTENTION, *targets.TEXT_ATTENTION, *targets.FEED_FORWARD),
+        # the whole path, because the model's last proj_out is no block's
+        *("single_transformer_blocks.*.proj_mlp", "single_transformer_blocks.*.proj_out"),
+    )
+)
+DEV_FIGURES = (
+    known.Figures(
+        where=f"Table 2: {known.HPDV2}, 720 x 720, 50 steps, guidance 3.5",
+        scores={
+            "hpsv2": 0.3078,
+            "hpsv3": 13.5020,
+            "pickscore logit": 22.7902,
+            "unified alignment": 3.4514,
+            "unified quality": 3.5708,
+            "imagereward": 1.0455,
+        },
+    ),
+    known.Figures(where="Table 3: MJHQ-30k, a random 500 prompts", scores={"hpsv3": 10.7624}),
+    known.Figures(where="Table 2: GenEval, 553 prompts, 4 images each", scores={"geneval": 0.6535}),
+)
+DYNAMIC = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
+
+
+def _published(*, distilled_guidance: bool, licence: str, figures: tuple[known.Figures, ...] = ()) -> known.Published:
+    """19 double and 38 single blocks of width 3072, with guidance as an input (dev) or without (schnell)."""
+    transformer = {
+        "patch_size": 1,
+        "in_channels": 64,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+        "guidance_embeds": distilled_guidance,
+    }
+    dynamic = known.scheduler(use_dynamic_shifting=True, **DYNAMIC)
+    return known.Published(
+        kind="FluxPipeline",
+        components={
+            "transformer": ("diffusers.FluxTransformer2DModel", transformer),
+            "vae": known.vae(0.3611, 0.1159),
+            "scheduler": dynamic if distilled_guidance else known.scheduler(shift=1.0),
+            "text_encoder": known.clip_l("CLIPTextModel"),
+            "text_encoder_2": known.t5_xxl(),
+            "tokenizer": ("transformers.CLIPTokenizer", {}),
+            "tokenizer_2": ("transformers.T5TokenizerFast", {}),
+        },
+        gated=distilled_guidance,
+        licence=licence,
+        figures=figures,
+    )
+
+
+DEV_LICENCE = "FLUX.1 [dev] Non-Commercial License"
+PUBLISHED = {
+    "black-forest-labs/FLUX.1-dev": _published(distilled_guidance=True, licence=DEV_LICENCE, figures=DEV_FIGURES),
+    "black-forest-labs/FLUX.1-Krea-dev": _published(distilled_guidance=True, licence=DEV_LICENCE),
+    "black-forest-labs/FLUX.1-schnell": _published(distilled_guidance=False, licence="Apache-2.0"),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Flux:
     """FLUX.1: a FluxPipeline folder or hub id."""
 
     name: ClassVar[str] = "flux"
-    pipeline: ClassVar[str] = "FluxPipeline"  # the diffusers class whose folders it opens
+    pipeline: ClassVar[str] = "FluxPipeline"
+    renamed: ClassVar[Mapping[str, str]] = {}
+    lora_targets: ClassVar[targets.LoraTargets] = LAYERS
+    published: ClassVar[Mapping[str, known.Published]] = PUBLISHED
 
     path: str  # a folder, or a hub id: org/name or org/name@revision
     transformer_file: str = ""  # the transformer's weights from this .safetensors file, everything else from `path`
@@ -47,6 +116,16 @@ class Flux:
     max_sequence_length: int = 512  # T5 tokens
     decode_chunk: int = 1  # images decoded at a time; 0 = all
 
+    def at(self, folder: str) -> Flux:
+        """The same settings on another pipeline folder, with that folder's own transformer."""
+        return replace(self, path=folder, transformer_file="")
+
+    def text_shape(self, folder: PipelineFolder, transformer: Any) -> TextShape:
+        """T5's tokens, CLIP's pooled features."""
+        return TextShape(
+            tokens=(self.max_sequence_length, transformer.joint_attention_dim), pooled=transformer.pooled_projection_dim
+        )
+
     def load(self, device: str, dtype: str, tuning: Tuning = FULL, loading: Loading = FROM_FILES) -> PipelineModel:
         """Open the folder. Raises UserError on a folder, size or length that cannot work."""
         from leapalign.models import pipeline as pipe
@@ -56,7 +135,7 @@ class Flux:
             raise UserError(f"max_sequence_length {self.max_sequence_length}: expected 1 to 512")
         needed = ("transformer", "vae", "scheduler", *TEXT_PARTS)
         folder = open_folder(self.path, self.pipeline, needed, self.transformer_file, loading)
-        parts = pipe.open_parts(folder, device, precision, tuning)
+        parts = pipe.open_parts(folder, device, precision, tuning, self.lora_targets)
         policy = parts.policy
         decoder = pipe.load_decoder(folder, device, self.decode_chunk)
         factor = pipe.vae_factor(decoder.vae)

@@ -11,12 +11,15 @@ Euler sum stay in float32 under bfloat16, and the negative prompt may be another
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from leapalign.errors import UserError
-from leapalign.models.base import Text
+from leapalign.models import published as known
+from leapalign.models.base import Text, TextShape
 from leapalign.storage.pipeline_folder import FROM_FILES, Loading, open_folder
+from leapalign.tuning import targets
 from leapalign.tuning.full import FULL
 
 if TYPE_CHECKING:
@@ -30,6 +33,51 @@ if TYPE_CHECKING:
 PATCH = 2  # latents of the VAE in one of ours, along each side
 
 TEXT_PARTS = ("text_encoder", "tokenizer")
+LAYERS = targets.LoraTargets(
+    layers=(
+        *(*targets.ATTENTION, *targets.TEXT_ATTENTION),
+        *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),
+        *("attn.to_qkv_mlp_proj", "single_transformer_blocks.*.attn.to_out"),
+    )
+)
+VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "latent_channels": 32,
+}
+
+
+def _published(*, large: bool, distilled: bool) -> known.Published:
+    """5 double and 20 single blocks of width 3072 (4B), or 8 and 24 of 4096 (9B); three layers of Qwen3 as text."""
+    width, feed_forward = (4096, 12288) if large else (2560, 9728)
+    sizes = (8, 24, 32) if large else (5, 20, 24)
+    transformer = dict(zip(("num_layers", "num_single_layers", "num_attention_heads"), sizes))
+    transformer |= {"joint_attention_dim": 3 * width, "guidance_embeds": False}
+    return known.Published(
+        kind="Flux2KleinPipeline",
+        components={
+            "transformer": ("diffusers.Flux2Transformer2DModel", transformer),
+            "vae": ("diffusers.AutoencoderKLFlux2", VAE),
+            "scheduler": known.scheduler(use_dynamic_shifting=True),
+            "text_encoder": known.qwen3(
+                kind="Qwen3ForCausalLM", width=width, feed_forward=feed_forward, tied=not large
+            ),
+            "tokenizer": ("transformers.Qwen2TokenizerFast", {}),
+        },
+        gated=large,
+        licence="FLUX Non-Commercial License" if large else "Apache-2.0",
+        unchecked=True,
+        index={"is_distilled": distilled},
+    )
+
+
+PUBLISHED = {
+    "black-forest-labs/FLUX.2-klein-4B": _published(large=False, distilled=True),
+    "black-forest-labs/FLUX.2-klein-9B": _published(large=True, distilled=True),
+    "black-forest-labs/FLUX.2-klein-base-4B": _published(large=False, distilled=False),
+    "black-forest-labs/FLUX.2-klein-base-9B": _published(large=True, distilled=False),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +86,9 @@ class Flux2Klein:
 
     name: ClassVar[str] = "flux2-klein"
     pipeline: ClassVar[str] = "Flux2KleinPipeline"
-    renamed: ClassVar[tuple[tuple[str, str], ...]] = (
-        ("text_layers", "text_encoder_out_layers"),
-    )  # what its call names otherwise
+    renamed: ClassVar[Mapping[str, str]] = {"text_layers": "text_encoder_out_layers"}
+    lora_targets: ClassVar[targets.LoraTargets] = LAYERS
+    published: ClassVar[Mapping[str, known.Published]] = PUBLISHED
 
     path: str
     height: int = 1024  # pixels
@@ -52,6 +100,14 @@ class Flux2Klein:
     text_layers: tuple[int, ...] = (9, 18, 27)  # whose hidden states the transformer sees; 0 is the word embedding
     decode_chunk: int = 1  # images decoded at a time; 0 = all
 
+    def at(self, folder: str) -> Flux2Klein:
+        """The same settings on another pipeline folder."""
+        return replace(self, path=folder)
+
+    def text_shape(self, folder: PipelineFolder, transformer: Any) -> TextShape:
+        """Several layers of a language model side by side, always filled up."""
+        return TextShape(tokens=(self.max_sequence_length, transformer.joint_attention_dim))
+
     def load(self, device: str, dtype: str, tuning: Tuning = FULL, loading: Loading = FROM_FILES) -> PipelineModel:
         """Open the folder. Raises UserError on a folder, size, length or layer that cannot work."""
         from leapalign.models import pipeline as pipe
@@ -62,7 +118,7 @@ class Flux2Klein:
         folder = open_folder(
             self.path, self.pipeline, ("transformer", "vae", "scheduler", *TEXT_PARTS), loading=loading
         )
-        parts = pipe.open_parts(folder, device, precision, tuning)
+        parts = pipe.open_parts(folder, device, precision, tuning, self.lora_targets)
         policy = parts.policy
         _check_layers(self.text_layers, folder, policy.config.joint_attention_dim)
         decoder = load_decoder(folder, device, self.decode_chunk)

@@ -23,6 +23,7 @@ from leapalign.tuning.adapter import merged, switched_off
 if TYPE_CHECKING:
     from leapalign.flow.rollout import Velocity
     from leapalign.tuning.base import Tuning
+    from leapalign.tuning.targets import LoraTargets
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -112,9 +113,9 @@ class Opened:
         return self.scheduler.config.num_train_timesteps
 
 
-def open_parts(folder: PipelineFolder, device: str, dtype: torch.dtype, tuning: Tuning) -> Opened:
-    """Raises UserError on a policy or a scheduler that cannot work."""
-    return Opened(folder, tuning.load_policy(folder, device, dtype), load_scheduler(folder), device, dtype)
+def open_parts(folder: PipelineFolder, device: str, dtype: torch.dtype, tuning: Tuning, targets: LoraTargets) -> Opened:
+    """Raises UserError on a policy or a scheduler that cannot work. `targets`: the family's layers for adapters."""
+    return Opened(folder, tuning.load_policy(folder, device, dtype, targets), load_scheduler(folder), device, dtype)
 
 
 def put_together(

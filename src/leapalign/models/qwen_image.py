@@ -17,12 +17,15 @@ By construction the last block's text stream has no gradient after its keys and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from leapalign.errors import UserError
-from leapalign.models.base import Text
+from leapalign.models import published as known
+from leapalign.models.base import Text, TextShape
 from leapalign.storage.pipeline_folder import FROM_FILES, Loading, open_folder
+from leapalign.tuning import targets
 from leapalign.tuning.full import FULL
 
 if TYPE_CHECKING:
@@ -35,6 +38,46 @@ if TYPE_CHECKING:
 
 TEXT_PARTS = ("text_encoder", "tokenizer")
 PATCH = 2  # latents a token, along each side
+LAYERS = targets.LoraTargets(
+    layers=(
+        *(*targets.ATTENTION, *targets.TEXT_ATTENTION),
+        *("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+    )
+)
+QWEN2_5_VL = {  # 7B, with its vision tower: the folder holds the whole model
+    "model_type": "qwen2_5_vl",
+    "tie_word_embeddings": False,
+    "text_config": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    },
+    "vision_config": {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+    },
+}
+DYNAMIC = {"base_shift": 0.5, "max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
+PUBLISHED = {
+    "Qwen/Qwen-Image": known.Published(
+        kind="QwenImagePipeline",
+        components={
+            "transformer": ("diffusers.QwenImageTransformer2DModel", {"num_layers": 60}),  # of width 3072
+            "vae": ("diffusers.AutoencoderKLQwenImage", {"z_dim": 16}),
+            "scheduler": known.scheduler(shift=1.0, use_dynamic_shifting=True, **DYNAMIC),
+            "text_encoder": ("transformers.Qwen2_5_VLForConditionalGeneration", QWEN2_5_VL),
+            "tokenizer": ("transformers.Qwen2Tokenizer", {}),
+        },
+        licence="Apache-2.0",
+        unchecked=True,
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +86,9 @@ class QwenImage:
 
     name: ClassVar[str] = "qwen-image"
     pipeline: ClassVar[str] = "QwenImagePipeline"
-    renamed: ClassVar[tuple[tuple[str, str], ...]] = (
-        ("guidance_scale", "true_cfg_scale"),
-    )  # what its call names otherwise
+    renamed: ClassVar[Mapping[str, str]] = {"guidance_scale": "true_cfg_scale"}
+    lora_targets: ClassVar[targets.LoraTargets] = LAYERS
+    published: ClassVar[Mapping[str, known.Published]] = PUBLISHED
 
     path: str
     height: int = 1024  # pixels
@@ -55,6 +98,14 @@ class QwenImage:
     negative_prompt: str = " "
     max_sequence_length: int = 512  # tokens of the prompt; only long ones are cut, short ones are not filled up
     decode_chunk: int = 1  # images decoded at a time; 0 = all
+
+    def at(self, folder: str) -> QwenImage:
+        """The same settings on another pipeline folder."""
+        return replace(self, path=folder)
+
+    def text_shape(self, folder: PipelineFolder, transformer: Any) -> TextShape:
+        """The longest prompt's hidden states."""
+        return TextShape(tokens=(self.max_sequence_length, transformer.joint_attention_dim), masked=True)
 
     def load(self, device: str, dtype: str, tuning: Tuning = FULL, loading: Loading = FROM_FILES) -> PipelineModel:
         """Open the folder. Raises UserError on a folder, size or length that cannot work."""
@@ -66,7 +117,7 @@ class QwenImage:
         folder = open_folder(
             self.path, self.pipeline, ("transformer", "vae", "scheduler", *TEXT_PARTS), loading=loading
         )
-        parts = pipe.open_parts(folder, device, precision, tuning)
+        parts = pipe.open_parts(folder, device, precision, tuning, self.lora_targets)
         policy = parts.policy
         decoder = load_decoder(folder, device, self.decode_chunk)
         factor = decoder.vae.spatial_compression_ratio

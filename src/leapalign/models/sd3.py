@@ -10,12 +10,15 @@ queries of that block are computed and thrown away (`context_pre_only`).
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from leapalign.errors import UserError
-from leapalign.models.base import Text
+from leapalign.models import published as known
+from leapalign.models.base import Text, TextShape
 from leapalign.storage.pipeline_folder import FROM_FILES, Loading, open_folder
+from leapalign.tuning import targets
 from leapalign.tuning.full import FULL
 
 if TYPE_CHECKING:
@@ -26,6 +29,64 @@ if TYPE_CHECKING:
     from leapalign.tuning.base import Tuning
 
 TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+LAYERS = targets.LoraTargets(
+    layers=(*targets.ATTENTION, *targets.TEXT_ATTENTION, *targets.FEED_FORWARD),
+    optional=("attn2.to_*",),  # the second attention over image tokens of SD3.5-M; SD3-M and SD3.5-L have none
+)
+LARGE = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm"}
+MEDIUM = {"pos_embed_max_size": 384, "dual_attention_layers": list(range(13)), "qk_norm": "rms_norm"}
+MEDIUM_FIGURES = known.Figures(
+    where=f"Table 4: {known.HPDV2}, 512 x 512, 50 steps",
+    scores={
+        "hpsv2": 0.2967,
+        "hpsv3": 12.2846,
+        "pickscore logit": 22.5189,
+        "unified alignment": 3.4436,
+        "unified quality": 3.5565,
+        "imagereward": 1.0614,
+    },
+)
+
+
+def _published(*figures: known.Figures, **changes: Any) -> known.Published:
+    """24 blocks of width 1536 (SD3-M), unless changed."""
+    transformer = {
+        "patch_size": 2,
+        "in_channels": 16,
+        "out_channels": 16,
+        "num_layers": 24,
+        "attention_head_dim": 64,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "caption_projection_dim": 1536,
+        "pooled_projection_dim": 2048,
+        "pos_embed_max_size": 192,
+        "qk_norm": None,
+    }
+    return known.Published(
+        kind="StableDiffusion3Pipeline",
+        components={
+            "transformer": ("diffusers.SD3Transformer2DModel", transformer | changes),
+            "vae": known.vae(1.5305, 0.0609),
+            "scheduler": known.scheduler(),
+            "text_encoder": known.clip_l("CLIPTextModelWithProjection"),
+            "text_encoder_2": known.clip_g(),
+            "text_encoder_3": known.t5_xxl(),
+            "tokenizer": ("transformers.CLIPTokenizer", {}),
+            "tokenizer_2": ("transformers.CLIPTokenizer", {}),
+            "tokenizer_3": ("transformers.T5TokenizerFast", {}),
+        },
+        gated=True,
+        licence="Stability AI Community License",
+        figures=figures,
+    )
+
+
+PUBLISHED = {
+    "stabilityai/stable-diffusion-3-medium-diffusers": _published(),
+    "stabilityai/stable-diffusion-3.5-medium": _published(MEDIUM_FIGURES, **MEDIUM),
+    "stabilityai/stable-diffusion-3.5-large": _published(**LARGE),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +94,10 @@ class SD3:
     """A StableDiffusion3Pipeline folder or hub id; text_encoder_3 may be absent."""
 
     name: ClassVar[str] = "sd3"
-    pipeline: ClassVar[str] = "StableDiffusion3Pipeline"  # the diffusers class whose folders it opens
+    pipeline: ClassVar[str] = "StableDiffusion3Pipeline"
+    renamed: ClassVar[Mapping[str, str]] = {}
+    lora_targets: ClassVar[targets.LoraTargets] = LAYERS
+    published: ClassVar[Mapping[str, known.Published]] = PUBLISHED
 
     path: str  # a folder, or a hub id: org/name or org/name@revision
     transformer_file: str = ""  # the transformer's weights from this .safetensors file, everything else from `path`
@@ -45,6 +109,18 @@ class SD3:
     max_sequence_length: int = 256  # T5 tokens; 0 only without T5, and then leaves out its padding of zeros
     decode_chunk: int = 1  # images decoded at a time; 0 = all
 
+    def at(self, folder: str) -> SD3:
+        """The same settings on another pipeline folder, with that folder's own transformer."""
+        return replace(self, path=folder, transformer_file="")
+
+    def text_shape(self, folder: PipelineFolder, transformer: Any) -> TextShape:
+        """CLIP's tokens before T5's (or before zeros in their place), both CLIPs' pooled features."""
+        from leapalign.storage.pipeline_folder import read_json
+
+        clip = read_json(folder.path / "text_encoder" / "config.json")
+        length = clip.get("max_position_embeddings", 77) + self.max_sequence_length
+        return TextShape(tokens=(length, transformer.joint_attention_dim), pooled=transformer.pooled_projection_dim)
+
     def load(self, device: str, dtype: str, tuning: Tuning = FULL, loading: Loading = FROM_FILES) -> PipelineModel:
         """Open the folder. Raises UserError on a folder, size or length that cannot work."""
         from leapalign.models import pipeline as pipe
@@ -53,7 +129,7 @@ class SD3:
         needed = ("transformer", "vae", "scheduler", *TEXT_PARTS[:4])
         folder = open_folder(self.path, self.pipeline, needed, self.transformer_file, loading)
         _check_sequence_length(self.max_sequence_length, "text_encoder_3" in folder.parts)
-        parts = pipe.open_parts(folder, device, precision, tuning)
+        parts = pipe.open_parts(folder, device, precision, tuning, self.lora_targets)
         policy = parts.policy
         decoder = pipe.load_decoder(folder, device, self.decode_chunk)
         shape = _latent_shape(self, policy.config, pipe.vae_factor(decoder.vae))

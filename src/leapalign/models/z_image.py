@@ -10,13 +10,16 @@ latents and guidance stay in float32 under bfloat16. With float32 both are below
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from leapalign.errors import UserError
-from leapalign.models.base import Text
+from leapalign.models import published as known
+from leapalign.models.base import Text, TextShape
 from leapalign.storage.pipeline_folder import FROM_FILES, Loading, open_folder
+from leapalign.tuning import targets
 from leapalign.tuning.full import FULL
 
 if TYPE_CHECKING:
@@ -30,6 +33,31 @@ if TYPE_CHECKING:
 TEXT_PARTS = ("text_encoder", "tokenizer")
 PATCH = 2  # latents a token, along each side
 CAPTION_MULTIPLE = 32  # the network fills captions up to a multiple of this with a token that it has learnt
+LAYERS = targets.LoraTargets(
+    layers=(
+        *("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),
+        *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+    )
+)
+
+
+def _published(shift: float) -> known.Published:
+    """30 blocks of width 3840, and two that refine each of noise and text; FLUX.1's VAE."""
+    return known.Published(
+        kind="ZImagePipeline",
+        components={
+            "transformer": ("diffusers.ZImageTransformer2DModel", {"n_layers": 30}),
+            "vae": known.vae(0.3611, 0.1159),
+            "scheduler": known.scheduler(shift=shift),
+            "text_encoder": known.qwen3(kind="Qwen3Model", width=2560, feed_forward=9728, tied=True),
+            "tokenizer": ("transformers.Qwen2Tokenizer", {}),
+        },
+        licence="Apache-2.0",
+        unchecked=True,
+    )
+
+
+PUBLISHED = {"Tongyi-MAI/Z-Image": _published(shift=6.0), "Tongyi-MAI/Z-Image-Turbo": _published(shift=3.0)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +66,9 @@ class ZImage:
 
     name: ClassVar[str] = "z-image"
     pipeline: ClassVar[str] = "ZImagePipeline"
+    renamed: ClassVar[Mapping[str, str]] = {}
+    lora_targets: ClassVar[targets.LoraTargets] = LAYERS
+    published: ClassVar[Mapping[str, known.Published]] = PUBLISHED
 
     path: str
     height: int = 1024  # pixels
@@ -52,6 +83,14 @@ class ZImage:
     max_sequence_length: int = 512  # tokens of the prompt
     decode_chunk: int = 1  # images decoded at a time; 0 = all
 
+    def at(self, folder: str) -> ZImage:
+        """The same settings on another pipeline folder."""
+        return replace(self, path=folder)
+
+    def text_shape(self, folder: PipelineFolder, transformer: Any) -> TextShape:
+        """The longest prompt's hidden states."""
+        return TextShape(tokens=(self.max_sequence_length, transformer.cap_feat_dim), masked=True)
+
     def load(self, device: str, dtype: str, tuning: Tuning = FULL, loading: Loading = FROM_FILES) -> PipelineModel:
         """Open the folder. Raises UserError on a folder, size, length or guidance that cannot work."""
         from leapalign.models import pipeline as pipe
@@ -61,7 +100,7 @@ class ZImage:
         folder = open_folder(
             self.path, self.pipeline, ("transformer", "vae", "scheduler", *TEXT_PARTS), loading=loading
         )
-        parts = pipe.open_parts(folder, device, precision, tuning)
+        parts = pipe.open_parts(folder, device, precision, tuning, self.lora_targets)
         policy = parts.policy
         decoder = pipe.load_decoder(folder, device, self.decode_chunk)
         factor = pipe.vae_factor(decoder.vae)

@@ -12,13 +12,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leapalign.distributed.fsdp_frozen import blocks_of
 from leapalign.errors import UserError
+from leapalign.models.base import Family
 from leapalign.models.pipeline import PipelineModel
-from leapalign.models.published import Pipeline
 from leapalign.planning.meta_models import build_part, fake, fake_mode, load_weightless, twin
 from leapalign.planning.rewards import RewardPlan, plan_reward
 from leapalign.planning.sharding import ALONE, Rank
+from leapalign.planning.sources import Source
 from leapalign.run import Run
-from leapalign.storage.pipeline_folder import INDEX, PipelineFolder, open_folder
+from leapalign.storage.pipeline_folder import INDEX, TRANSFORMER, PipelineFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +29,8 @@ class Parts:
     run: Run
     model: PipelineModel
     folder: PipelineFolder
-    known: Pipeline | None
-    kind: str
+    source: Source
+    family: Family
     rewards: list[RewardPlan]
     mode: FakeTensorMode
     weights: dict[str, int]  # part of the pipeline -> how many
@@ -47,19 +48,19 @@ class Parts:
         return 2 if self.model.guidance.active else 1
 
 
-def path_of(run: Run) -> str:
-    path = getattr(run.model, "path", None)
-    if not isinstance(path, str):
-        raise UserError(f"--dry-run plans diffusers pipelines; {type(run.model).__name__} has no path of one")
-    return path
+def family_of(run: Run) -> Family:
+    """The run's model. Raises UserError if it is no family of diffusers pipelines."""
+    if not isinstance(run.model, Family):
+        raise UserError(
+            f"--dry-run plans diffusers pipelines; {type(run.model).__name__} is no leapalign.models.base.Family"
+        )
+    return run.model
 
 
-def parts_of_run(run: Run, path: Path, known: Pipeline | None) -> Parts:
-    """`path`: a pipeline folder; `known`: what is known of it where it has no weights. UserError with what is wrong."""
-    kind = _pipeline_class(path)
-    folder = open_folder(str(path), kind, ())
-    if known is None:
-        _check_weights(folder)
+def parts_of_run(run: Run, source: Source) -> Parts:
+    """Raises UserError with the first thing that is wrong."""
+    family, path = family_of(run), source.folder
+    _check_index(path)
     weights: dict[str, int] = {}
 
     def build(folder: PipelineFolder, name: str, dtype: torch.dtype | None = None) -> Any:
@@ -70,9 +71,12 @@ def parts_of_run(run: Run, path: Path, known: Pipeline | None) -> Parts:
 
     # the base is quantised while it is read: planned as bfloat16, and its bytes counted in memory.py
     tuning = replace(run.tuning, quantization="none") if quantization_of(run) else run.tuning
-    model = load_weightless(replace(run.model, path=str(path)), run.dtype, tuning, build)
+    model = load_weightless(replace(family, path=str(path)), run.dtype, tuning, build)
     if not isinstance(model, PipelineModel):
         raise UserError(f"--dry-run plans diffusers pipelines; {type(run.model).__name__} loads none")
+    folder = model.folder
+    if not source.hub_id:
+        _check_weights(folder)
     text = {name: build(folder, name) for name in folder.parts if name.startswith("text_encoder")}
     text_blocks = {}
     if run.shard_text_encoders:
@@ -88,8 +92,8 @@ def parts_of_run(run: Run, path: Path, known: Pipeline | None) -> Parts:
         run=run,
         model=model,
         folder=folder,
-        known=known,
-        kind=kind,
+        source=source,
+        family=family,
         rewards=rewards,
         mode=mode,
         weights=weights,
@@ -97,18 +101,18 @@ def parts_of_run(run: Run, path: Path, known: Pipeline | None) -> Parts:
     )
 
 
-def _pipeline_class(path: Path) -> str:
-    from leapalign.storage.pipeline_folder import read_json
-
+def _check_index(path: Path) -> None:
     if not (path / INDEX).is_file():
         raise UserError(f"{path} is not a diffusers pipeline folder: it has no {INDEX}")
-    return str(read_json(path / INDEX).get("_class_name"))
 
 
 def _check_weights(folder: PipelineFolder) -> None:
     for name in folder.parts:
         place = folder.path / name
-        if name.startswith(("text_encoder", "transformer", "vae")) and not any(place.glob("*.safetensors")):
+        elsewhere = name == TRANSFORMER and folder.transformer_file
+        if name.startswith(("text_encoder", TRANSFORMER, "vae")) and not (
+            elsewhere or any(place.glob("*.safetensors"))
+        ):
             raise UserError(f"{place} has no safetensors; copy the folder completely")
 
 

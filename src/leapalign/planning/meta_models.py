@@ -8,10 +8,7 @@ on the CPU, so that autocast and attention take the ways that they take there.
 from __future__ import annotations
 
 import importlib
-import json
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +16,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from leapalign.errors import UserError, opening
-from leapalign.models.published import PIPELINES, Pipeline
-from leapalign.storage.pipeline_folder import INDEX, Loading, PipelineFolder
+from leapalign.errors import opening
+from leapalign.storage.pipeline_folder import Loading, PipelineFolder
 
 META = "meta"
 
@@ -76,48 +72,3 @@ def _from_config(kind: Any, library: str, path: Path) -> Any:
     if library == "diffusers":
         return kind.from_config(kind.load_config(path))
     return kind(kind.config_class.from_pretrained(path))
-
-
-@contextmanager
-def folder_of(path: str) -> Iterator[tuple[Path, Pipeline | None]]:
-    """The folder of a model's path, and what is known of it: its own, or one made of the numbers that ship.
-
-    Nothing is downloaded. Raises UserError for a hub id that is neither known nor in the hub's cache.
-    """
-    from leapalign.storage.embedded import resolve
-
-    here = Path(resolve(path)).expanduser()
-    if here.exists() or path not in PIPELINES:
-        yield (here if here.exists() else _cached(path)), None
-        return
-    with tempfile.TemporaryDirectory(prefix="leapalign-plan-") as scratch:
-        write_configs(PIPELINES[path], Path(scratch))
-        yield Path(scratch), PIPELINES[path]
-
-
-def _cached(path: str) -> Path:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(path, INDEX)
-    except HFValidationError:
-        found = None
-    if not isinstance(found, str):
-        raise UserError(
-            f"{path!r} is no folder here, is not in the hub's cache, and its numbers do not ship with leapalign; there "
-            f"are {', '.join(PIPELINES)}. Give a local pipeline folder, or fetch it first: `hf download {path}`"
-        )
-    return Path(found).parent
-
-
-def write_configs(pipeline: Pipeline, folder: Path) -> None:
-    """A pipeline folder with configurations and without weights."""
-    index: dict[str, Any] = {"_class_name": pipeline.kind, **pipeline.index}
-    for name, (kind, config) in pipeline.parts.items():
-        index[name] = kind.split(".")
-        (folder / name).mkdir()
-        file = "scheduler_config.json" if name == "scheduler" else "config.json"
-        if config:
-            (folder / name / file).write_text(json.dumps({"_class_name": kind.split(".")[1], **config}))
-    (folder / INDEX).write_text(json.dumps(index))

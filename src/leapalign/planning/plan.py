@@ -22,13 +22,12 @@ from leapalign.models.base import Conditioning
 from leapalign.models.pipeline import parse_dtype
 from leapalign.models.prompt_embeds.location import cache_plan, limit
 from leapalign.models.prompt_embeds.store import WORTHWHILE
-from leapalign.planning import texts
 from leapalign.planning.activations import GRAPHS, Forwards, GraphBytes, count_forwards, forward_bytes, graph_bytes
-from leapalign.planning.components import Parts, parts_of_run, path_of, quantization_of
+from leapalign.planning.components import Parts, family_of, parts_of_run, quantization_of
 from leapalign.planning.downloads import Download, hub_file, pipeline_parts
-from leapalign.planning.memory import FLOAT32, always, phases, policy_bytes, reward_bytes, trained_bytes
-from leapalign.planning.meta_models import folder_of
+from leapalign.planning.memory import always, phases, policy_bytes, reward_bytes, trained_bytes
 from leapalign.planning.sharding import first_rank, world_of
+from leapalign.planning.sources import locate
 from leapalign.prompts.base import PublishedPrompts
 from leapalign.run import Run
 
@@ -73,8 +72,9 @@ def make_plan(run: Run, ranks: int = 1, ranks_per_machine: int = 8) -> Plan:
     device, notes = planned_device(run.device)
     forwards = count_forwards(run)
     prompts, prompt_downloads, prompt_notes = plan_prompts(run)
-    with folder_of(path_of(run)) as (folder, known):
-        parts = parts_of_run(run, folder, known)
+    family = family_of(run)
+    with locate(family.path, family.published) as source:
+        parts = parts_of_run(run, source)
         quantised, memory = bool(quantization_of(run)), _capacity(device)
         rank, said = first_rank(run, parts.model.policy, quantised, device, memory, ranks, ranks_per_machine)
         parts = replace(parts, rank=rank)
@@ -120,7 +120,7 @@ def _assemble(
     parts: Parts, device: str, forwards: Forwards, prompts: int, prompt_downloads: list[Download], notes: list[str]
 ) -> Plan:
     run, model, dtype = parts.run, parts.model, parse_dtype(parts.run.dtype)
-    shape = texts.text_shape(run.model, parts.folder, parts.kind, model.policy)
+    shape = parts.family.text_shape(parts.folder, model.policy.config)
     negative = shape.empty(1, dtype, parts.mode) if model.guidance.active else None
     conditioning = Conditioning(shape.empty(run.micro_batch_size, dtype, parts.mode), negative)
     forward = forward_bytes(run, model, conditioning, parts.mode)
@@ -196,17 +196,17 @@ def _geometry(parts: Parts, forwards: Forwards) -> dict[str, int | float]:
 
 
 def _model_downloads(parts: Parts) -> list[Download]:
-    if parts.known is None:
+    if not parts.source.hub_id:
         return []
-    sizes = {name: count * parts.known.bytes_per_weight for name, count in parts.weights.items()}
-    return pipeline_parts(path_of(parts.run), sizes)
+    sizes = {name: count * parts.source.bytes_per_weight for name, count in parts.weights.items()}
+    return pipeline_parts(parts.source.hub_id, sizes)
 
 
 def _disk(parts: Parts) -> dict[str, int]:
     """Checkpoints hold weights, average and two moments; one more exists while it is written."""
     run, trained = parts.run, trained_bytes(parts)
     others = sum(count for name, count in parts.weights.items() if name != "transformer")
-    per_weight = parts.known.bytes_per_weight if parts.known else FLOAT32
+    per_weight = parts.source.bytes_per_weight
     whole = getattr(run.tuning, "output", "pipeline") == "pipeline"
     return {
         "checkpoints": 4 * trained * (run.keep_checkpoints + 1),
@@ -216,8 +216,8 @@ def _disk(parts: Parts) -> dict[str, int]:
 
 def _notes(parts: Parts, plan: Plan) -> list[str]:
     found = [f"{reward.name}: {reward.note}" for reward in parts.rewards if reward.note]
-    path, known = path_of(parts.run), parts.known
-    if known and known.unchecked:
+    path, known = parts.source.hub_id, parts.source.facts
+    if known and known.unchecked and parts.source.shipped:
         found.append(f"the numbers of {path} that ship could not be compared with its published files: sizes are about")
     if known and known.gated and any(not d.cached for d in plan.downloads if d.repo == path):
         found.append(f"{path} is gated ({known.licence}): accept it on its page, then `hf auth login`")
@@ -234,7 +234,7 @@ def _notes(parts: Parts, plan: Plan) -> list[str]:
 def _cache_limit(parts: Parts) -> int:
     """Bytes that encoded prompts may take on disk (LEAPALIGN_CACHE_GB); 0 where they are kept in memory alone."""
     text = sum(count for name, count in parts.weights.items() if name.startswith("text_encoder"))
-    per_weight = parts.known.bytes_per_weight if parts.known else FLOAT32
+    per_weight = parts.source.bytes_per_weight
     return limit() if text * per_weight >= WORTHWHILE else 0
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from leapalign.storage.pipeline_folder import PipelineFolder
+    from leapalign.tuning.targets import LoraTargets
 
 
 class Tuning(Protocol):
@@ -23,10 +24,11 @@ class Tuning(Protocol):
     output: ClassVar[str]  # the folder in the run's folder that `save` fills and `load_tuned` opens
     formats: ClassVar[tuple[str, ...]]  # what `export` can write
 
-    def load_policy(self, folder: PipelineFolder, device: str, dtype: torch.dtype) -> Any:
+    def load_policy(self, folder: PipelineFolder, device: str, dtype: torch.dtype, targets: LoraTargets) -> Any:
         """The folder's transformer on the device, in eval mode (no dropout between rollout and gradient).
 
-        `dtype` is what it computes in; weights that are trained are float32 in any case.
+        `dtype` is what it computes in; weights that are trained are float32 in any case. `targets` are the family's
+        default layers for adapters.
         """
         ...
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from leapalign.models.base import pointed_at
-
 if TYPE_CHECKING:
     import torch
 
     from leapalign.storage.pipeline_folder import PipelineFolder
+    from leapalign.tuning.targets import LoraTargets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +22,7 @@ class FullFineTuning:
     output: ClassVar[str] = "pipeline"  # a whole diffusers folder
     formats: ClassVar[tuple[str, ...]] = ("pipeline",)
 
-    def load_policy(self, folder: PipelineFolder, device: str, dtype: torch.dtype) -> Any:
+    def load_policy(self, folder: PipelineFolder, device: str, dtype: torch.dtype, targets: LoraTargets) -> Any:
         """The transformer in float32; under another `dtype` the forward is autocast over these weights."""
         import torch
 
@@ -44,7 +43,7 @@ class FullFineTuning:
 
     def load_tuned(self, model: Any, saved: str, device: str, dtype: str) -> Any:
         """The run's model, opened from the saved pipeline."""
-        return pointed_at(model, saved).load(device, dtype)
+        return model.at(saved).load(device, dtype)
 
     def export(self, model: Any, saved: str, target: Path, *, format: str, dtype: str) -> None:
         """The pipeline, its transformer in another dtype."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from leapalign.storage.pipeline_folder import PipelineFolder
+    from leapalign.tuning.targets import LoraTargets
 
 
 Quantization: TypeAlias = Literal["none", "int8", "nf4"]
@@ -32,7 +33,7 @@ class LoRA:
 
     name: ClassVar[str] = "lora"
     output: ClassVar[str] = "lora"  # a folder that diffusers' load_lora_weights opens
-    formats: ClassVar[tuple[str, ...]] = ("pipeline", "lora", "comfyui")
+    formats: ClassVar[tuple[str, ...]] = ("pipeline", "lora")
 
     rank: int = 32
     alpha: float = 0.0  # strength: the adapter is scaled by alpha / rank; 0 = the rank, so a scale of 1
@@ -52,7 +53,7 @@ class LoRA:
         if not all(self.target_modules):
             raise UserError("target_modules: an empty name; give ends of module paths, for instance attn.to_q")
 
-    def load_policy(self, folder: PipelineFolder, device: str, dtype: torch.dtype) -> Any:
+    def load_policy(self, folder: PipelineFolder, device: str, dtype: torch.dtype, targets: LoraTargets) -> Any:
         """The frozen transformer with an adapter that changes nothing yet. UserError on targets that match nothing."""
         from leapalign.storage.pipeline_folder import load_policy
         from leapalign.tuning.adapter import attach, initialise
@@ -62,7 +63,8 @@ class LoRA:
         base = self._base_dtype(dtype)
         policy = load_policy(folder, device, base, quantization_config(self.quantization))
         compute_in(policy, base)
-        attach(policy, find_targets(policy, self.target_modules), rank=self.rank, alpha=self.alpha or self.rank)
+        layers = find_targets(policy, self.target_modules, targets)
+        attach(policy, layers, rank=self.rank, alpha=self.alpha or self.rank)
         initialise(policy, self.init, seed=0)
         return policy
 
@@ -109,7 +111,7 @@ class LoRA:
         return self._open(model, saved, device, dtype, self.quantization if dtype == "bfloat16" else "none")
 
     def export(self, model: Any, saved: str, target: Path, *, format: str, dtype: str) -> None:
-        """`pipeline`: base and adapter, merged. `lora`, `comfyui`: one file (the latter opens the base for sizes)."""
+        """`pipeline`: base and adapter, merged. `lora`: the adapter's file, in another dtype."""
         import torch
 
         from leapalign.storage.atomic import complete_folder
@@ -120,10 +122,7 @@ class LoRA:
             return
         state = {name: value.to(getattr(torch, dtype)) for name, value in read_lora(Path(saved)).items()}
         with complete_folder(target) as folder:
-            if format == "lora":
-                write_lora(folder, state)
-            else:
-                _write_comfyui(folder, state, self._open(model, saved, "cpu", dtype, "none").policy)
+            write_lora(folder, state)
 
     def _open(self, model: Any, saved: str, device: str, dtype: str, quantization: Quantization) -> Any:
         from leapalign.tuning.adapter import restore
@@ -136,11 +135,3 @@ class LoRA:
         restore(tuned.policy, state, saved)
         tuned.policy.requires_grad_(False)
         return tuned
-
-
-def _write_comfyui(folder: Path, state: dict[str, torch.Tensor], policy: Any) -> None:
-    from safetensors.torch import save_file
-
-    from leapalign.tuning.comfyui import FILE, to_comfyui
-
-    save_file(to_comfyui(state, policy), folder / FILE, metadata={"format": "pt"})

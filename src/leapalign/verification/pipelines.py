@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from leapalign.errors import UserError
 from leapalign.flow.rollout import rollout
 from leapalign.models.diffusers_reference import as_ours, call_settings, open_pipeline
+from leapalign.models.published import Published
 from leapalign.storage.pipeline_folder import (
     INDEX,
     TRANSFORMER,
@@ -57,7 +59,7 @@ def check_pipeline(config: Any, trial: Trial, listed: Hashes | None) -> list[Che
     checks += _check_scheduler(folder, parts)
     files = (file for file in folder.rglob("*") if file.is_file())
     checks += check_hashes("all parts", folder, files, listed)
-    checks += check_architecture(config.path, folder)
+    checks += check_architecture(config.path, folder, config.published)
     return checks + _check_sampler(config, folder, trial)
 
 
@@ -121,15 +123,15 @@ def _letters(text: str) -> str:
     return "".join(c for c in text.lower() if c.isalnum())
 
 
-def check_architecture(source: str, folder: Path) -> list[Check]:
+def check_architecture(source: str, folder: Path, published: Mapping[str, Published]) -> list[Check]:
     """Which published model the numbers are of, and whether the scheduler's are too; what the paper measured on it."""
     transformer, scheduler = (
         _json(folder / TRANSFORMER / "config.json"),
         _json(folder / "scheduler" / "scheduler_config.json"),
     )
-    named, found = known.by_id(source), known.recognise(transformer)
+    named, found = known.by_id(source, published), known.recognise(transformer, published)
     checks = []
-    if named and named is not found:
+    if named and named != found:
         wrong = {key: transformer.get(key) for key, value in named.transformer.items() if transformer.get(key) != value}
         expected = str({key: named.transformer[key] for key in wrong})
         checks.append(different(TRANSFORMER, "architecture", str(wrong), expected, f"fetch {source} again"))
