@@ -34,8 +34,8 @@ from leapalign.checkpoint import checkpoints
 from leapalign.checkpoint.async_writer import Saver
 from leapalign.checkpoint.checkpoints import Progress
 from leapalign.recipes import shapeworld_leapalign
+from leapalign.training.direct import update
 from leapalign.training.engine import Engine, build
-from leapalign.training.loop import update
 from leapalign.training.weights import EMA
 
 

@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 from leapalign.distributed.world import joined
 from leapalign.recipes import shapeworld_leapalign
 from leapalign.run import Run
-from leapalign.training import loop
+from leapalign.training import direct, loop
 from leapalign.tuning.lora import LoRA
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -82,14 +82,14 @@ def measured(run: Run, bench: Scaling) -> dict[str, Any]:
     """Of one engine: median seconds an update, and what one update hands to collectives."""
     with joined(run) as world:
         engine = loop.build(run, world)
-        loop.update(engine, 0)
+        direct.update(engine, 0)
         seconds = []
         for step in range(1, 1 + bench.steps):
             begun = time.perf_counter()
-            loop.update(engine, step)
+            direct.update(engine, step)
             seconds.append(time.perf_counter() - begun)
         with Bytes() as count:
-            loop.update(engine, 1 + bench.steps)
+            direct.update(engine, 1 + bench.steps)
         worst = max(world.gather(median(seconds)))
     sent = {name: {"bytes": count.bytes[name], "calls": count.calls[name]} for name in sorted(count.bytes)}
     return {"seconds": worst, "bytes": sum(count.bytes.values()), "collectives": sent}

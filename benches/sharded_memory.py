@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +35,6 @@ from leapalign.distributed.world import joined
 from leapalign.flow.graph import inputs_only, own_backward
 from leapalign.recipes import shapeworld_leapalign
 
-WAYS: dict[str, Callable[[Any], Any]] = {"autograd": lambda v: v, "all": own_backward, "inputs": inputs_only}
 INTERVAL = 0.0005  # seconds between two looks
 
 
@@ -109,8 +109,11 @@ def worker(bench: ShardedMemory) -> None:
     run = replace(shapeworld_leapalign(), **size, device="cpu", sharding="full")
     policy, unit, rows = Stack(bench.blocks, bench.width), 4 * 8 * bench.width**2, {}
     with joined(run) as world:
-        shard(run, policy, world, "cpu")
-        for name, wrap in WAYS.items():
+        shards = shard(run, policy, world, "cpu")
+        assert shards is not None  # sharding="full"
+        ways = {"autograd": lambda v: v, "all": own_backward}
+        ways["inputs"] = partial(inputs_only, recomputation=shards.recomputation)
+        for name, wrap in ways.items():
             for forwards in bench.forwards:
                 measured(policy, bench.width, wrap, forwards)
                 found = measured(policy, bench.width, wrap, forwards)
@@ -129,7 +132,8 @@ def main(bench: ShardedMemory) -> None:
         subprocess.run(list(map(str, words)), check=True, env=environment, stdout=sys.stderr)
         rows = json.loads(out.read_text())
     most = max(bench.forwards)
-    over = {name: round(rows[f"{name}, {most}"]["peak"] / rows[f"autograd, {most}"]["peak"], 3) for name in WAYS}
+    peaks = {name: rows[f"{name}, {most}"]["peak"] for name in ("autograd", "all", "inputs")}
+    over = {name: round(peak / peaks["autograd"], 3) for name, peak in peaks.items()}
     print(json.dumps({"blocks": rows, "peak_over_autograd": over} | facts(bench), indent=2))
 
 

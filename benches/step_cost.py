@@ -28,8 +28,8 @@ from leapalign.flow.leap import leap
 from leapalign.flow.rollout import without_graph
 from leapalign.methods.base import Surrogate
 from leapalign.recipes import shapeworld_leapalign
+from leapalign.training.direct import update
 from leapalign.training.engine import Engine, build
-from leapalign.training.loop import update
 
 TARGET = 1.05
 

@@ -22,7 +22,7 @@ from leapalign.distributed.world import joined
 from leapalign.planning.plan import make_plan
 from leapalign.recipes import RECIPES
 from leapalign.run import Run
-from leapalign.training import loop
+from leapalign.training import direct, loop
 from leapalign.tuning.lora import LoRA
 from tiny_recipes import tiny, write_folders
 
@@ -36,7 +36,7 @@ def compared(run: Run) -> dict[str, Any]:
     with joined(run) as world:
         plan = make_plan(run, world.size).memory
         engine = loop.build(run, world)
-        loop.update(engine, 0)
+        direct.update(engine, 0)
         moments = [s[key] for s in engine.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
         networks = [reward.network() for reward in engine.rewards.values()]
         found = {

@@ -22,7 +22,7 @@ from leapalign.planning import plan as planning
 from leapalign.planning.activations import GRAPHS, GraphBytes
 from leapalign.planning.plan import make_plan
 from leapalign.recipes import RECIPES
-from leapalign.training import loop
+from leapalign.training import direct, loop
 from lora_families import FAMILIES
 from tiny_recipes import tiny, write_folders
 
@@ -57,7 +57,7 @@ def test_the_parts_are_those_of_the_loaded_run(run):
     rows = engine.model.prompts._rows
     row = next(iter(rows.values()))
     assert (plan.prompts["number"], plan.prompts["bytes_each"]) == (len(rows), tensor_bytes([row.tokens, row.pooled]))
-    loop.update(engine, 0)
+    direct.update(engine, 0)
     moments = [s[key] for s in engine.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
     assert plan.memory["optimiser (AdamW, two moments)"] == tensor_bytes(moments)
     assert not Path(run.out).exists()

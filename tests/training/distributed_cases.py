@@ -40,7 +40,7 @@ from leapalign.lookup.recipes import load_file
 from leapalign.methods import AlignProp, DRaFT, DRaFTLV, DRTune, LeapAlign, ReFL
 from leapalign.models.sd3 import SD3
 from leapalign.run import RewardTerm, Run
-from leapalign.training import loop
+from leapalign.training import batches, direct, fixed_set, loop
 from leapalign.tuning.full import FULL
 from leapalign.tuning.lora import LoRA
 
@@ -54,8 +54,8 @@ METHODS = (LeapAlign(), ReFL(), DRaFT(num_last_steps=2), DRaFTLV(), DRTune(), Al
 
 def numbers(engine: loop.Engine, steps: int) -> dict[str, Any]:
     """After some updates: metrics, and the last gradients, weights and averages, whole."""
-    metrics = [loop.update(engine, step) for step in range(steps)]
-    metrics.append(loop.probe(engine))
+    metrics = [direct.update(engine, step) for step in range(steps)]
+    metrics.append(fixed_set.evaluation_reward(engine))
     tensors = {}
     for name, p in engine.parameters.items():
         tensors[f"weight {name}"] = whole(p.detach()).clone()
@@ -148,7 +148,7 @@ def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]
 
 
 def whole_at_a_time(run: Run, world: World) -> int:
-    """Of the groups that FSDP2 gathers (blocks, and the rest), the most that are whole when a block has run."""
+    """The largest number of FSDP2's groups (blocks, and the rest) that are whole when a block has run."""
     engine, found = loop.build(run, world), 0
     policy = engine.model.policy
     blocks = {name: m for name, m in policy.named_modules() if name and isinstance(m, FSDPModule)}
@@ -162,7 +162,7 @@ def whole_at_a_time(run: Run, world: World) -> int:
 
     for block in blocks.values():
         block.register_forward_hook(look)
-    loop.update(engine, 0)
+    direct.update(engine, 0)
     assert found and len(names) == 3, (found, names)
     return found
 
@@ -182,7 +182,7 @@ def killed_in_a_save(run: Run, world: World) -> dict[str, Any]:
     Path(run.out, "checkpoints").mkdir(parents=True, exist_ok=True)
     taken = {}
     for step in (1, 2):
-        loop.update(engine, step)
+        direct.update(engine, step)
         snapshot = checkpoints.take(run, Progress(step=step), *state, writers)
         taken[step] = replace(snapshot, tensors=Copies().of(snapshot.tensors))
     checkpoints.save(taken[1])
@@ -240,7 +240,7 @@ def spoilt(run: Run, world: World) -> dict[str, Any]:
     engine = loop.build(replace(run, rewards=(RewardTerm(reward=TinyReward(spoil="red"), threshold=2.0),)), world)
     try:
         for step in range(3):
-            loop.update(engine, step)
+            direct.update(engine, step)
         said: tuple[Any, ...] = ("nothing",)
     except NotFinite as error:
         said = (str(error).split(". ")[0], error.elsewhere)
@@ -361,8 +361,8 @@ def encoded(folder: Path, world: World) -> dict[str, Any]:
 def _between(run: Run) -> float:
     """A threshold above some of the first batch's rewards and below others."""
     engine = loop.build(run, World())
-    micros = loop.batches.micro_batches(run, engine.prompts, 0)
-    rewards = sorted(float(loop._gradient_at_latent(engine, m, loop._surrogate(engine, m)).reward[0]) for m in micros)
+    micros = batches.micro_batches(run, engine.prompts, 0)
+    rewards = sorted(float(direct.gradient_at_latent(engine, m, direct.roll_out(engine, m)).reward[0]) for m in micros)
     return (rewards[0] + rewards[1]) / 2  # one sample of one rank trains
 
 

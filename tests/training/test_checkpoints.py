@@ -18,7 +18,7 @@ from leapalign.checkpoint import checkpoints, formats
 from leapalign.errors import UserError
 from leapalign.storage import atomic
 from leapalign.storage.files import sha256
-from leapalign.training import loop
+from leapalign.training import direct, loop
 from leapalign.training.tracking import read_metrics, truncate_metrics
 
 
@@ -96,10 +96,10 @@ def test_killed_at_any_moment_of_a_save(tiny_run, tmp_path):
     run = tiny_run(keep_checkpoints=1)
     engine = loop.build(run)
     parts = (engine.parameters, engine.ema, engine.optimizer)
-    loop.update(engine, 0)
+    direct.update(engine, 0)
     (Path(run.out) / "checkpoints").mkdir(parents=True)
     checkpoints.save(checkpoints.take(run, checkpoints.Progress(step=1), *parts))
-    loop.update(engine, 1)
+    direct.update(engine, 1)
     newer = {name: p.detach().clone() for name, p in engine.parameters.items()}
     for moment in range(100):
         copy = replace(run, out=str(tmp_path / f"killed-{moment}"))

@@ -17,7 +17,7 @@ from leapalign.methods.leapalign import LeapAlign
 from leapalign.methods.refl import ReFL
 from leapalign.run import RewardTerm
 from leapalign.seeds import generator
-from leapalign.training import batches, loop
+from leapalign.training import batches, direct, fixed_set, loop
 from leapalign.training.tracking import read_metrics
 
 
@@ -47,22 +47,22 @@ def test_the_learning_rate_rises_in_a_straight_line_and_stays(tiny_run):
     changes = []
     for engine in engines:
         before = {name: p.detach().clone() for name, p in engine.parameters.items()}
-        loop.update(engine, 0)
+        direct.update(engine, 0)
         changes.append(torch.cat([(p.detach() - before[name]).flatten() for name, p in engine.parameters.items()]))
     torch.testing.assert_close(changes[1], changes[0] / 4, rtol=1e-3, atol=1e-8)
     rates = []
     for step in range(6):
-        loop.update(engines[1], step)
+        direct.update(engines[1], step)
         rates.append(engines[1].optimizer.param_groups[0]["lr"] / engines[1].run.learning_rate)
     assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
 def test_the_learning_rate_falls_to_a_tenth_and_stays(tiny_run):
     run = tiny_run(warmup_steps=2, decay_steps=8, learning_rate=1.0)
-    rates = [loop.learning_rate(run, step) for step in range(14)]
+    rates = [direct.learning_rate(run, step) for step in range(14)]
     assert rates[:3] == [0.5, 1.0, 1.0] and rates[6] == pytest.approx(0.55)
     assert rates[2:11] == sorted(rates[2:11], reverse=True) and rates[10:] == pytest.approx([0.1] * 4)
-    assert [loop.learning_rate(tiny_run(learning_rate=1.0), step) for step in (0, 99)] == [1.0, 1.0]
+    assert [direct.learning_rate(tiny_run(learning_rate=1.0), step) for step in (0, 99)] == [1.0, 1.0]
 
 
 def test_the_gradient_is_that_of_the_mean_loss(tiny_run, tiny_module):
@@ -71,7 +71,7 @@ def test_the_gradient_is_that_of_the_mean_loss(tiny_run, tiny_module):
 
     run = tiny_run(method=DRaFT(), model=tiny_module.TinyModel(double=True), max_grad_norm=0.0, ema_decay=0.0)
     engine = loop.build(run)
-    loop.update(engine, 0)
+    direct.update(engine, 0)
     got = {name: p.grad.clone() for name, p in engine.parameters.items()}  # type: ignore[union-attr]
 
     model = run.model.load("cpu", "float32")
@@ -90,7 +90,7 @@ def test_the_gradient_is_that_of_the_mean_loss(tiny_run, tiny_module):
 def test_clipping_limits_the_gradient(tiny_run, tiny_module):
     run = tiny_run(model=tiny_module.TinyModel(double=True), max_grad_norm=1e-3)
     engine = loop.build(run)
-    metrics = loop.update(engine, 0)
+    metrics = direct.update(engine, 0)
     squares = sum(float(p.grad.square().sum()) for p in engine.parameters.values() if p.grad is not None)
     assert metrics["grad_norm"] > 1e-3
     assert squares**0.5 == pytest.approx(1e-3, rel=1e-2)
@@ -114,7 +114,7 @@ def test_gradients_are_held_once_and_go_with_their_update(tiny_run, graph):
     engine, added = loop.build(run), []
     weight = next(iter(engine.parameters.values()))
     weight.register_post_accumulate_grad_hook(lambda p: added.append(p.grad.clone()))
-    loop.update(engine, 0)
+    direct.update(engine, 0)
     assert len(added) == 2 and not torch.equal(*added)
     assert engine.optimizer.defaults["foreach"] is False
     assert all(p.grad is None for p in loop.train(run).engine.parameters.values())
@@ -185,7 +185,7 @@ def test_a_spoiled_weight_gradient_is_named(tiny_run):
     engine.parameters["2.bias"].register_hook(lambda grad: grad * float("inf"))
     before = engine.parameters["2.bias"].detach().clone()
     with pytest.raises(RunStopped, match=r"step 8: the gradient of 2.bias is -?(inf|nan) for the prompts '.*'"):
-        loop.update(engine, 7)
+        direct.update(engine, 7)
     assert torch.equal(engine.parameters["2.bias"], before)
 
 
@@ -194,32 +194,34 @@ def test_spoiled_latents_are_named(tiny_run):
     with torch.no_grad():
         engine.parameters["0.weight"].fill_(float("nan"))
     with pytest.raises(RunStopped, match="step 1: the latent x_hat is nan for the prompt"):
-        loop.update(engine, 0)
+        direct.update(engine, 0)
 
 
 def test_the_probe_is_fixed_and_sees_the_averaged_weights(tiny_run):
     engine = loop.build(tiny_run(seed=1))
     other = loop.build(tiny_run(seed=2))
-    assert loop.probe(engine) == loop.probe(other)  # the same set whatever the run's seed
-    before = loop.probe(engine)
+    assert fixed_set.evaluation_reward(engine) == fixed_set.evaluation_reward(
+        other
+    )  # the same set whatever the run's seed
+    before = fixed_set.evaluation_reward(engine)
     with torch.no_grad():
         for p in engine.parameters.values():
             p.add_(0.3)
     live = {n: p.clone() for n, p in engine.parameters.items()}
-    assert loop.probe(engine) == before
+    assert fixed_set.evaluation_reward(engine) == before
     assert all(torch.equal(p, live[n]) for n, p in engine.parameters.items())
     engine.ema.update()
-    assert loop.probe(engine) != before
+    assert fixed_set.evaluation_reward(engine) != before
 
 
 def test_two_rewards_are_logged_apart_and_weighted(tiny_run, tiny_module):
     term = RewardTerm(reward=tiny_module.TinyReward(), threshold=2.0)
-    one = loop.update(loop.build(tiny_run()), 0)
-    two = loop.update(loop.build(tiny_run(rewards=(term, replace(term, weight=0.5)))), 0)
+    one = direct.update(loop.build(tiny_run()), 0)
+    two = direct.update(loop.build(tiny_run(rewards=(term, replace(term, weight=0.5)))), 0)
     assert two["loss"] == pytest.approx(1.5 * one["loss"], rel=1e-6)
     for name in ("tiny-reward", "tiny-reward-2"):
         assert two[f"reward/{name}"] + two[f"hinge/{name}"] == pytest.approx(2.0, rel=1e-6)
-    unit = loop.update(loop.build(tiny_run(rewards=(replace(term, unit_gradient=True),))), 0)
+    unit = direct.update(loop.build(tiny_run(rewards=(replace(term, unit_gradient=True),))), 0)
     assert unit["slope/tiny-reward"] > 0 and unit["loss"] == pytest.approx(one["loss"], rel=1e-6)
 
 
@@ -242,7 +244,7 @@ def test_a_reward_may_have_a_device_and_a_dtype_of_its_own(tiny_run):
 
     term = RewardTerm(reward=Watched(), threshold=2.0)
     placed = [term, replace(term, dtype="bfloat16"), replace(term, device="cpu:0")]
-    one, two, three = (loop.update(loop.build(tiny_run(rewards=(t,), evaluate_every=0)), 0) for t in placed)
+    one, two, three = (direct.update(loop.build(tiny_run(rewards=(t,), evaluate_every=0)), 0) for t in placed)
     assert seen[0] == ("cpu", "float32") and ("cpu", "bfloat16") in seen and ("cpu:0", "float32") in seen
     assert one == two == three and one["grad_norm"] > 0
     with pytest.raises(UserError, match="device 'nowhere'"):

@@ -12,7 +12,7 @@ from leapalign.checkpoint import checkpoints, formats
 from leapalign.checkpoint.async_writer import Copies, Saver
 from leapalign.checkpoint.checkpoints import Progress
 from leapalign.errors import RunStopped, UserError
-from leapalign.training import loop
+from leapalign.training import direct, loop
 
 
 def files_of(run) -> dict[str, str]:
@@ -48,11 +48,11 @@ def test_what_is_written_is_what_was_there_when_save_was_called(engine, monkeypa
     """Training goes on and changes every weight before the thread has written the first byte."""
     go, write = threading.Event(), checkpoints.save
     monkeypatch.setattr(checkpoints, "save", lambda *args: go.wait(60) and write(*args))
-    loop.update(engine, 0)
+    direct.update(engine, 0)
     before = {name: p.detach().clone() for name, p in engine.parameters.items()}
     with saver_of(engine) as saver:
         saver.save(snapshot(engine, 1), lambda: None)
-        loop.update(engine, 1)
+        direct.update(engine, 1)
         go.set()
     fresh = loop.build(engine.run)
     checkpoints.restore(checkpoints.find(engine.run), fresh.parameters, fresh.ema, fresh.optimizer)

@@ -20,7 +20,7 @@ from leapalign.models.sd3 import SD3
 from leapalign.prompts import PromptFile
 from leapalign.rewards.clip import PickScore
 from leapalign.run import RewardTerm, Run
-from leapalign.training import loop, self_checks
+from leapalign.training import direct, loop, self_checks
 from leapalign.tuning.full import FULL
 from leapalign.tuning.lora import LoRA
 from lora_families import FAMILIES
@@ -138,7 +138,7 @@ def test_our_sampler_agrees_and_a_wrong_one_is_found(run, monkeypatch, dtype, tu
 
 def test_the_saved_model_is_opened_again_and_a_wrong_one_is_found(run, monkeypatch):
     engine = loop.build(run)
-    loop.update(engine, 0)
+    direct.update(engine, 0)
     self_checks.at_first_save(engine)
     save = engine.model.save
 

@@ -24,13 +24,36 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from leapalign.distributed.tensors import whole
 from leapalign.distributed.world import World, one_draw_a_round
 from leapalign.errors import UserError
-from leapalign.flow.graph import runs_again
 from leapalign.flow.rollout import Velocity
 from leapalign.run import Run
 
 ROOM = 0.4  # of a device's memory for what a rank keeps for the whole run; beyond it, `auto` shards
 QUANTISED = "a quantised base cannot be sharded; use --sharding replicate, or --tuning.quantization none"
 KEPT = 20  # bytes a trained weight: float32 weight, gradient, two moments, average
+
+
+class Recomputation:
+    """Inside, each block is resharded after its forward.
+
+    FSDP2 leaves weights gathered after a forward in the backward pass, which suits a block that is run again just
+    before its own backward. Where the whole policy is run again, all blocks would be gathered at once.
+    """
+
+    def __init__(self) -> None:
+        self.active = False
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        self.active = True
+        try:
+            yield
+        finally:
+            self.active = False
+
+    def hook(self, module: FSDPModule, _inputs: Any, _output: Any) -> None:
+        """A forward hook of every group."""
+        if self.active:
+            module.reshard()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +63,7 @@ class Shards:
     policy: FSDPModule
     shell: nn.Module  # the same policy with no memory for its weights: takes them up, whole, to be saved
     gather_in_rollout: bool
+    recomputation: Recomputation  # to be entered around a forward of the whole policy in the backward pass
 
     def velocity(self, velocity: Velocity) -> Velocity:
         """The same one; under `gather_in_rollout` a forward without graph leaves the weights whole for the next."""
@@ -96,18 +120,13 @@ def shard(run: Run, policy: nn.Module, world: World, device: str) -> Shards | No
     for module in (*repeated_blocks(policy), policy):
         # the root too: left gathered after a forward it would miss the next change of its weights
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole_on_each)
+    recomputation = Recomputation()
     for module in _groups(policy):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-        module.register_forward_hook(_reshard_again)  # type: ignore[attr-defined]
-    return Shards(policy=policy, shell=shell, gather_in_rollout=run.gather_in_rollout)  # type: ignore[arg-type]
-
-
-def _reshard_again(module: FSDPModule, _inputs: Any, _output: Any) -> None:
-    """A forward in the backward leaves FSDP2's weights gathered, as suits a block that is run again just before its own
-    backward. Where the whole model is run again, that would be all of them at once."""
-    if runs_again():
-        module.reshard()
+        module.register_forward_hook(recomputation.hook)  # type: ignore[attr-defined]
+    settings = {"gather_in_rollout": run.gather_in_rollout, "recomputation": recomputation}
+    return Shards(policy=policy, shell=shell, **settings)  # type: ignore[arg-type]
 
 
 def may_shard(run: Run, world: World, device: str) -> bool:

@@ -35,13 +35,6 @@ BUCKET = 2**26  # bytes of gradients in one all-reduce
 BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket", "Timed out waiting")
 
 
-@dataclass
-class Votes:
-    """What each rank says in an exchange, and afterwards what any of them said."""
-
-    any: bool = False
-
-
 @dataclass(frozen=True, kw_only=True)
 class World:
     """The processes of a run, seen from one of them."""
@@ -86,28 +79,33 @@ class World:
             for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket])):
                 tensor.copy_(part.view_as(tensor))
 
+    def any(self, value: bool) -> bool:
+        """Whether the value is true on some rank; the same answer on every rank."""
+        if self.size == 1:
+            return value
+        flag = torch.tensor([value], dtype=torch.int32)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
     @contextmanager
-    def agreed(self, *kinds: type[Exception]) -> Iterator[Votes]:
+    def agreed(self, *kinds: type[Exception]) -> Iterator[None]:
         """Inside, an error of these kinds (none named: any) on one rank is raised on all of them, after the block.
 
-        The block must exchange nothing that a rank with an error would leave out. `votes.any` is afterwards true
-        where it was set by some rank.
+        The block must exchange nothing that a rank with an error would leave out.
         """
-        votes, own = Votes(), None
+        own = None
         try:
-            yield votes
+            yield
         except Exception as error:
             if self.size == 1 or (kinds and not isinstance(error, kinds)):
                 raise
             own = error
-        if self.size == 1:
-            return
-        flags = torch.tensor([own is not None, votes.any], dtype=torch.int32)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        failed, votes.any = bool(flags[0]), bool(flags[1])
-        if failed:
-            said = self.gather(own and (type(own), str(own)))
-            raise own or _elsewhere(*next((rank, *words) for rank, words in enumerate(said) if words))
+        if self.any(own is not None):
+            said = self.gather((type(own), str(own)) if own else None)
+            first, (kind, text) = next((rank, words) for rank, words in enumerate(said) if words)
+            if isinstance(own, (UserError, RunStopped)):
+                own.elsewhere = first != self.rank  # the first rank with an error prints it, once
+            raise own or _elsewhere(first, kind, text)
 
     def check_settings(self, run: Run) -> None:
         """Every rank has the same. UserError."""

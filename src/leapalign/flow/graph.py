@@ -8,7 +8,9 @@ forward has a backward of its own under all three (`with_graph`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,73 +18,87 @@ from torch.utils.checkpoint import checkpoint
 
 from leapalign.flow.rollout import Velocity
 
+Around: TypeAlias = "Callable[[], AbstractContextManager[None]]"
 
-def with_graph(velocity: Velocity, graph: str) -> Velocity:
-    """The velocity as a run with this setting of `graph` trains it."""
-    return inputs_only(velocity) if graph == "inputs" else own_backward(velocity)
+
+@runtime_checkable
+class Composite(Protocol):
+    """A velocity that is computed by several forwards of the policy, for instance the two branches of guidance."""
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor: ...
+
+    def by_forward(self, wrap: Callable[[Velocity], Velocity]) -> Velocity:
+        """Return the same velocity with `wrap` applied to each of its forwards."""
+        ...
+
+
+@runtime_checkable
+class CheckpointsBlocks(Protocol):
+    """A policy that can keep the inputs of its blocks only, and run each block again in the backward pass."""
+
+    def enable_gradient_checkpointing(self) -> None: ...
+
+
+def with_graph(velocity: Velocity, graph: str, recomputation: Around = nullcontext) -> Velocity:
+    """Return the velocity as a run with this setting of `graph` trains it.
+
+    `recomputation()` is entered around every forward that "inputs" runs again in the backward pass.
+    """
+    return inputs_only(velocity, recomputation) if graph == "inputs" else own_backward(velocity)
 
 
 def own_backward(velocity: Velocity) -> Velocity:
-    """The same velocity and gradient; each forward has a backward of its own, which adds to the weights' .grad at once.
+    """Return the same velocity and gradient; each forward adds to the weights' .grad in a backward of its own.
 
     In one backward of several forwards (leaps, branches of guidance) autograd would hold a sum of the weights'
-    gradients beside .grad, as large as the weights, and whole on every rank where they are sharded. A velocity that is
-    made of several forwards says so by `by_forward`, and they are taken one by one.
+    gradients beside .grad, as large as the weights, and whole on every rank where they are sharded. The forwards of a
+    `Composite` are wrapped one by one.
 
-    Its weights must be leaves, and `backward` must be called, once: `torch.autograd.grad` for weights raises
+    The weights must be leaves, and `backward` must be called, once: `torch.autograd.grad` for weights raises
     RuntimeError.
     """
-    return _by_forward(velocity, own_backward) or _with_input_gradient(velocity, _OwnBackward.apply)
+    if isinstance(velocity, Composite):
+        return velocity.by_forward(own_backward)
+    return _with_input_gradient(velocity, _OwnBackward.apply)
 
 
-def inputs_only(velocity: Velocity) -> Velocity:
-    """As `own_backward`, and only (x, sigma) are kept: the forward runs again during backward.
+def inputs_only(velocity: Velocity, recomputation: Around = nullcontext) -> Velocity:
+    """As `own_backward`, but keep only (x, sigma) and run the forward again in the backward pass.
 
-    So however many leaps share the weights, one forward's graph is alive at a time.
+    One forward's graph is alive at a time, however many leaps share the weights. That is the graph of a whole forward:
+    where the model can checkpoint its blocks, "blocks" usually needs less.
 
     The velocity must be deterministic (no dropout): the random state is not replayed. `torch.autograd.grad` raises
-    RuntimeError.
+    RuntimeError. `recomputation()` is entered around each repeated forward.
     """
-    return _by_forward(velocity, inputs_only) or _with_input_gradient(velocity, _checkpoint)
-
-
-def _by_forward(velocity: Velocity, wrap: Callable[[Velocity], Velocity]) -> Velocity | None:
-    by_forward = getattr(velocity, "by_forward", None)
-    return by_forward(wrap) if by_forward is not None else None
+    if isinstance(velocity, Composite):
+        return velocity.by_forward(partial(inputs_only, recomputation=recomputation))
+    return _with_input_gradient(velocity, partial(_checkpoint, recomputation=recomputation))
 
 
 def _with_input_gradient(velocity: Velocity, run: Callable[[Velocity, Tensor, Tensor], Any]) -> Velocity:
     def wrapped(x: Tensor, sigma: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return velocity(x, sigma)
-        # a backward of its own is only made for an input with gradient; here that gradient goes nowhere
+        # autograd calls a Function's backward only if an input requires a gradient; here that gradient goes nowhere
         x = x if x.requires_grad else x.detach().requires_grad_()
         return cast("Tensor", run(velocity, x, sigma))
 
     return wrapped
 
 
-def _checkpoint(velocity: Velocity, x: Tensor, sigma: Tensor) -> Any:
-    def noticed(x: Tensor, sigma: Tensor) -> Tensor:
-        _again.append(torch.is_grad_enabled())  # the first time it is not
-        try:
+def _checkpoint(velocity: Velocity, x: Tensor, sigma: Tensor, *, recomputation: Around) -> Any:
+    def forward(x: Tensor, sigma: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():  # the first time; in the backward pass it is
             return velocity(x, sigma)
-        finally:
-            _again.pop()
+        with recomputation():
+            return velocity(x, sigma)
 
-    return checkpoint(noticed, x, sigma, use_reentrant=True, preserve_rng_state=False)
-
-
-_again: list[bool] = []
-
-
-def runs_again() -> bool:
-    """Whether a forward of `inputs_only` is being run a second time, in its backward."""
-    return any(_again)
+    return checkpoint(forward, x, sigma, use_reentrant=True, preserve_rng_state=False)
 
 
 class _OwnBackward(torch.autograd.Function):
-    """A forward whose graph is kept apart, and gone through when the backward around it comes here."""
+    """A forward whose graph is kept apart and is traversed when the outer backward reaches this node."""
 
     @staticmethod
     def forward(ctx: Any, velocity: Velocity, x: Tensor, sigma: Tensor) -> Tensor:  # pyright: ignore
@@ -94,7 +110,7 @@ class _OwnBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None]:  # pyright: ignore
         if not hasattr(ctx, "v"):
-            raise RuntimeError("own_backward: this graph has been gone through; run the forward again")
+            raise RuntimeError("own_backward: this graph was already used by a backward; run the forward again")
         x, v = ctx.x, ctx.v
         del ctx.x, ctx.v
         torch.autograd.backward(v, grad)

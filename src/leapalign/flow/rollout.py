@@ -35,7 +35,7 @@ def rollout(velocity: Velocity, noise: Tensor, sigmas: Tensor, graph_steps: int 
     """The state x_stop [B, ...] reached from `noise`; the last `graph_steps` of all T steps keep their graph.
 
     The default is plain sampling of x_0. `graph_steps = K` is DRaFT-K's truncated chain, nested Jacobians included.
-    Raises UserError where `sigmas` is no ascending grid that starts at 0.
+    Raises UserError if `sigmas` is not an ascending grid that starts at 0.
     """
     x = noise
     for t in range(grid_steps(sigmas, noise), stop, -1):
@@ -45,8 +45,8 @@ def rollout(velocity: Velocity, noise: Tensor, sigmas: Tensor, graph_steps: int 
 
 
 def grid_steps(sigmas: Tensor, x: Tensor) -> int:
-    """T, the number of steps of a grid, once the grid and the state have been found fit for a rollout."""
-    if sigmas.ndim != 1 or len(sigmas) < 2 or sigmas[0] != 0 or not bool((sigmas.diff() > 0).all()):
+    """T, the number of steps of the grid. Raises UserError if the grid or the state is not fit for a rollout."""
+    if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas[0] == 0) & (sigmas.diff() > 0).all()):
         raise UserError(
             f"sigmas: got {sigmas.tolist()}, expected an ascending grid [T + 1] with sigmas[0] = 0 (the image); "
             "diffusers' schedulers list the noise first: pass scheduler.sigmas.flip(0)"

@@ -42,5 +42,5 @@ class AlignProp:
             raise UserError(f"AlignProp: got depth {draws.depth}, expected 0..{num_steps}; draw again for this grid")
         x_0 = rollout(velocity, x, sigmas, graph_steps=draws.depth)
         return Surrogate(
-            x_hat=x_0, weight=x.new_ones(len(x)), x_0=x_0.detach(), metrics={"depth": x.new_tensor(draws.depth)}
+            x_hat=x_0, weight=x.new_ones(len(x)), x_0=x_0.detach(), metrics={"depth": x.new_full((), draws.depth)}
         )

@@ -70,7 +70,7 @@ class DRTune:
             # the input is stopped (line 16), the chain of states is not (line 34)
             v = velocity(x.detach(), sigmas[t]) if t in train else without_graph(velocity, x, sigmas[t])
             x = euler_step(x, v, sigmas[t], sigmas[t - 1]) if t > draws.t_min else leap(x, v, sigmas[t], sigmas[0])
-        metrics = {name: x.new_tensor(value) for name, value in draws._asdict().items()}
+        metrics = {name: x.new_full((), value) for name, value in draws._asdict().items()}
         return Surrogate(x_hat=x, weight=x.new_ones(len(x)), metrics=metrics)
 
     def _spacing(self, num_steps: int) -> int:

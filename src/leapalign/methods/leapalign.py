@@ -146,7 +146,7 @@ def _without_replacement(low: int, high: int, count: int, rng: torch.Generator) 
 
 def _metrics(steps: tuple[int, ...], distances: list[Tensor]) -> dict[str, Tensor]:
     landings = ["j"] if len(steps) == 2 else [f"j{i}" for i in range(1, len(steps))]
-    named_steps = {name: distances[0].new_tensor(t) for name, t in zip(["k", *landings], steps)}
+    named_steps = {name: distances[0].new_full((), t) for name, t in zip(["k", *landings], steps)}
     return named_steps | {f"d_{name}": d for name, d in zip([*landings, "0"], distances)}
 
 

@@ -46,4 +46,4 @@ class ReFL:
         check_steps([t], grid_steps(sigmas, x))
         x = rollout(velocity, x, sigmas, stop=t)
         x_hat = leap(x, velocity(x, sigmas[t]), sigmas[t], sigmas[0])
-        return Surrogate(x_hat=x_hat, weight=x.new_ones(len(x)), metrics={"t_min": x.new_tensor(t)})
+        return Surrogate(x_hat=x_hat, weight=x.new_ones(len(x)), metrics={"t_min": x.new_full((), t)})

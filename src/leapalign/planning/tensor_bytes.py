@@ -80,7 +80,7 @@ class Saved:
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept.tensor)
 
     def _pack(self, tensor: Tensor) -> Kept:
-        kept = Kept(tensor)
+        kept = Kept(tensor.detach())  # not its graph: an output that its own node saves would never be freed
         self.kept.add(kept)
         return kept
 

@@ -7,9 +7,9 @@ freed before the rewards come.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,16 @@ from leapalign.distributed.fsdp_frozen import check_names, prepare, shard_reward
 from leapalign.distributed.tensors import Named
 from leapalign.distributed.world import World, resolve_device, world_device
 from leapalign.errors import UserError
+from leapalign.flow.graph import CheckpointsBlocks, with_graph
+from leapalign.flow.rollout import Velocity
 from leapalign.methods.objective import Hinge
+from leapalign.models.base import Model
 from leapalign.prompts import Prompt
 from leapalign.rewards import adapt
 from leapalign.rewards.base import Reward
 from leapalign.run import RewardTerm, Run
 from leapalign.training import batches
+from leapalign.training.batches import MicroBatch
 from leapalign.training.weights import EMA, trained_parameters
 
 ALONE = World()
@@ -36,28 +40,49 @@ class Engine:
     """A run with everything loaded: what an update needs."""
 
     run: Run
-    model: Any  # leapalign.models.base.Model
+    model: Model
     rewards: dict[str, Reward]
     terms: dict[str, Hinge]
     prompts: list[Prompt]
     parameters: Named
     optimizer: torch.optim.AdamW
     ema: EMA
-    sigmas: Tensor
+    sigmas: Tensor  # [T + 1], ascending, on the model's device
     world: World
     shards: Shards | None  # None: every rank has the whole policy
 
     @property
     def rewards_in_step(self) -> bool:
-        """Whether all ranks must score equally many pictures."""
+        """Whether all ranks must score equally many images."""
         return self.world.size > 1 and bool(self.run.shard_rewards)
+
+    def micro_batches(self, step: int) -> Iterator[MicroBatch]:
+        """This rank's part of the batch of update `step`."""
+        return batches.micro_batches(self.run, self.prompts, step, self.world.rank, self.world.size)
+
+    def noise(self, micro: MicroBatch, purpose: str = "noise") -> Tensor:
+        """Standard normal [B, *latent], a function of (seed, step, sample) in each row."""
+        return self.model.noise(micro.generators(self.run.seed, purpose)).to(self.sigmas.device)
+
+    def velocity(self, prompts: Sequence[str]) -> Velocity:
+        """The policy's velocity for these prompts, keeping as much of its graph as the run's setting says."""
+        velocity = self.model.velocity(self.model.encode(list(prompts)))
+        if self.shards is None:
+            return with_graph(velocity, self.run.graph)
+        return self.shards.velocity(with_graph(velocity, self.run.graph, self.shards.recomputation))
 
     def rollout(self) -> AbstractContextManager[None]:
         """Around the forwards of a rollout."""
         return self.shards.rollout() if self.shards else nullcontext()
 
-    def whole_model(self, *, frozen: bool) -> Any:
-        """The model with whole weights on rank 0, None on the others; of sharded ones a copy. Every rank must call it.
+    def score(self, prompts: Sequence[str], latents: Tensor, rows: Sequence[int]) -> dict[str, Tensor]:
+        """Each reward [n] of the latents [n, ...], decoded; latents[i] belongs to prompts[rows[i]]. Differentiable."""
+        images = self.model.decode(latents)
+        texts = [prompts[row] for row in rows]
+        return {name: reward(images, texts) for name, reward in self.rewards.items()}
+
+    def whole_model(self, *, frozen: bool) -> Model | None:
+        """The model with whole weights on rank 0 (a copy if they are sharded), None on the others. Every rank calls it.
 
         Without `frozen`, weights that are not trained may lack values.
         """
@@ -72,7 +97,7 @@ class Engine:
 
 
 def build(run: Run, world: World = ALONE) -> Engine:
-    """Load model, rewards and prompts, and encode every prompt that the run will meet; then shard, if that is asked."""
+    """Load model, rewards and prompts, encode every prompt that the run reaches, and shard if the run asks for it."""
     refuse_without_gradient(run)
     names = reward_names(run)
     check_names(run, names)
@@ -139,14 +164,13 @@ def refuse_without_gradient(run: Run) -> None:
 
 
 def _checkpoint_blocks(policy: nn.Module) -> None:
-    switch = getattr(policy, "enable_gradient_checkpointing", None)
-    if switch is None:
+    if not isinstance(policy, CheckpointsBlocks):
         raise UserError(f"graph=blocks: {type(policy).__name__} cannot checkpoint its blocks; use graph=inputs")
-    switch()
+    policy.enable_gradient_checkpointing()
 
 
 def _adamw(run: Run, parameters: Named) -> torch.optim.AdamW:
-    """One tensor after another, as on CPUs: torch's default on CUDA makes temporaries for all of them at once."""
+    """AdamW, one tensor after another: torch's default on CUDA makes temporaries for all of them at once."""
     return torch.optim.AdamW(
         parameters.values(), lr=run.learning_rate, betas=run.betas, weight_decay=run.weight_decay, foreach=False
     )

@@ -1,8 +1,8 @@
-"""NaN and infinity stop a run at once, with step, prompt and tensor named: nothing broken is ever stepped or saved."""
+"""NaN and infinity stop an update before any weight changes, with step, prompt and tensor named."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,24 +13,33 @@ from leapalign.errors import NotFinite
 SHOWN = 4  # prompts named in one message
 
 
-def check_rows(tensor: Tensor, name: str, prompts: Sequence[str], step: int) -> None:
-    """tensor [N, ...], row n of sample n % B: stop at the first row that is not finite."""
-    finite = torch.isfinite(tensor).flatten(1).all(1) if tensor.ndim > 1 else torch.isfinite(tensor)
+def check_finite(tensors: Mapping[str, Tensor], prompts: Sequence[str], step: int) -> None:
+    """Raise NotFinite for the first tensor that has NaN or infinity, naming it and the prompt of its first bad row.
+
+    Row n of a tensor [N, ...] belongs to sample n % B; a tensor [] belongs to all prompts. The host waits for the
+    device once, whatever the number of tensors.
+    """
+    finite = torch.stack([torch.isfinite(tensor).all() for tensor in tensors.values()])
     if bool(finite.all()):
         return
-    row = int(torch.nonzero(~finite)[0])
+    name, tensor = next((name, t) for name, t in tensors.items() if not bool(torch.isfinite(t).all()))
+    if tensor.ndim == 0:
+        raise NotFinite(_message(step, name, float(tensor), prompts))
+    bad = ~torch.isfinite(tensor).flatten(1).all(1) if tensor.ndim > 1 else ~torch.isfinite(tensor)
+    row = int(torch.nonzero(bad)[0])
     raise NotFinite(_message(step, name, _first_bad(tensor[row]), [prompts[row % len(prompts)]]))
 
 
-def check_gradients(norm: Tensor, parameters: Named, prompts: Sequence[str], step: int) -> None:
-    """Stop where the gradient's norm is not finite, and name the first weight that shows it."""
-    if bool(torch.isfinite(norm)):
-        return
+def not_finite(norm: float, parameters: Named, prompts: Sequence[str], step: int) -> NotFinite:
+    """The error for a gradient norm that is NaN or infinite; it names the first weight whose gradient shows it.
+
+    Every rank must call it: gradients of sharded weights are gathered.
+    """
     for name, p in parameters.items():
         grad = None if p.grad is None else whole(p.grad)
         if grad is not None and not bool(torch.isfinite(grad).all()):
-            raise NotFinite(_message(step, f"the gradient of {name}", _first_bad(grad), prompts))
-    raise NotFinite(_message(step, "the gradient's norm", float(norm), prompts))  # finite entries, overflowing norm
+            return NotFinite(_message(step, f"the gradient of {name}", _first_bad(grad), prompts))
+    return NotFinite(_message(step, "the gradient norm", norm, prompts))  # finite entries whose squares overflow
 
 
 def _first_bad(tensor: Tensor) -> float:

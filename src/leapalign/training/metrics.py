@@ -1,52 +1,66 @@
-"""What a step is judged by: over the whole batch, whichever ranks its samples were on."""
+"""Metrics of an update, over the whole batch, whichever ranks its samples were on."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from leapalign.distributed.world import World
+from leapalign.methods.base import Surrogate
 from leapalign.methods.objective import LatentGradient
 from leapalign.training.tracking import Metrics
 
-Part = tuple[dict[str, Tensor], LatentGradient]  # of a micro-batch: the method's metrics, the objective
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """Numbers of one micro-batch; no tensor has a graph, and none is as large as a latent."""
+
+    method: dict[str, Tensor]  # the method's own metrics
+    result: LatentGradient  # its `grad` is left empty
+    trained: bool  # it added to the gradients
+
+
+def part_of(surrogate: Surrogate, result: LatentGradient, trained: bool) -> Part:
+    """The numbers of a micro-batch that its update's metrics need."""
+    return Part(method=surrogate.metrics, result=replace(result, grad=result.grad.new_empty(0)), trained=trained)
 
 
 def batch_metrics(parts: list[Part]) -> Metrics:
-    """One line of metrics.jsonl, without norm and time."""
-    results = [result for _, result in parts]
+    """One line of metrics.jsonl, without norm and time. The host waits for the device once."""
+    results = [part.result for part in parts]
     reward = torch.cat([result.reward for result in results])
-    metrics = {
-        "loss": float(sum(result.loss for result in results)),
-        "reward": float(reward.mean()),
-        "reward_std": float(reward.std(correction=0)),
-        "fraction_above_threshold": 1 - float(torch.cat([result.below for result in results]).float().mean()),
+    below = torch.cat([result.below for result in results]).float().mean()
+    means = {
+        "loss": sum((result.loss for result in results[1:]), results[0].loss),
+        "reward": reward.mean(),
+        "reward_std": reward.std(correction=0),
+        "fraction_above_threshold": 1 - below.double(),
     }
     if len(results[0].rewards) > 1:
         for name in results[0].rewards:
-            metrics[f"reward/{name}"] = float(torch.cat([r.rewards[name] for r in results]).mean())
-            metrics[f"hinge/{name}"] = float(torch.cat([r.hinges[name] for r in results]).mean())
+            means[f"reward/{name}"] = torch.cat([r.rewards[name] for r in results]).mean()
+            means[f"hinge/{name}"] = torch.cat([r.hinges[name] for r in results]).mean()
     for name in results[0].slopes:
-        metrics[f"slope/{name}"] = float(torch.cat([r.slopes[name] for r in results]).mean())
-    own = {name: torch.stack([m[name].float().mean() for m, _ in parts]).mean() for name in parts[0][0]}
-    return metrics | {name: float(value) for name, value in own.items()}
+        means[f"slope/{name}"] = torch.cat([r.slopes[name] for r in results]).mean()
+    for name in parts[0].method:
+        means[name] = torch.stack([part.method[name].float().mean() for part in parts]).mean()
+    return dict(zip(means, torch.stack([mean.double() for mean in means.values()]).tolist()))
 
 
 def of_all_ranks(world: World, parts: list[Part]) -> list[Part]:
-    """What metrics are made of, in the order of the samples."""
+    """The parts of all ranks, in the order of the samples, on every rank."""
     if world.size == 1:
         return parts
-    own = [(_on_cpu(metrics), _small(result)) for metrics, result in parts]
-    return [part for round in zip(*world.gather(own)) for part in round]
+    return [part for round in zip(*world.gather([_on_cpu(part) for part in parts])) for part in round]
 
 
-def _small(result: LatentGradient) -> LatentGradient:
-    """Without the gradient, on the CPU."""
-    named = {name: _on_cpu(getattr(result, name)) for name in ("rewards", "hinges", "slopes")}
-    return replace(result, loss=result.loss.cpu(), grad=result.grad[:0].cpu(), **named)
+def _on_cpu(part: Part) -> Part:
+    r = part.result
+    named = {"rewards": _copied(r.rewards), "hinges": _copied(r.hinges), "slopes": _copied(r.slopes)}
+    return replace(part, method=_copied(part.method), result=replace(r, loss=r.loss.cpu(), grad=r.grad.cpu(), **named))
 
 
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.cpu() for name, t in tensors.items()}
