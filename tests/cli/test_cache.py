@@ -18,8 +18,8 @@ def test_show_and_clear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setenv("LEAPALIGN_CACHE", str(tmp_path))
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "thesis.txt").touch()
-    folder = PipelineFolder(path=Path("some/model"), parts={})
-    store = PromptStore(root=tmp_path, limit=10**9, folder=folder, parts=(), settings={"dtype": "bfloat16"})
+    folder = PipelineFolder(path=Path("some/model"), components={})
+    store = PromptStore(root=tmp_path, limit=10**9, folder=folder, components=(), settings={"dtype": "bfloat16"})
     store.write("a red circle", Text(torch.ones(1, 2, 3)))
     store.write("green", Text(torch.ones(1, 2, 3)))
     assert main(["cache", "--json"]) == 0

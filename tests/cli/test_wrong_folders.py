@@ -105,10 +105,10 @@ def test_an_index_that_points_out_of_its_folder(tmp_path, index, message):
 @pytest.mark.parametrize("part", [["diffusers", ["A"]], [None, "A"], [{}, "A"]])
 def test_an_index_whose_parts_are_none(folder, part):
     edit(folder / "sd3" / "model_index.json", transformer=part)
-    with pytest.raises(UserError, match=r"the part 'transformer' is .*; expected a folder"):
+    with pytest.raises(UserError, match=r"the component 'transformer' is .*; expected a folder"):
         SD3(path=str(folder / "sd3"), **CONFIG).load("cpu", "float32")
     edit(folder / "sd3" / "model_index.json", **{"transformer": ["diffusers", "A"], "../clip": ["diffusers", "A"]})
-    with pytest.raises(UserError, match=r"the part '\.\./clip' is"):
+    with pytest.raises(UserError, match=r"the component '\.\./clip' is"):
         SD3(path=str(folder / "sd3"), **CONFIG).load("cpu", "float32")
 
 

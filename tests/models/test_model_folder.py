@@ -66,11 +66,11 @@ def broken_json(folder: Path) -> None:
     (folder / "tokenizer" / "tokenizer.json").write_text("{")
 
 
-def no_part(folder: Path) -> None:
+def no_component(folder: Path) -> None:
     shutil.rmtree(folder / "vae")
 
 
-def null_part(folder: Path) -> None:
+def null_component(folder: Path) -> None:
     edit(folder / "model_index.json", text_encoder_2=[None, None])
 
 
@@ -113,8 +113,8 @@ def stochastic(folder: Path) -> None:
         (drop_a_weight, "lacks 1 weights of SD3Transformer2DModel: proj_out.bias"),
         (other_shape, "transformer cannot be opened"),
         (broken_json, r"tokenizer\.json is not readable JSON"),
-        (no_part, "lacks the folder vae"),
-        (null_part, "names no text_encoder_2"),
+        (no_component, "lacks the folder vae"),
+        (null_component, "names no text_encoder_2"),
         (foreign_library, "comes from 'os'"),
         (pickled, "pickled weights are not opened"),
         (no_index, "not a diffusers pipeline folder"),

@@ -149,7 +149,7 @@ def sample(case: Case, model: PipelineModel, rows: slice = slice(None)) -> Tenso
         return rollout(velocity, model.noise(generators()[rows]), model.sigmas(NUM_STEPS))
 
 
-def around_our_parts(case: Case, folder: str, model: PipelineModel) -> Tensor:
+def around_our_components(case: Case, folder: str, model: PipelineModel) -> Tensor:
     """The pipeline's call with our encoded prompts and noise: what a run compares itself with as it starts."""
     config = case.config(path=folder, **(SIZE | case.settings))
     theirs = pipeline_latents(model, config, model.encode(case.prompts), model.noise(generators()), NUM_STEPS)
@@ -172,7 +172,7 @@ def test_sampler_equals_the_pipelines_own_call(name: str, request: pytest.Fixtur
     )
     # not exactly 0 where the pipeline joins the two branches in one batch (SD3, Z-Image) or pads prompts (Qwen-Image)
     assert differences[0] < 1e-5 * expected.abs().max() and differences[1] < 1e-5
-    theirs = around_our_parts(case, folder, model)
+    theirs = around_our_components(case, folder, model)
     assert theirs.shape == x_0.shape and (theirs - x_0).abs().max() < 2e-5 * x_0.abs().max()
     assert expected.std() > 1 and (images[0] - images[1]).abs().max() > 0.1  # the comparison is not of constants
 

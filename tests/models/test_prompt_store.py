@@ -39,8 +39,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def store(root: Path, most: int = 10**9, **settings: Any) -> PromptStore:
     """Of no model at all: the key is that of the settings."""
-    folder = PipelineFolder(path=root.parent / "model", parts={})
-    return PromptStore(root=root, limit=most, folder=folder, parts=(), settings=settings)
+    folder = PipelineFolder(path=root.parent / "model", components={})
+    return PromptStore(root=root, limit=most, folder=folder, components=(), settings=settings)
 
 
 def row(seed: int, length: int = 3) -> Text:

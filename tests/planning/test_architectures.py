@@ -11,7 +11,7 @@ from hub_cache import lay_out
 from leapalign.errors import UserError
 from leapalign.models import FAMILIES
 from leapalign.planning.components import numbers_in
-from leapalign.planning.meta_models import build_part
+from leapalign.planning.meta_models import build_component
 from leapalign.planning.sources import locate, write_configs
 from leapalign.storage.pipeline_folder import INDEX, open_folder
 
@@ -44,7 +44,7 @@ LARGE, SD3M = "stabilityai/stable-diffusion-3.5-large", "stabilityai/stable-diff
 def test_published_sizes(model, part, published):
     with locate(model, PUBLISHED) as source:
         assert source.shipped and source.facts is PUBLISHED[model]
-        module = build_part(open_folder(str(source.folder), PUBLISHED[model].kind, ()), part)
+        module = build_component(open_folder(str(source.folder), PUBLISHED[model].kind, ()), part)
     assert {p.device.type for p in module.parameters()} == {"meta"}
     assert numbers_in(module) == (pytest.approx(published, rel=2e-3) if isinstance(published, float) else published)
 
@@ -54,7 +54,7 @@ def test_trained_weights_alone():
     expected = {FLUX: 11_901_408_320, MEDIUM: 2_243_171_520, LARGE: 8_056_627_520}
     for model, count in expected.items():
         with locate(model, PUBLISHED) as source:
-            module = build_part(open_folder(str(source.folder), PUBLISHED[model].kind, ()), "transformer")
+            module = build_component(open_folder(str(source.folder), PUBLISHED[model].kind, ()), "transformer")
         assert sum(p.numel() for p in module.parameters()) == count
 
 

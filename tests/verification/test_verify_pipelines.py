@@ -68,7 +68,7 @@ def test_good_folder_by_the_command(
     assert states["tokenizer", "tokenizer"] == states["tokenizer_2", "tokenizer"] == "good"
     for what in ("opens", "latents, ours and the pipeline's own", "pixels, ours and the pipeline's own"):
         assert states["sampler", what] == "good"
-    assert states["vae", "decodes"] == states["all parts", "hash"] == states["scheduler", "kind"] == "good"
+    assert states["vae", "decodes"] == states["all components", "hash"] == states["scheduler", "kind"] == "good"
 
     monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "sums").write_text("0" * 64 + "  model_index.json\n")
@@ -109,7 +109,7 @@ def no_weights(folder: Path) -> None:
     (folder / VAE).rename(folder / "vae" / "weights.bin")
 
 
-def no_part(folder: Path) -> None:
+def no_component(folder: Path) -> None:
     shutil.rmtree(folder / "vae")
 
 
@@ -189,7 +189,7 @@ SPOILED: dict[str, tuple[Callable[[Path], None], tuple[str, str], str]] = {
     "NaN": (tensors(TRANSFORMER, set_nan), ("transformer", "values"), "NaN or infinity in proj_out.weight"),
     "truncated": (truncate, ("text_encoder", "files"), "model.safetensors has .* bytes, its header announces"),
     "no weights": (no_weights, ("vae", "files"), "no safetensors"),
-    "no part": (no_part, ("vae", "folder"), "lacks the folder vae"),
+    "no part": (no_component, ("vae", "folder"), "lacks the folder vae"),
     "other layers": (
         config("transformer/config.json", num_layers=3),
         ("transformer", "keys"),
@@ -260,7 +260,7 @@ def test_changed_file_is_found_by_a_list_of_hashes(sd3_folder: Path, tmp_path: P
     (folder / "tokenizer" / "special_tokens_map.json").unlink(missing_ok=True)
     (folder / "added.txt").touch()
     checks = check(folder, hashes)
-    assert differing(checks)["all parts", "hash"].startswith((VAE, "tokenizer/special"))
+    assert differing(checks)["all components", "hash"].startswith((VAE, "tokenizer/special"))
     assert any("added.txt" in c.came for c in checks if c.state == "note")
 
 

@@ -28,7 +28,8 @@ from leapalign.models.pipeline import PipelineModel
 from leapalign.rewards.adapt import Wrapped
 from leapalign.rewards.base import Reward
 from leapalign.run import Run
-from leapalign.storage.pipeline_folder import FROM_FILES, Loading, PipelineFolder, load_part
+from leapalign.storage.components import load_component
+from leapalign.storage.pipeline_folder import FROM_FILES, Loading, PipelineFolder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ def prepare(run: Run, model: Any, prompts: Sequence[str], world: World, device: 
 
 def _load_sharded(folder: PipelineFolder, name: str, dtype: Any, mesh: DeviceMesh) -> Any:
     """A component from the folder's files; the blocks of a text encoder are sharded."""
-    part = load_part(replace(folder, loading=FROM_FILES), name, dtype)
+    part = load_component(replace(folder, loading=FROM_FILES), name, dtype)
     if isinstance(part, nn.Module):
         shard_blocks(blocks_of(part, f"shard_text_encoders: {name}"), mesh)
     return part

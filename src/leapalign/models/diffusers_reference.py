@@ -18,8 +18,8 @@ from leapalign.models.base import Conditioning, Text
 def pipeline_latents(model: Any, config: Any, text: Conditioning, noise: Tensor, num_steps: int) -> Tensor | None:
     """The latents [B, C, h, w] that diffusers makes of `noise`; None for a model that is no pipeline of diffusers.
 
-    `config`: the model's configuration (guidance). No part but the scheduler is loaded a second time. As in our own
-    sampler, the policy alone computes in the model's dtype; text, latents and the scheduler's sums are float32.
+    `config`: the model's configuration (guidance). Only the scheduler is loaded a second time. As in our own sampler,
+    the policy alone computes in the model's dtype; text, latents and the scheduler's sums are float32.
     """
     kind, folder = getattr(config, "pipeline", ""), getattr(model, "folder", None)
     if not kind or folder is None:
@@ -40,7 +40,11 @@ def open_pipeline(config: Any, folder: Path) -> Any:
     from leapalign.storage.pipeline_folder import INDEX, read_json
 
     index = read_json(folder / INDEX)
-    absent = {name: None for name, part in index.items() if isinstance(part, list) and len(part) == 2 and not part[1]}
+    absent = {
+        name: None
+        for name, component in index.items()
+        if isinstance(component, list) and len(component) == 2 and not component[1]
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of the argument's name, which older versions need
         pipeline = getattr(diffusers, config.pipeline).from_pretrained(
@@ -83,18 +87,22 @@ class InFloat32:
 
 
 def _around(model: Any, kind: str) -> Any:
-    """The pipeline of loaded parts, without text encoders."""
+    """The pipeline of loaded components, without text encoders."""
     import diffusers
 
-    from leapalign.storage.pipeline_folder import load_part
+    from leapalign.storage.components import load_component
 
     pipeline_class = getattr(diffusers, kind)
     takes = inspect.signature(pipeline_class.__init__).parameters
-    parts: dict[str, Any] = {name: None for name in takes if name.startswith(("text_encoder", "tokenizer"))}
-    parts |= {"transformer": model.policy, "vae": model.decoder.vae, "scheduler": load_part(model.folder, "scheduler")}
+    components: dict[str, Any] = {name: None for name in takes if name.startswith(("text_encoder", "tokenizer"))}
+    components |= {
+        "transformer": model.policy,
+        "vae": model.decoder.vae,
+        "scheduler": load_component(model.folder, "scheduler"),
+    }
     if "is_distilled" in takes:
-        parts["is_distilled"] = not model.guidance.active
-    pipeline = pipeline_class(**parts)
+        components["is_distilled"] = not model.guidance.active
+    pipeline = pipeline_class(**components)
     pipeline.transformer = InFloat32(model.policy)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from leapalign.storage.pipeline_folder import PipelineFolder
     from leapalign.tuning.base import Tuning
 
-TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+TEXT_COMPONENTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 PATCH = 2  # latents a token, along each side
 
 LAYERS = targets.LoraTargets(  # proj_mlp and proj_out are the single blocks' feed-forward
@@ -133,24 +133,24 @@ class Flux:
         precision = pipe.parse_dtype(dtype)
         if not 1 <= self.max_sequence_length <= 512:
             raise UserError(f"max_sequence_length {self.max_sequence_length}: expected 1 to 512")
-        needed = ("transformer", "vae", "scheduler", *TEXT_PARTS)
+        needed = ("transformer", "vae", "scheduler", *TEXT_COMPONENTS)
         folder = open_folder(self.path, self.pipeline, needed, self.transformer_file, loading)
-        parts = pipe.open_parts(folder, device, precision, tuning, self.lora_targets)
-        policy = parts.policy
+        opened = pipe.open_components(folder, device, precision, tuning, self.lora_targets)
+        policy = opened.policy
         decoder = pipe.load_decoder(folder, device, self.decode_chunk)
         factor = pipe.vae_factor(decoder.vae)
         pipe.check_size(self.height, self.width, factor * PATCH)
         shape = (policy.config.in_channels // PATCH**2, self.height // factor, self.width // factor)
         return pipe.put_together(
-            parts,
+            opened,
             decoder=decoder,
             latent_shape=shape,
             guidance=pipe.Guidance(self.true_cfg_scale, self.cfg_grad == "both", self.negative_prompt),
-            encoder=lambda folder: _text_encoder(folder, policy, self.max_sequence_length, parts.dtype),
-            text_parts=TEXT_PARTS,
+            encoder=lambda folder: _text_encoder(folder, policy, self.max_sequence_length, opened.dtype),
+            text_components=TEXT_COMPONENTS,
             text_settings={"max_sequence_length": self.max_sequence_length},
             predict=partial(predict, guidance_scale=self.guidance_scale),
-            grid=lambda num_steps: sigma_grid(parts.scheduler, num_steps, shape),
+            grid=lambda num_steps: sigma_grid(opened.scheduler, num_steps, shape),
         )
 
 
@@ -185,13 +185,13 @@ def _text_encoder(folder: PipelineFolder, policy: Any, length: int, dtype: Any) 
     """Loads the text encoders; returns prompts -> Text, by the pipeline's own `encode_prompt`."""
     from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
-    from leapalign.storage.pipeline_folder import load_part
+    from leapalign.storage.components import load_component
 
     device = policy.device
-    parts = {name: load_part(folder, name, dtype) for name in TEXT_PARTS}
-    pipeline: Any = FluxPipeline(transformer=policy, vae=None, scheduler=None, **parts)  # pyright: ignore
-    parts["text_encoder"].to(device)
-    parts["text_encoder_2"].to(device)
+    components = {name: load_component(folder, name, dtype) for name in TEXT_COMPONENTS}
+    pipeline: Any = FluxPipeline(transformer=policy, vae=None, scheduler=None, **components)  # pyright: ignore
+    components["text_encoder"].to(device)
+    components["text_encoder_2"].to(device)
 
     def encode(prompts: list[str]) -> Text:
         tokens, pooled, _ = pipeline.encode_prompt(prompts, None, device=device, max_sequence_length=length)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 PATCH = 2  # latents of the VAE in one of ours, along each side
 
-TEXT_PARTS = ("text_encoder", "tokenizer")
+TEXT_COMPONENTS = ("text_encoder", "tokenizer")
 LAYERS = targets.LoraTargets(
     layers=(
         *(*targets.ATTENTION, *targets.TEXT_ATTENTION),
@@ -116,25 +116,25 @@ class Flux2Klein:
         if not 1 <= self.max_sequence_length <= 512:
             raise UserError(f"max_sequence_length {self.max_sequence_length}: expected 1 to 512")
         folder = open_folder(
-            self.path, self.pipeline, ("transformer", "vae", "scheduler", *TEXT_PARTS), loading=loading
+            self.path, self.pipeline, ("transformer", "vae", "scheduler", *TEXT_COMPONENTS), loading=loading
         )
-        parts = pipe.open_parts(folder, device, precision, tuning, self.lora_targets)
-        policy = parts.policy
+        opened = pipe.open_components(folder, device, precision, tuning, self.lora_targets)
+        policy = opened.policy
         _check_layers(self.text_layers, folder, policy.config.joint_attention_dim)
         decoder = load_decoder(folder, device, self.decode_chunk)
         factor = pipe.vae_factor(decoder.vae) * PATCH
         pipe.check_size(self.height, self.width, factor)
         shape = (policy.config.in_channels, self.height // factor, self.width // factor)
         return pipe.put_together(
-            parts,
+            opened,
             decoder=decoder,
             latent_shape=shape,
             guidance=pipe.Guidance(_scale(self, folder), self.cfg_grad == "both", self.negative_prompt),
-            encoder=lambda folder: _text_encoder(self, folder, device, parts.dtype),
-            text_parts=TEXT_PARTS,
+            encoder=lambda folder: _text_encoder(self, folder, device, opened.dtype),
+            text_components=TEXT_COMPONENTS,
             text_settings={"max_sequence_length": self.max_sequence_length, "text_layers": self.text_layers},
             predict=predict,
-            grid=lambda num_steps: sigma_grid(parts.scheduler, num_steps, shape),
+            grid=lambda num_steps: sigma_grid(opened.scheduler, num_steps, shape),
         )
 
 
@@ -209,10 +209,10 @@ def _text_encoder(config: Flux2Klein, folder: PipelineFolder, device: str, dtype
     from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline
 
     from leapalign.models import pipeline as pipe
-    from leapalign.storage.pipeline_folder import load_part
+    from leapalign.storage.components import load_component
 
     tokenizer = pipe.load_chat_tokenizer(folder)
-    encoder = load_part(folder, "text_encoder", dtype).to(device)
+    encoder = load_component(folder, "text_encoder", dtype).to(device)
 
     def encode(prompt: str) -> Text:
         layers = list(config.text_layers)

@@ -1,4 +1,4 @@
-"""A `Model` put together from a pipeline folder's parts; what differs between families comes in as functions."""
+"""A `Model` put together from a pipeline folder's components; what differs between families comes in as functions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from leapalign.models.decode import Decoder
 from leapalign.models.guidance import Guidance, GuidedVelocity, in_precision
 from leapalign.models.prompt_embeds.cache import Encoder, PromptCache
 from leapalign.models.prompt_embeds.store import PromptStore
-from leapalign.storage.pipeline_folder import FROM_FILES, Loading, PipelineFolder, load_part, save_with
+from leapalign.storage.components import load_component
+from leapalign.storage.pipeline_folder import FROM_FILES, Loading, PipelineFolder, save_with
 from leapalign.tuning.adapter import merged, switched_off
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class PipelineModel:
     """Implements `leapalign.models.base.Model`."""
 
     policy: nn.Module
-    folder: PipelineFolder  # where every part that is not trained is copied from
+    folder: PipelineFolder  # where every component that is not trained is copied from
     prompts: PromptCache
     load_encoder: Callable[[Loading], Encoder]  # the text encoders, loaded in that way
     decoder: Decoder
@@ -113,59 +114,65 @@ class Opened:
         return self.scheduler.config.num_train_timesteps
 
 
-def open_parts(folder: PipelineFolder, device: str, dtype: torch.dtype, tuning: Tuning, targets: LoraTargets) -> Opened:
+def open_components(
+    folder: PipelineFolder, device: str, dtype: torch.dtype, tuning: Tuning, targets: LoraTargets
+) -> Opened:
     """Raises UserError on a policy or a scheduler that cannot work. `targets`: the family's layers for adapters."""
     return Opened(folder, tuning.load_policy(folder, device, dtype, targets), load_scheduler(folder), device, dtype)
 
 
 def put_together(
-    parts: Opened,
+    opened: Opened,
     *,
     decoder: Decoder,
     latent_shape: tuple[int, int, int],
     guidance: Guidance,
     encoder: Callable[[PipelineFolder], Encoder],
-    text_parts: tuple[str, ...],
+    text_components: tuple[str, ...],
     text_settings: dict[str, Any],
     predict: Callable[..., Tensor],
     grid: Callable[[int], Tensor],
 ) -> PipelineModel:
     """The model. `predict(policy, x, time, text)` takes time in the scheduler's units.
 
-    `encoder` loads the folder's text encoders; `text_parts` and `text_settings` are all that decides an embedding.
+    `encoder` loads the folder's text encoders; `text_components` and `text_settings` are all that decides an embedding.
     """
 
     def load_encoder(loading: Loading) -> Encoder:
         remedy = "tokenizers and text encoders are not of one model: copy the folder again"
-        loaded = encoder(replace(parts.folder, loading=loading))
-        return first_time(loaded, f"{parts.folder.path}: the text encoders do not run", remedy)
+        loaded = encoder(replace(opened.folder, loading=loading))
+        return first_time(loaded, f"{opened.folder.path}: the text encoders do not run", remedy)
 
     return PipelineModel(
-        policy=parts.policy,
-        folder=parts.folder,
-        prompts=_prompt_cache(lambda: load_encoder(FROM_FILES), parts, text_parts, text_settings),
+        policy=opened.policy,
+        folder=opened.folder,
+        prompts=_prompt_cache(lambda: load_encoder(FROM_FILES), opened, text_components, text_settings),
         load_encoder=load_encoder,
         decoder=decoder,
         latent_shape=latent_shape,
         guidance=guidance,
-        predict=lambda policy, x, sigma, text: predict(policy, x, sigma * parts.train_steps, text),
+        predict=lambda policy, x, sigma, text: predict(policy, x, sigma * opened.train_steps, text),
         grid=grid,
-        device=parts.device,
-        dtype=parts.dtype,
+        device=opened.device,
+        dtype=opened.dtype,
     )
 
 
 def _prompt_cache(
-    load_encoder: Callable[[], Encoder], parts: Opened, text_parts: tuple[str, ...], settings: dict[str, Any]
+    load_encoder: Callable[[], Encoder], opened: Opened, text_components: tuple[str, ...], settings: dict[str, Any]
 ) -> PromptCache:
     """In memory and, where it is worth it, on disk."""
-    decisive = {"device": torch.device(parts.device).type, "dtype": str(parts.dtype).removeprefix("torch."), **settings}
-    return PromptCache(load_encoder, parts.device, PromptStore.of(parts.folder, text_parts, decisive))
+    decisive = {
+        "device": torch.device(opened.device).type,
+        "dtype": str(opened.dtype).removeprefix("torch."),
+        **settings,
+    }
+    return PromptCache(load_encoder, opened.device, PromptStore.of(opened.folder, text_components, decisive))
 
 
 def load_decoder(folder: PipelineFolder, device: str, chunk: int) -> Decoder:
     """For a VAE that is normalised by two numbers of its configuration."""
-    vae = load_part(folder, "vae", torch.float32).to(device)
+    vae = load_component(folder, "vae", torch.float32).to(device)
     with opening(f"{folder.path / 'vae'}: its scaling_factor and shift_factor are no numbers", "copy the folder again"):
         scale, shift = float(vae.config.scaling_factor), float(vae.config.shift_factor or 0.0)
     return Decoder(vae, scale, shift, chunk)
@@ -173,15 +180,15 @@ def load_decoder(folder: PipelineFolder, device: str, chunk: int) -> Decoder:
 
 def load_vae(folder: PipelineFolder, device: str, kind: str) -> Any:
     """A VAE whose normalisation the family reads itself, so it must be of this class. Raises UserError."""
-    found = folder.parts["vae"][1]
+    found = folder.components["vae"][1]
     if found != kind:
         raise UserError(f"{folder.path}: its VAE is a {found}, expected {kind}; take the VAE of the model's own folder")
-    return load_part(folder, "vae", torch.float32).to(device)
+    return load_component(folder, "vae", torch.float32).to(device)
 
 
 def load_chat_tokenizer(folder: PipelineFolder) -> Any:
     """Raises UserError where it has no chat template to put the prompts in."""
-    tokenizer = load_part(folder, "tokenizer")
+    tokenizer = load_component(folder, "tokenizer")
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(f"{folder.path / 'tokenizer'} has no chat template (chat_template.jinja); copy it completely")
     return tokenizer
@@ -203,7 +210,7 @@ def each_alone(encode: Callable[[str], Text]) -> Encoder:
 
 def load_scheduler(folder: PipelineFolder) -> Any:
     """Only its grid is used, so a scheduler whose step is not plain Euler would be silently replaced: refused."""
-    scheduler = load_part(folder, "scheduler")
+    scheduler = load_component(folder, "scheduler")
     if type(scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
         raise UserError(
             f"{folder.path}: scheduler {type(scheduler).__name__}; expected FlowMatchEulerDiscreteScheduler"

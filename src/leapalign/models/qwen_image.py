@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from leapalign.storage.pipeline_folder import PipelineFolder
     from leapalign.tuning.base import Tuning
 
-TEXT_PARTS = ("text_encoder", "tokenizer")
+TEXT_COMPONENTS = ("text_encoder", "tokenizer")
 PATCH = 2  # latents a token, along each side
 LAYERS = targets.LoraTargets(
     layers=(
@@ -115,26 +115,26 @@ class QwenImage:
         if not 1 <= self.max_sequence_length <= 1024:
             raise UserError(f"max_sequence_length {self.max_sequence_length}: expected 1 to 1024")
         folder = open_folder(
-            self.path, self.pipeline, ("transformer", "vae", "scheduler", *TEXT_PARTS), loading=loading
+            self.path, self.pipeline, ("transformer", "vae", "scheduler", *TEXT_COMPONENTS), loading=loading
         )
-        parts = pipe.open_parts(folder, device, precision, tuning, self.lora_targets)
-        policy = parts.policy
+        opened = pipe.open_components(folder, device, precision, tuning, self.lora_targets)
+        policy = opened.policy
         decoder = load_decoder(folder, device, self.decode_chunk)
         factor = decoder.vae.spatial_compression_ratio
         pipe.check_size(self.height, self.width, factor * PATCH)
         shape = (policy.config.in_channels // PATCH**2, self.height // factor, self.width // factor)
         return pipe.put_together(
-            parts,
+            opened,
             decoder=decoder,
             latent_shape=shape,
             guidance=pipe.Guidance(
                 self.guidance_scale, self.cfg_grad == "both", self.negative_prompt, combine=renormalised
             ),
-            encoder=lambda folder: _text_encoder(folder, device, self.max_sequence_length, parts.dtype),
-            text_parts=TEXT_PARTS,
+            encoder=lambda folder: _text_encoder(folder, device, self.max_sequence_length, opened.dtype),
+            text_components=TEXT_COMPONENTS,
             text_settings={"max_sequence_length": self.max_sequence_length},
             predict=predict,
-            grid=lambda num_steps: sigma_grid(parts.scheduler, num_steps, shape),
+            grid=lambda num_steps: sigma_grid(opened.scheduler, num_steps, shape),
         )
 
 
@@ -206,11 +206,11 @@ def _text_encoder(folder: PipelineFolder, device: str, length: int, dtype: Any) 
     from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
 
     from leapalign.models import pipeline as pipe
-    from leapalign.storage.pipeline_folder import load_part
+    from leapalign.storage.components import load_component
 
-    parts = {name: load_part(folder, name, dtype) for name in TEXT_PARTS}
-    parts["text_encoder"].to(device)
-    pipeline: Any = QwenImagePipeline(transformer=None, vae=None, scheduler=None, **parts)  # pyright: ignore
+    components = {name: load_component(folder, name, dtype) for name in TEXT_COMPONENTS}
+    components["text_encoder"].to(device)
+    pipeline: Any = QwenImagePipeline(transformer=None, vae=None, scheduler=None, **components)  # pyright: ignore
 
     def encode(prompt: str) -> Text:
         tokens, _ = pipeline.encode_prompt(prompt, torch.device(device), max_sequence_length=length)

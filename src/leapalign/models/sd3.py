@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from leapalign.storage.pipeline_folder import PipelineFolder
     from leapalign.tuning.base import Tuning
 
-TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+TEXT_COMPONENTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
 LAYERS = targets.LoraTargets(
     layers=(*targets.ATTENTION, *targets.TEXT_ATTENTION, *targets.FEED_FORWARD),
     optional=("attn2.to_*",),  # the second attention over image tokens of SD3.5-M; SD3-M and SD3.5-L have none
@@ -126,26 +126,26 @@ class SD3:
         from leapalign.models import pipeline as pipe
 
         precision = pipe.parse_dtype(dtype)
-        needed = ("transformer", "vae", "scheduler", *TEXT_PARTS[:4])
+        needed = ("transformer", "vae", "scheduler", *TEXT_COMPONENTS[:4])
         folder = open_folder(self.path, self.pipeline, needed, self.transformer_file, loading)
-        _check_sequence_length(self.max_sequence_length, "text_encoder_3" in folder.parts)
-        parts = pipe.open_parts(folder, device, precision, tuning, self.lora_targets)
-        policy = parts.policy
+        _check_sequence_length(self.max_sequence_length, "text_encoder_3" in folder.components)
+        opened = pipe.open_components(folder, device, precision, tuning, self.lora_targets)
+        policy = opened.policy
         decoder = pipe.load_decoder(folder, device, self.decode_chunk)
         shape = _latent_shape(self, policy.config, pipe.vae_factor(decoder.vae))
         return pipe.put_together(
-            parts,
+            opened,
             decoder=decoder,
             latent_shape=shape,
             guidance=pipe.Guidance(self.guidance_scale, self.cfg_grad == "both", self.negative_prompt),
-            encoder=lambda folder: _text_encoder(folder, policy, self.max_sequence_length, parts.dtype),
-            text_parts=TEXT_PARTS,
+            encoder=lambda folder: _text_encoder(folder, policy, self.max_sequence_length, opened.dtype),
+            text_components=TEXT_COMPONENTS,
             text_settings={
                 "max_sequence_length": self.max_sequence_length,
                 "joint_attention_dim": policy.config.joint_attention_dim,  # the width of the zeros in place of T5
             },
             predict=predict,
-            grid=lambda num_steps: sigma_grid(parts.scheduler, num_steps, shape, policy.config.patch_size),
+            grid=lambda num_steps: sigma_grid(opened.scheduler, num_steps, shape, policy.config.patch_size),
         )
 
 
@@ -193,15 +193,15 @@ def _text_encoder(folder: PipelineFolder, policy: Any, length: int, dtype: Any) 
     """Loads the text encoders; returns prompts -> Text, by the pipeline's own `encode_prompt`."""
     from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 
-    from leapalign.storage.pipeline_folder import load_part
+    from leapalign.storage.components import load_component
 
     device = policy.device
-    parts = {name: load_part(folder, name, dtype) for name in TEXT_PARTS}
-    pipeline: Any = StableDiffusion3Pipeline(transformer=policy, vae=None, scheduler=None, **parts)  # pyright: ignore
+    components = {name: load_component(folder, name, dtype) for name in TEXT_COMPONENTS}
+    pipeline: Any = StableDiffusion3Pipeline(transformer=policy, vae=None, scheduler=None, **components)  # pyright: ignore
     for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
-        if parts[name] is not None:
-            parts[name].to(device)
-    _warn_of_cropping(parts, policy.config.joint_attention_dim)
+        if components[name] is not None:
+            components[name].to(device)
+    _warn_of_cropping(components, policy.config.joint_attention_dim)
 
     def encode(prompts: list[str]) -> Text:
         tokens, _, pooled, _ = pipeline.encode_prompt(
@@ -212,7 +212,7 @@ def _text_encoder(folder: PipelineFolder, policy: Any, length: int, dtype: Any) 
     return encode
 
 
-def _warn_of_cropping(parts: dict[str, Any], width: int) -> None:
-    clip = parts["text_encoder"].config.hidden_size + parts["text_encoder_2"].config.hidden_size
+def _warn_of_cropping(components: dict[str, Any], width: int) -> None:
+    clip = components["text_encoder"].config.hidden_size + components["text_encoder_2"].config.hidden_size
     if clip > width:
         warnings.warn(f"CLIP gives {clip} features, joint_attention_dim is {width}: the rest is cropped", stacklevel=2)

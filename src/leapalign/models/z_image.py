@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from leapalign.storage.pipeline_folder import PipelineFolder
     from leapalign.tuning.base import Tuning
 
-TEXT_PARTS = ("text_encoder", "tokenizer")
+TEXT_COMPONENTS = ("text_encoder", "tokenizer")
 PATCH = 2  # latents a token, along each side
 CAPTION_MULTIPLE = 32  # the network fills captions up to a multiple of this with a token that it has learnt
 LAYERS = targets.LoraTargets(
@@ -98,25 +98,25 @@ class ZImage:
         precision = pipe.parse_dtype(dtype)
         _check_guidance(self)
         folder = open_folder(
-            self.path, self.pipeline, ("transformer", "vae", "scheduler", *TEXT_PARTS), loading=loading
+            self.path, self.pipeline, ("transformer", "vae", "scheduler", *TEXT_COMPONENTS), loading=loading
         )
-        parts = pipe.open_parts(folder, device, precision, tuning, self.lora_targets)
-        policy = parts.policy
+        opened = pipe.open_components(folder, device, precision, tuning, self.lora_targets)
+        policy = opened.policy
         decoder = pipe.load_decoder(folder, device, self.decode_chunk)
         factor = pipe.vae_factor(decoder.vae)
         pipe.check_size(self.height, self.width, factor * PATCH)
         shape = (policy.config.in_channels, self.height // factor, self.width // factor)
         _check_positions(self.max_sequence_length, shape, policy.config.axes_lens)
         return pipe.put_together(
-            parts,
+            opened,
             decoder=decoder,
             latent_shape=shape,
-            guidance=guidance(self, parts.train_steps),
-            encoder=lambda folder: _text_encoder(folder, device, self.max_sequence_length, parts.dtype),
-            text_parts=TEXT_PARTS,
+            guidance=guidance(self, opened.train_steps),
+            encoder=lambda folder: _text_encoder(folder, device, self.max_sequence_length, opened.dtype),
+            text_components=TEXT_COMPONENTS,
             text_settings={"max_sequence_length": self.max_sequence_length},
             predict=predict,
-            grid=lambda num_steps: sigma_grid(parts.scheduler, num_steps, shape),
+            grid=lambda num_steps: sigma_grid(opened.scheduler, num_steps, shape),
         )
 
 
@@ -190,11 +190,14 @@ def _text_encoder(folder: PipelineFolder, device: str, length: int, dtype: Any) 
     from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 
     from leapalign.models import pipeline as pipe
-    from leapalign.storage.pipeline_folder import load_part
+    from leapalign.storage.components import load_component
 
-    parts = {"tokenizer": pipe.load_chat_tokenizer(folder), "text_encoder": load_part(folder, "text_encoder", dtype)}
-    parts["text_encoder"].to(device)
-    pipeline: Any = ZImagePipeline(transformer=None, vae=None, scheduler=None, **parts)  # pyright: ignore
+    components = {
+        "tokenizer": pipe.load_chat_tokenizer(folder),
+        "text_encoder": load_component(folder, "text_encoder", dtype),
+    }
+    components["text_encoder"].to(device)
+    pipeline: Any = ZImagePipeline(transformer=None, vae=None, scheduler=None, **components)  # pyright: ignore
 
     def encode(prompt: str) -> Text:
         (tokens,), _ = pipeline.encode_prompt(

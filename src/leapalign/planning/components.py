@@ -1,4 +1,4 @@
-"""What a plan is made of: the run's model, parts and rewards without weights, and their numbers."""
+"""What a plan is made of: the run's model, components and rewards without weights, and their numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from leapalign.distributed.fsdp_frozen import blocks_of
 from leapalign.errors import UserError
 from leapalign.models.base import Family
 from leapalign.models.pipeline import PipelineModel
-from leapalign.planning.meta_models import build_part, fake, fake_mode, load_weightless, twin
+from leapalign.planning.meta_models import build_component, fake, fake_mode, load_weightless, twin
 from leapalign.planning.rewards import RewardPlan, plan_reward
 from leapalign.planning.sharding import ALONE, Rank
 from leapalign.planning.sources import Source
@@ -23,7 +23,7 @@ from leapalign.storage.pipeline_folder import INDEX, TRANSFORMER, PipelineFolder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class Planned:
     """All of it, without weights."""
 
     run: Run
@@ -33,7 +33,7 @@ class Parts:
     family: Family
     rewards: list[RewardPlan]
     mode: FakeTensorMode
-    weights: dict[str, int]  # part of the pipeline -> how many
+    weights: dict[str, int]  # component of the pipeline -> how many
     text_blocks: dict[str, int]  # text encoder -> how many of them in blocks that are sharded on demand
     rank: Rank = ALONE
 
@@ -57,17 +57,17 @@ def family_of(run: Run) -> Family:
     return run.model
 
 
-def parts_of_run(run: Run, source: Source) -> Parts:
+def plan_components(run: Run, source: Source) -> Planned:
     """Raises UserError with the first thing that is wrong."""
     family, path = family_of(run), source.folder
     _check_index(path)
     weights: dict[str, int] = {}
 
     def build(folder: PipelineFolder, name: str, dtype: torch.dtype | None = None) -> Any:
-        part = build_part(folder, name, dtype)
-        if isinstance(part, nn.Module):
-            weights[name] = numbers_in(part)
-        return part
+        component = build_component(folder, name, dtype)
+        if isinstance(component, nn.Module):
+            weights[name] = numbers_in(component)
+        return component
 
     # the base is quantised while it is read: planned as bfloat16, and its bytes counted in memory.py
     tuning = replace(run.tuning, quantization="none") if quantization_of(run) else run.tuning
@@ -77,18 +77,20 @@ def parts_of_run(run: Run, source: Source) -> Parts:
     folder = model.folder
     if not source.hub_id:
         _check_weights(folder)
-    text = {name: build(folder, name) for name in folder.parts if name.startswith("text_encoder")}
+    text = {name: build(folder, name) for name in folder.components if name.startswith("text_encoder")}
     text_blocks = {}
     if run.shard_text_encoders:
         what = "shard_text_encoders: "
-        text_blocks = {n: sum(map(numbers_in, blocks_of(part, what + n))) for n, part in text.items() if part}
+        text_blocks = {
+            n: sum(map(numbers_in, blocks_of(component, what + n))) for n, component in text.items() if component
+        }
     mode = fake_mode()
     fake(model.policy, mode)
     fake(model.decoder.vae, mode)
     model.decoder = replace(model.decoder, scale=twin(model.decoder.scale, mode), shift=twin(model.decoder.shift, mode))
     model.device = "cpu"
     rewards = [plan_reward(term, run.dtype, mode) for term in run.rewards]
-    return Parts(
+    return Planned(
         run=run,
         model=model,
         folder=folder,
@@ -107,7 +109,7 @@ def _check_index(path: Path) -> None:
 
 
 def _check_weights(folder: PipelineFolder) -> None:
-    for name in folder.parts:
+    for name in folder.components:
         place = folder.path / name
         elsewhere = name == TRANSFORMER and folder.transformer_file
         if name.startswith(("text_encoder", TRANSFORMER, "vae")) and not (

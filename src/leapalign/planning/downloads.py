@@ -10,10 +10,10 @@ from leapalign.storage.pipeline_folder import INDEX
 
 @dataclass(frozen=True, kw_only=True)
 class Download:
-    """A file, or a part of a pipeline."""
+    """A file, or a component of a pipeline."""
 
     repo: str
-    what: str  # file or part; empty = not known
+    what: str  # file or component; empty = not known
     bytes: int  # about; 0 = not known
     cached: bool = False
 
@@ -26,14 +26,16 @@ def hub_file(repo: str, file: str, size: int, repo_type: str = "model") -> Downl
     return Download(repo=repo, what=file, bytes=size, cached=isinstance(found, str))
 
 
-def pipeline_parts(repo: str, sizes: dict[str, int]) -> list[Download]:
-    """Each part with weights: its bytes as published."""
+def pipeline_components(repo: str, sizes: dict[str, int]) -> list[Download]:
+    """Each component with weights: its bytes as published."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repo, INDEX)
     snapshot = Path(found).parent if isinstance(found, str) else None
 
-    def here(part: str) -> bool:
-        return snapshot is not None and any(snapshot.glob(f"{part}/*.safetensors"))
+    def here(component: str) -> bool:
+        return snapshot is not None and any(snapshot.glob(f"{component}/*.safetensors"))
 
-    return [Download(repo=repo, what=part, bytes=size, cached=here(part)) for part, size in sizes.items()]
+    return [
+        Download(repo=repo, what=component, bytes=size, cached=here(component)) for component, size in sizes.items()
+    ]

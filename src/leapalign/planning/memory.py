@@ -12,7 +12,7 @@ from leapalign.distributed.fsdp_frozen import blocks_of
 from leapalign.distributed.world import BUCKET
 from leapalign.models.pipeline import parse_dtype
 from leapalign.planning.activations import Forwards, GraphBytes, latent_bytes
-from leapalign.planning.components import Parts, quantization_of
+from leapalign.planning.components import Planned, quantization_of
 from leapalign.planning.rewards import RewardPlan
 from leapalign.planning.sharding import ALONE, Rank, bytes_of, largest_gathered
 
@@ -20,25 +20,25 @@ FLOAT32 = 4  # bytes
 QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.5}  # of a weight
 
 
-def always(parts: Parts) -> dict[str, int]:
+def always(planned: Planned) -> dict[str, int]:
     """Part -> bytes, from the first update on, whatever the phase."""
-    trained = trained_bytes(parts, parts.rank)
+    trained = trained_bytes(planned, planned.rank)
     return {
-        "transformer": policy_bytes(parts, parts.rank),
+        "transformer": policy_bytes(planned, planned.rank),
         "optimiser (AdamW, two moments)": 2 * trained,
         "average (EMA, float32)": trained,
-        "VAE (float32)": bytes_of(parts.model.decoder.vae.parameters()),
-        "rewards": sum(_reward_bytes(parts.rank, plan, blocks) for plan, blocks in rewards_here(parts)),
+        "VAE (float32)": bytes_of(planned.model.decoder.vae.parameters()),
+        "rewards": sum(_reward_bytes(planned.rank, plan, blocks) for plan, blocks in rewards_here(planned)),
     }
 
 
-def trained_bytes(parts: Parts, rank: Rank = ALONE) -> int:
+def trained_bytes(planned: Planned, rank: Rank = ALONE) -> int:
     """Of the trained weights, which are float32."""
-    return rank.policy(parts.model.policy, trained=True)
+    return rank.policy(planned.model.policy, trained=True)
 
 
-def policy_bytes(parts: Parts, rank: Rank = ALONE) -> int:
-    policy, quantization = parts.model.policy, quantization_of(parts.run)
+def policy_bytes(planned: Planned, rank: Rank = ALONE) -> int:
+    policy, quantization = planned.model.policy, quantization_of(planned.run)
     total = rank.policy(policy, trained=False) + bytes_of(policy.buffers())
     if not quantization:
         return total
@@ -48,12 +48,12 @@ def policy_bytes(parts: Parts, rank: Rank = ALONE) -> int:
     return total - bytes_of(linear) + quantised
 
 
-def rewards_here(parts: Parts) -> Iterator[tuple[RewardPlan, Sequence[nn.Module]]]:
+def rewards_here(planned: Planned) -> Iterator[tuple[RewardPlan, Sequence[nn.Module]]]:
     """Those on the run's device, each with the blocks that are sharded."""
     from leapalign.training.engine import reward_names
 
-    for name, plan, term in zip(reward_names(parts.run), parts.rewards, parts.run.rewards):
-        sharded = name in parts.run.shard_rewards and parts.rank.world.size > 1
+    for name, plan, term in zip(reward_names(planned.run), planned.rewards, planned.run.rewards):
+        sharded = name in planned.run.shard_rewards and planned.rank.world.size > 1
         network = plan.network if sharded else None
         if not term.device:
             yield plan, () if network is None else blocks_of(network, f"shard_rewards: the reward {name}")
@@ -63,32 +63,32 @@ def _reward_bytes(rank: Rank, plan: RewardPlan, blocks: Sequence[nn.Module]) -> 
     return rank.frozen(plan.network, blocks) if blocks else plan.bytes
 
 
-def reward_bytes(parts: Parts, forwards: Forwards) -> int:
+def reward_bytes(planned: Planned, forwards: Forwards) -> int:
     """Most alive while a chunk is decoded, scored, and its gradient is taken."""
-    run = parts.run
+    run = planned.run
     rows = run.micro_batch_size * forwards.copies
-    here = list(rewards_here(parts))
+    here = list(rewards_here(planned))
     scores: list[Any] = [plan.score for plan, _ in here if plan.score]
     return latent_bytes(
-        parts.model,
-        parts.mode,
+        planned.model,
+        planned.mode,
         min(run.reward_chunk or rows, rows),
         lambda images: [images, *(score(images) for score in scores)],
     ) + max((largest_gathered(blocks) for _, blocks in here), default=0)
 
 
-def phases(parts: Parts, *, graph: GraphBytes, forward: int, reward: int) -> dict[str, int]:
+def phases(planned: Planned, *, graph: GraphBytes, forward: int, reward: int) -> dict[str, int]:
     """Phase -> the most bytes alive in it. `graph`: of one micro-batch, `forward`: of one without a graph."""
-    run, rank, policy, memory = parts.run, parts.rank, parts.model.policy, always(parts)
-    fixed, trained = sum(memory.values()), trained_bytes(parts, rank)
+    run, rank, policy, memory = planned.run, planned.rank, planned.model.policy, always(planned)
+    fixed, trained = sum(memory.values()), trained_bytes(planned, rank)
     accumulated = run.batch_size > run.micro_batch_size * rank.world.size
     held = trained if accumulated else 0  # gradients of earlier micro-batches
     in_forward, in_backward = rank.gathered(policy)
-    in_rollout = max(in_forward, policy_bytes(parts)) if rank.sharded and run.gather_in_rollout else in_forward
+    in_rollout = max(in_forward, policy_bytes(planned)) if rank.sharded and run.gather_in_rollout else in_forward
     largest = rank.largest(policy)
     exchanged = BUCKET + largest if rank.world.size > 1 and not rank.sharded else 0  # gradients, flat
     return {
-        "encoding prompts": memory["transformer"] + memory["VAE (float32)"] + _text_bytes(parts),
+        "encoding prompts": memory["transformer"] + memory["VAE (float32)"] + _text_bytes(planned),
         "rollout": fixed + held + in_rollout + graph.rollout,
         "decode and reward": fixed + held + graph.kept + reward,
         "backward": fixed + trained + in_backward + graph.backward,
@@ -97,9 +97,11 @@ def phases(parts: Parts, *, graph: GraphBytes, forward: int, reward: int) -> dic
     }
 
 
-def _text_bytes(parts: Parts) -> int:
+def _text_bytes(planned: Planned) -> int:
     """The text encoders, before they are freed."""
-    text = {name: count for name, count in parts.weights.items() if name.startswith("text_encoder")}
-    blocks = parts.text_blocks if parts.rank.world.size > 1 else {}
-    here = sum(n - blocks.get(name, 0) + math.ceil(blocks.get(name, 0) / parts.rank.among) for name, n in text.items())
-    return here * parse_dtype(parts.run.dtype).itemsize
+    text = {name: count for name, count in planned.weights.items() if name.startswith("text_encoder")}
+    blocks = planned.text_blocks if planned.rank.world.size > 1 else {}
+    here = sum(
+        n - blocks.get(name, 0) + math.ceil(blocks.get(name, 0) / planned.rank.among) for name, n in text.items()
+    )
+    return here * parse_dtype(planned.run.dtype).itemsize

@@ -1,6 +1,6 @@
 """Models without weights: shapes, dtypes and a graph, and no memory.
 
-Parts are built on the meta device, from their configurations alone: nothing that a file of weights holds is read.
+Components are built on the meta device, from their configurations alone: nothing that a file of weights holds is read.
 Before something is computed with them their tensors become torch's fake ones, which are meta tensors that claim to lie
 on the CPU, so that autocast and attention take the ways that they take there.
 """
@@ -28,21 +28,21 @@ def fake_mode() -> FakeTensorMode:
 
 
 def load_weightless(model: Any, dtype: str, tuning: Any, build: Callable[..., Any]) -> Any:
-    """The model of a configuration, by its own `load`, on the meta device; `build` makes its parts, as `build_part`."""
+    """Load a model configuration on the meta device; `build` makes its components, as `build_component` does."""
     return model.load(META, dtype, tuning, Loading(component=build))
 
 
 def fake(module: nn.Module, mode: FakeTensorMode) -> None:
     """Put fake tensors in the place of the module's own, each for each (tied weights stay tied)."""
     made: dict[int, torch.Tensor] = {}
-    for part in module.modules():
-        for table in (part._parameters, part._buffers):
+    for submodule in module.modules():
+        for table in (submodule._parameters, submodule._buffers):
             for name, tensor in table.items():
                 if tensor is not None:
                     made.setdefault(id(tensor), twin(tensor, mode))
                     table[name] = made[id(tensor)]  # pyright: ignore[reportArgumentType]
-        tables = {name: twin(value, mode) for name, value in vars(part).items() if isinstance(value, torch.Tensor)}
-        vars(part).update(tables)  # what is neither weight nor buffer, as Qwen-Image's rotary tables
+        tables = {name: twin(value, mode) for name, value in vars(submodule).items() if isinstance(value, torch.Tensor)}
+        vars(submodule).update(tables)  # what is neither weight nor buffer, as Qwen-Image's rotary tables
 
 
 def twin(value: Any, mode: FakeTensorMode) -> Any:
@@ -54,11 +54,11 @@ def twin(value: Any, mode: FakeTensorMode) -> Any:
     return nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
 
 
-def build_part(folder: PipelineFolder, name: str, dtype: torch.dtype | None = None) -> Any:
-    """One part from its configuration: a model without memory, frozen; a scheduler as it is; None if absent."""
-    if name not in folder.parts:
+def build_component(folder: PipelineFolder, name: str, dtype: torch.dtype | None = None) -> Any:
+    """One component from its configuration: a model without memory, frozen; a scheduler as it is; None if absent."""
+    if name not in folder.components:
         return None
-    library, class_name = folder.parts[name]
+    library, class_name = folder.components[name]
     with opening(f"{folder.path / name}: its configuration makes no {class_name}", "copy the folder again, completely"):
         kind = getattr(importlib.import_module(library), class_name)
         if not issubclass(kind, nn.Module):

@@ -1,4 +1,4 @@
-"""A run's plan: geometry, memory by part and phase, downloads, prompts, disk; or the first thing that is wrong with it.
+"""A run's plan: geometry, memory by component and phase, downloads, prompts, disk; or the first thing that is wrong.
 
 Everything is built on the meta device from configurations: a local folder's own, or the numbers that ship. Memory is
 what tensors take; an allocator's rounding, and scratch memory inside one operator, come on top (docs/planning.md).
@@ -23,8 +23,8 @@ from leapalign.models.pipeline import parse_dtype
 from leapalign.models.prompt_embeds.location import cache_plan, limit
 from leapalign.models.prompt_embeds.store import WORTHWHILE
 from leapalign.planning.activations import GRAPHS, Forwards, GraphBytes, count_forwards, forward_bytes, graph_bytes
-from leapalign.planning.components import Parts, family_of, parts_of_run, quantization_of
-from leapalign.planning.downloads import Download, hub_file, pipeline_parts
+from leapalign.planning.components import Planned, family_of, plan_components, quantization_of
+from leapalign.planning.downloads import Download, hub_file, pipeline_components
 from leapalign.planning.memory import always, phases, policy_bytes, reward_bytes, trained_bytes
 from leapalign.planning.sharding import first_rank, world_of
 from leapalign.planning.sources import locate
@@ -39,8 +39,8 @@ class Plan:
     name: str
     device: str
     geometry: dict[str, int | float]
-    parameters: dict[str, int]  # part -> weights; "trained" among them
-    memory: dict[str, int]  # part -> bytes on the device, from the first update on
+    parameters: dict[str, int]  # component -> weights; "trained" among them
+    memory: dict[str, int]  # component -> bytes on the device, from the first update on
     graphs: dict[str, GraphBytes]  # setting of the graph -> what one micro-batch needs; the run's own first
     graph: str  # the run's setting
     phases: dict[str, int]  # phase -> most bytes on the device
@@ -74,11 +74,11 @@ def make_plan(run: Run, ranks: int = 1, ranks_per_machine: int = 8) -> Plan:
     prompts, prompt_downloads, prompt_notes = plan_prompts(run)
     family = family_of(run)
     with locate(family.path, family.published) as source:
-        parts = parts_of_run(run, source)
+        planned = plan_components(run, source)
         quantised, memory = bool(quantization_of(run)), _capacity(device)
-        rank, said = first_rank(run, parts.model.policy, quantised, device, memory, ranks, ranks_per_machine)
-        parts = replace(parts, rank=rank)
-        return _assemble(parts, device, forwards, prompts, prompt_downloads, [*notes, *prompt_notes, *said])
+        rank, said = first_rank(run, planned.model.policy, quantised, device, memory, ranks, ranks_per_machine)
+        planned = replace(planned, rank=rank)
+        return _assemble(planned, device, forwards, prompts, prompt_downloads, [*notes, *prompt_notes, *said])
 
 
 def _check_out(out: Path) -> None:
@@ -117,40 +117,40 @@ def plan_prompts(run: Run) -> tuple[int, list[Download], list[str]]:
 
 
 def _assemble(
-    parts: Parts, device: str, forwards: Forwards, prompts: int, prompt_downloads: list[Download], notes: list[str]
+    planned: Planned, device: str, forwards: Forwards, prompts: int, prompt_downloads: list[Download], notes: list[str]
 ) -> Plan:
-    run, model, dtype = parts.run, parts.model, parse_dtype(parts.run.dtype)
-    shape = parts.family.text_shape(parts.folder, model.policy.config)
-    negative = shape.empty(1, dtype, parts.mode) if model.guidance.active else None
-    conditioning = Conditioning(shape.empty(run.micro_batch_size, dtype, parts.mode), negative)
-    forward = forward_bytes(run, model, conditioning, parts.mode)
-    reward = reward_bytes(parts, forwards)
+    run, model, dtype = planned.run, planned.model, parse_dtype(planned.run.dtype)
+    shape = planned.family.text_shape(planned.folder, model.policy.config)
+    negative = shape.empty(1, dtype, planned.mode) if model.guidance.active else None
+    conditioning = Conditioning(shape.empty(run.micro_batch_size, dtype, planned.mode), negative)
+    forward = forward_bytes(run, model, conditioning, planned.mode)
+    reward = reward_bytes(planned, forwards)
 
     def with_graph(graph: str) -> tuple[GraphBytes, dict[str, int]]:
-        found = graph_bytes(run, model, conditioning, parts.mode, graph, forwards.seed)
-        return found, phases(parts, graph=found, forward=forward, reward=reward)
+        found = graph_bytes(run, model, conditioning, planned.mode, graph, forwards.seed)
+        return found, phases(planned, graph=found, forward=forward, reward=reward)
 
     graph, in_phases = with_graph(run.graph)
     each = shape.bytes(dtype)
     plan = Plan(
         name=run.name,
         device=device,
-        geometry=_geometry(parts, forwards),
-        parameters={**parts.weights, "trained": parts.trained},
-        memory=always(parts),
+        geometry=_geometry(planned, forwards),
+        parameters={**planned.weights, "trained": planned.trained},
+        memory=always(planned),
         graphs={run.graph: graph},
         graph=run.graph,
         phases=in_phases,
-        prompts={"number": prompts, "bytes_each": each, "bytes": prompts * each, "limit": _cache_limit(parts)},
-        downloads=(*_model_downloads(parts), *(d for r in parts.rewards for d in r.downloads), *prompt_downloads),
-        disk=_disk(parts),
+        prompts={"number": prompts, "bytes_each": each, "bytes": prompts * each, "limit": _cache_limit(planned)},
+        downloads=(*_model_downloads(planned), *(d for r in planned.rewards for d in r.downloads), *prompt_downloads),
+        disk=_disk(planned),
         notes=(),
     )
     if not _fits(plan.peak, device):
         others = {graph: with_graph(graph) for graph in _smaller_graphs(plan, model.policy)}
         notes = [*notes, _advice(plan, {graph: max(phases.values()) for graph, (_, phases) in others.items()})]
         plan = replace(plan, graphs=plan.graphs | {graph: found for graph, (found, _) in others.items()})
-    return replace(plan, notes=(*notes, *_notes(parts, plan)))
+    return replace(plan, notes=(*notes, *_notes(planned, plan)))
 
 
 def _fits(peak: int, device: str) -> bool:
@@ -177,8 +177,8 @@ def _advice(plan: Plan, peaks: dict[str, int]) -> str:
     return found + "; see tuning (LoRA, quantization), micro_batch_size, reward_chunk, and the size of the pictures"
 
 
-def _geometry(parts: Parts, forwards: Forwards) -> dict[str, int | float]:
-    run, rank, branches = parts.run, parts.rank, parts.branches
+def _geometry(planned: Planned, forwards: Forwards) -> dict[str, int | float]:
+    run, rank, branches = planned.run, planned.rank, planned.branches
     accumulations = run.batch_size // (run.micro_batch_size * rank.world.size)
     several = {"ranks": rank.world.size, "ranks_that_share_the_weights": rank.among if rank.sharded else 1}
     return (several if rank.world.size > 1 else {}) | {
@@ -195,29 +195,29 @@ def _geometry(parts: Parts, forwards: Forwards) -> dict[str, int | float]:
     }
 
 
-def _model_downloads(parts: Parts) -> list[Download]:
-    if not parts.source.hub_id:
+def _model_downloads(planned: Planned) -> list[Download]:
+    if not planned.source.hub_id:
         return []
-    sizes = {name: count * parts.source.bytes_per_weight for name, count in parts.weights.items()}
-    return pipeline_parts(parts.source.hub_id, sizes)
+    sizes = {name: count * planned.source.bytes_per_weight for name, count in planned.weights.items()}
+    return pipeline_components(planned.source.hub_id, sizes)
 
 
-def _disk(parts: Parts) -> dict[str, int]:
+def _disk(planned: Planned) -> dict[str, int]:
     """Checkpoints hold weights, average and two moments; one more exists while it is written."""
-    run, trained = parts.run, trained_bytes(parts)
-    others = sum(count for name, count in parts.weights.items() if name != "transformer")
-    per_weight = parts.source.bytes_per_weight
+    run, trained = planned.run, trained_bytes(planned)
+    others = sum(count for name, count in planned.weights.items() if name != "transformer")
+    per_weight = planned.source.bytes_per_weight
     whole = getattr(run.tuning, "output", "pipeline") == "pipeline"
     return {
         "checkpoints": 4 * trained * (run.keep_checkpoints + 1),
-        "tuned model": policy_bytes(parts) + others * per_weight if whole else trained,
+        "tuned model": policy_bytes(planned) + others * per_weight if whole else trained,
     }
 
 
-def _notes(parts: Parts, plan: Plan) -> list[str]:
-    found = [f"{reward.name}: {reward.note}" for reward in parts.rewards if reward.note]
-    path, known = parts.source.hub_id, parts.source.facts
-    if known and known.unchecked and parts.source.shipped:
+def _notes(planned: Planned, plan: Plan) -> list[str]:
+    found = [f"{reward.name}: {reward.note}" for reward in planned.rewards if reward.note]
+    path, known = planned.source.hub_id, planned.source.facts
+    if known and known.unchecked and planned.source.shipped:
         found.append(f"the numbers of {path} that ship could not be compared with its published files: sizes are about")
     if known and known.gated and any(not d.cached for d in plan.downloads if d.repo == path):
         found.append(f"{path} is gated ({known.licence}): accept it on its page, then `hf auth login`")
@@ -225,16 +225,16 @@ def _notes(parts: Parts, plan: Plan) -> list[str]:
         found += filter(None, [cache_plan(plan.prompts["number"], plan.prompts["bytes_each"]).problem])
     elif plan.prompts["bytes"] > (memory := _capacity("cpu")) > 0:
         found.append(f"the encoded prompts are more than this machine's {_gb(memory)} GB of memory")
-    free = shutil.disk_usage(_existing(Path(parts.run.out))).free
+    free = shutil.disk_usage(_existing(Path(planned.run.out))).free
     if sum(plan.disk.values()) > free:
-        found.append(f"{parts.run.out}: {_gb(free)} GB are free there, less than the run may write")
+        found.append(f"{planned.run.out}: {_gb(free)} GB are free there, less than the run may write")
     return found
 
 
-def _cache_limit(parts: Parts) -> int:
+def _cache_limit(planned: Planned) -> int:
     """Bytes that encoded prompts may take on disk (LEAPALIGN_CACHE_GB); 0 where they are kept in memory alone."""
-    text = sum(count for name, count in parts.weights.items() if name.startswith("text_encoder"))
-    per_weight = parts.source.bytes_per_weight
+    text = sum(count for name, count in planned.weights.items() if name.startswith("text_encoder"))
+    per_weight = planned.source.bytes_per_weight
     return limit() if text * per_weight >= WORTHWHILE else 0
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from leapalign.errors import UserError
 from leapalign.models.published import Published
 from leapalign.storage.hub import cached_folder, is_hub_id
-from leapalign.storage.pipeline_folder import INDEX, parts_of, read_json
+from leapalign.storage.pipeline_folder import INDEX, components_of, read_json
 
 FLOAT32 = 4  # bytes a weight
 
@@ -67,7 +67,7 @@ def _cached(path: str) -> Path | None:
     folder = cached_folder(path) if is_hub_id(path) else None
     if folder is None or not (folder / INDEX).is_file():
         return None
-    components = [name for name in parts_of(read_json(folder / INDEX)) if not name.startswith("tokenizer")]
+    components = [name for name in components_of(read_json(folder / INDEX)) if not name.startswith("tokenizer")]
     whole = all(any((folder / name).glob("*config.json")) for name in components)
     return folder if whole else None
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from leapalign.errors import UserError
+
 Header = dict[str, dict[str, Any]]  # tensor -> {"dtype", "shape", "data_offsets"}; "__metadata__" -> texts
 
 
@@ -29,6 +31,16 @@ def read_header(file: Path) -> Header:
         raise ValueError(f"has {size} bytes, its header announces {expected}")
     _check_sound(file)
     return header
+
+
+def check_safetensors(file: Path) -> None:
+    """Header sound, and exactly as many bytes behind it as it announces: finds every truncated copy."""
+    try:
+        read_header(file)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); copy it again") from error
+    except ValueError as error:
+        raise UserError(f"{file} {error}; copy it again") from error
 
 
 def _check_sound(file: Path) -> None:

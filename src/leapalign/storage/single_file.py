@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from leapalign.errors import UserError
+from leapalign.storage.safetensors_header import check_safetensors
 
-# Parts that checkpoints of a whole pipeline carry besides the transformer; they come from the folder.
-OTHER_PARTS = ("first_stage_model.", "text_encoders.", "vae.", "conditioner.", "cond_stage_model.")
+# Components that checkpoints of a whole pipeline carry besides the transformer; they come from the folder.
+OTHER_COMPONENTS = ("first_stage_model.", "text_encoders.", "vae.", "conditioner.", "cond_stage_model.")
 
 
 def check_file(path: str) -> Path:
     """Before anything is loaded: there, safetensors, and as long as its header says."""
-    from leapalign.storage.pipeline_folder import check_safetensors
-
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"transformer_file {file}: there is no such file; give a .safetensors file, or leave it empty")
@@ -36,7 +35,7 @@ def load_single_file(kind: Any, file: Path, config_folder: Path, dtype: Any) -> 
     name = kind.__name__
     if not hasattr(kind, "from_single_file"):
         raise UserError(f"transformer_file: diffusers opens no single file as {name}; leave it empty, give a folder")
-    weights = {key: weight for key, weight in load_file(file).items() if not key.startswith(OTHER_PARTS)}
+    weights = {key: weight for key, weight in load_file(file).items() if not key.startswith(OTHER_COMPONENTS)}
     try:
         # the converters take out of `weights` what they use; what stays there has no place in the model
         model = kind.from_single_file(weights, config=str(config_folder), local_files_only=True)  # in float32

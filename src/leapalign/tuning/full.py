@@ -26,7 +26,7 @@ class FullFineTuning:
         """The transformer in float32; under another `dtype` the forward is autocast over these weights."""
         import torch
 
-        from leapalign.storage.pipeline_folder import load_policy
+        from leapalign.storage.components import load_policy
 
         return load_policy(folder, device, torch.float32).requires_grad_(True)
 

@@ -55,7 +55,7 @@ class LoRA:
 
     def load_policy(self, folder: PipelineFolder, device: str, dtype: torch.dtype, targets: LoraTargets) -> Any:
         """The frozen transformer with an adapter that changes nothing yet. UserError on targets that match nothing."""
-        from leapalign.storage.pipeline_folder import load_policy
+        from leapalign.storage.components import load_policy
         from leapalign.tuning.adapter import attach, initialise
         from leapalign.tuning.quantization import compute_in, quantization_config
         from leapalign.tuning.targets import find_targets

@@ -233,7 +233,7 @@ def _git_hash(file: Path) -> str:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Weight -> file; empty where the index is none (which check_part has said)."""
+    """Weight -> file; empty where the index is none (which check_component has said)."""
     try:
         named = read_json(index).get("weight_map")
     except UserError:

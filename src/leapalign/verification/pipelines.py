@@ -20,9 +20,9 @@ from leapalign.storage.pipeline_folder import (
     INDEX,
     TRANSFORMER,
     PipelineFolder,
-    check_part,
+    check_component,
+    components_of,
     locate,
-    parts_of,
     read_json,
 )
 from leapalign.verification import known
@@ -46,51 +46,57 @@ class Trial:
 
 
 def check_pipeline(config: Any, trial: Trial, listed: Hashes | None) -> list[Check]:
-    """Files first, part by part; then what can only be seen by running it, if it opens at all."""
+    """Files first, component by component; then what can only be seen by running it, if it opens at all."""
     folder = locate(config.path)
-    parts = parts_of(read_json(folder / INDEX))
-    checks = [check for name, (library, kind) in parts.items() for check in _check_part(folder / name, library, kind)]
+    components = components_of(read_json(folder / INDEX))
+    checks = [
+        check
+        for name, (library, kind) in components.items()
+        for check in _check_component(folder / name, library, kind)
+    ]
     checks += [
         check
-        for name in parts
+        for name in components
         if name.startswith("tokenizer")
-        for check in _check_tokenizer(folder, name, parts, trial)
+        for check in _check_tokenizer(folder, name, components, trial)
     ]
-    checks += _check_scheduler(folder, parts)
+    checks += _check_scheduler(folder, components)
     files = (file for file in folder.rglob("*") if file.is_file())
-    checks += check_hashes("all parts", folder, files, listed)
+    checks += check_hashes("all components", folder, files, listed)
     checks += check_architecture(config.path, folder, config.published)
     return checks + _check_sampler(config, folder, trial)
 
 
-def _check_part(part: Path, library: str, class_name: str) -> list[Check]:
+def _check_component(component: Path, library: str, class_name: str) -> list[Check]:
     from torch import nn
 
     try:
-        check_part(part, library, with_weights=False)
+        check_component(component, library, with_weights=False)
         kind = getattr(importlib.import_module(library), class_name)
     except (UserError, AttributeError) as error:
         return [
-            different(part.name, "folder", str(error), f"{class_name} of {library}", "fetch or copy the part again")
+            different(
+                component.name, "folder", str(error), f"{class_name} of {library}", "fetch or copy the component again"
+            )
         ]
-    return check_weights(part.name, part, kind, library) if issubclass(kind, nn.Module) else []
+    return check_weights(component.name, component, kind, library) if issubclass(kind, nn.Module) else []
 
 
-def _check_scheduler(folder: Path, parts: dict[str, tuple[str, str]]) -> list[Check]:
+def _check_scheduler(folder: Path, components: dict[str, tuple[str, str]]) -> list[Check]:
     """Plain Euler, as the leaps need it."""
     from leapalign.models.pipeline import load_scheduler
 
     try:
-        scheduler = load_scheduler(PipelineFolder(folder, parts))
+        scheduler = load_scheduler(PipelineFolder(folder, components))
     except UserError as error:
         remedy = "use the scheduler's folder, and its entry in model_index.json, of this very model"
         return [different("scheduler", "kind", str(error), "a plain FlowMatchEulerDiscreteScheduler", remedy)]
     return [good("scheduler", "kind", f"{type(scheduler).__name__}, shift {scheduler.config.shift}")]
 
 
-def _check_tokenizer(folder: Path, name: str, parts: dict[str, tuple[str, str]], trial: Trial) -> list[Check]:
+def _check_tokenizer(folder: Path, name: str, components: dict[str, tuple[str, str]], trial: Trial) -> list[Check]:
     """Of the class that the index names, small enough for its encoder, and able to say a prompt again."""
-    library, class_name = parts[name]
+    library, class_name = components[name]
     encoder, remedy = name.replace("tokenizer", "text_encoder"), "copy the tokenizer of this very model again"
     told = _json(folder / name / "tokenizer_config.json").get("tokenizer_class") or class_name
     if not isinstance(told, str) or told.removesuffix("Fast") != class_name.removesuffix("Fast"):
@@ -220,7 +226,7 @@ def _check_picture(image: Tensor) -> Check:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """The file's object; empty where there is none (what is no JSON has been reported with its part)."""
+    """The file's object; empty where there is none (what is no JSON has been reported with its component)."""
     try:
         return read_json(file)
     except UserError:

@@ -46,25 +46,29 @@ class PromptStore:
     root: Path
     limit: int
     folder: PipelineFolder
-    parts: tuple[str, ...]  # those that encode: text encoders and tokenizers
+    components: tuple[str, ...]  # those that encode: text encoders and tokenizers
     settings: Mapping[str, Any]  # whatever else decides the numbers
     needed: set[Path] = field(default_factory=set)  # by this process: not pruned by it
 
     @staticmethod
-    def of(folder: PipelineFolder, parts: tuple[str, ...], settings: Mapping[str, Any]) -> PromptStore | None:
+    def of(folder: PipelineFolder, components: tuple[str, ...], settings: Mapping[str, Any]) -> PromptStore | None:
         """None where there is nothing to gain (small text encoders) or the user wants none."""
         most = limit()
-        weights = (file for part in parts for file in (folder.path / part).glob("*.safetensors"))
+        weights = (file for component in components for file in (folder.path / component).glob("*.safetensors"))
         if not most or sum(file.stat().st_size for file in weights) < WORTHWHILE:
             return None
-        return PromptStore(root=place(), limit=most, folder=folder, parts=parts, settings=settings)
+        return PromptStore(root=place(), limit=most, folder=folder, components=components, settings=settings)
 
     @cached_property
     def key(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
-            "classes": {part: self.folder.parts[part][1] for part in self.parts if part in self.folder.parts},
-            "files": fingerprint(self.folder.path, self.parts, self.root),
+            "classes": {
+                component: self.folder.components[component][1]
+                for component in self.components
+                if component in self.folder.components
+            },
+            "files": fingerprint(self.folder.path, self.components, self.root),
             "settings": dict(self.settings),
             "versions": _versions(),
         }
@@ -137,13 +141,13 @@ class PromptStore:
         prune(self.root, self.limit - more, keep=self.needed)
 
 
-def fingerprint(folder: Path, parts: Iterable[str], root: Path) -> str:
-    """sha256 over the names and contents of the parts' files. Local files' own hashes are remembered at `root`."""
+def fingerprint(folder: Path, components: Iterable[str], root: Path) -> str:
+    """sha256 over the names and contents of the components' files. Local files' own hashes are remembered at `root`."""
     digest = hashlib.sha256()
-    for part in parts:
-        for file in sorted((folder / part).rglob("*")):
+    for component in components:
+        for file in sorted((folder / component).rglob("*")):
             if file.suffix in {".safetensors", ".json", ".txt", ".model", ".jinja"} and file.is_file():
-                digest.update(f"{part}/{file.relative_to(folder / part)} {file_hash(file, root)}\n".encode())
+                digest.update(f"{component}/{file.relative_to(folder / component)} {file_hash(file, root)}\n".encode())
     return digest.hexdigest()
 
 

@@ -1,0 +1,81 @@
+"""Components of a checked pipeline folder, loaded: models, tokenizers and schedulers.
+
+Each is opened through its own class (of diffusers and transformers only, named in model_index.json), from safetensors
+only: nothing that a folder contains is executed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from leapalign.errors import UserError, opening
+from leapalign.storage.pipeline_folder import TRANSFORMER, PipelineFolder
+from leapalign.storage.single_file import load_single_file
+
+
+def load_component(folder: PipelineFolder, name: str, dtype: Any = None, quantization: Any = None) -> Any:
+    """One component (model, tokenizer or scheduler), frozen and in eval mode if it is a model; None if absent.
+
+    `quantization` is diffusers' configuration of how the weights are quantised while they are read.
+    """
+    if name not in folder.components:
+        return None
+    if folder.loading.component:
+        return folder.loading.component(folder, name, dtype)
+    library, class_name = folder.components[name]
+    if name == TRANSFORMER and folder.transformer_file:
+        if quantization is not None:
+            raise UserError(f"{folder.transformer_file}: a single file is not quantised; give the transformer's folder")
+        kind = getattr(importlib.import_module(library), class_name)
+        model = load_single_file(kind, folder.transformer_file, folder.path / name, dtype)
+        return _own_memory(model).eval().requires_grad_(False)
+    with opening(f"{folder.path / name} cannot be opened as {class_name}", "copy the folder again, completely"):
+        kind = getattr(importlib.import_module(library), class_name)
+        component, info = _from_pretrained(kind, folder.path / name, library, dtype, quantization)
+    missing = sorted(info.get("missing_keys", ())) + sorted(map(str, info.get("mismatched_keys", ())))
+    if missing:  # the libraries would fill these with random numbers and go on
+        raise UserError(f"{folder.path / name} lacks {len(missing)} weights of {class_name}: {', '.join(missing[:3])}")
+    return _own_memory(component) if name == TRANSFORMER and quantization is None else component
+
+
+def load_policy(folder: PipelineFolder, device: str, dtype: Any, quantization: Any = None) -> Any:
+    """The transformer where `folder.loading` puts it; a quantised one always on the device."""
+    place = folder.loading.policy
+    if place == "device" or quantization is not None:
+        return load_component(folder, TRANSFORMER, dtype, quantization).to(device)
+    return load_component(folder, TRANSFORMER, dtype) if place == "cpu" else _without_values(folder)
+
+
+def _without_values(folder: PipelineFolder) -> Any:
+    """The transformer of its configuration: parameters on the meta device, everything else made for real."""
+    from accelerate import init_empty_weights
+
+    library, class_name = folder.components[TRANSFORMER]
+    kind = getattr(importlib.import_module(library), class_name)
+    with init_empty_weights(include_buffers=False):
+        model = kind.from_config(kind.load_config(folder.path / TRANSFORMER))
+    return model.eval().requires_grad_(False)
+
+
+def _own_memory(model: Any) -> Any:
+    """Weights out of the mapped file: how products are rounded on the CPU depends on where in it a tensor begins."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+    return model
+
+
+def _from_pretrained(kind: Any, path: Path, library: str, dtype: Any, quantization: Any) -> tuple[Any, dict[str, Any]]:
+    from torch import nn
+
+    if not issubclass(kind, nn.Module):
+        return kind.from_pretrained(path, local_files_only=True), {}
+    options = {"torch_dtype" if library == "diffusers" else "dtype": dtype}
+    if quantization is not None:
+        options["quantization_config"] = quantization
+    model, info = kind.from_pretrained(  # pyright: ignore
+        path, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+    )
+    return model.eval().requires_grad_(False), info
