@@ -12,7 +12,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from golden_folder import GOLDEN
 from leapalign.errors import UserError
 from leapalign.flow.grids import dynamic_grid, flux_mu, sd3_grid, shift_time, sigma_grid
+from leapalign.models import sd3
+from leapalign.models.sd3 import SD3
 
+MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
 FILE = GOLDEN / "schedules" / "sigmas.json"
 FLOAT32 = {"rtol": 0, "atol": 3e-7}  # a few roundings at 1.0
 
@@ -43,6 +46,20 @@ def test_equal_to_diffusers_with_static_shift(steps, shift):
     torch.testing.assert_close(sd3_grid(steps, shift), scheduler.sigmas.flip(0), **FLOAT32)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist())  # given times: it acts once
     torch.testing.assert_close(sigma_grid(steps, shift), scheduler.sigmas.flip(0), **FLOAT32)
+
+
+@pytest.mark.parametrize("steps", [2, 7, 25, 50])
+def test_sd3_chooses_how_often_its_scheduler_shifts(steps):
+    """The adapter's grids of the published scheduler: twice (the pipeline's, the default) or once."""
+    scheduler = FlowMatchEulerDiscreteScheduler(**SD3.published[MEDIUM].components["scheduler"][1])
+    twice, once = (
+        sd3.sigma_grid(config, scheduler, steps, (16, 64, 64), 2).flip(0)
+        for config in (SD3(path=MEDIUM), SD3(path=MEDIUM, shift="once"))
+    )
+    torch.testing.assert_close(twice, sd3_grid(steps, 3.0), **FLOAT32)
+    torch.testing.assert_close(once, sigma_grid(steps, 3.0), **FLOAT32)
+    if steps == 25:  # the numbers of the documentation
+        assert (float(twice[1]), float(once[1])) == (pytest.approx(0.0089, abs=1e-4), pytest.approx(0.1111, abs=1e-4))
 
 
 @pytest.mark.parametrize("steps", [1, 4, 25])

@@ -37,6 +37,7 @@ class Case:
     renamed: tuple[tuple[str, str], ...] = ()
     prompts: tuple[str, ...] = tuple(PROMPTS)
     without_t5: bool = False
+    own: tuple[str, ...] = ()  # settings that the call has no name for
 
 
 SIZE = {"height": 16, "width": 24, "max_sequence_length": 5}
@@ -70,6 +71,7 @@ CASES = {
         {"guidance_scale": 3.5, "negative_prompt": "", "max_sequence_length": 0},
         without_t5=True,
     ),
+    "sd3 shifted once": Case("sd3_folder", SD3, {"guidance_scale": 2.0, "shift": "once"}, own=("shift",)),
     "sd3-m": Case("sd3_m_folder", SD3, {"guidance_scale": 3.5, "negative_prompt": "blurry photo"}),
     "sd3.5-l": Case("sd35_l_folder", SD3, {"guidance_scale": 3.5, "negative_prompt": "blurry photo"}),
     "flux": Case("flux_folder", Flux, {"guidance_scale": 3.5}),
@@ -102,6 +104,9 @@ def reference(case: Case, folder: str, output_type: str) -> Tensor:
     prompts = list(case.prompts)  # copies throughout: ZImagePipeline writes its chat format into the caller's list
     call = SIZE | case.settings | {new: case.settings[old] for old, new in case.renamed}
     call = {name: value for name, value in call.items() if name not in dict(case.renamed)}
+    if case.settings.get("shift") == "once":
+        call["sigmas"] = [1 - i / NUM_STEPS for i in range(NUM_STEPS)]
+    call = {name: value for name, value in call.items() if name not in case.own}
     negative = call.pop("negative_prompt", None)
     if case.config is Flux2Klein:  # it takes a negative prompt as embeddings only
         text = {name: call[name] for name in ("max_sequence_length", "text_encoder_out_layers")}

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
@@ -21,10 +20,10 @@ import tiny_pipelines as tiny
 from hub_cache import lay_out
 from leapalign.cli import main
 from leapalign.models import FAMILIES as MODEL_FAMILIES
-from leapalign.models import diffusers_reference, sd3
+from leapalign.models import sd3
 from leapalign.models.flux import Flux
 from leapalign.models.sd3 import SD3
-from leapalign.verification import known, pipelines
+from leapalign.verification import known
 from leapalign.verification.checks import Check
 from leapalign.verification.files import read_hashes
 from leapalign.verification.pipelines import Trial, check_architecture, check_pipeline
@@ -291,15 +290,15 @@ def test_a_good_folder_of_the_other_families(family: str, tmp_path: Path) -> Non
     (latents,) = (c for c in checks if c.check.startswith("latents"))
     assert latents.state == "good" and float(latents.came) < float(latents.expected.split()[-1]) / 10
     wrong = replace(config, guidance_scale=1.0) if family != "flux2" else replace(config, text_layers=(2, 1, 4))
-    settings = diffusers_reference.call_settings(config, DiffusionPipeline.from_pretrained(config.path))
+    arguments = config.call_arguments(TRIAL.num_steps)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipelines, "call_settings", lambda *_: settings)
+        patch.setattr(type(config), "call_arguments", lambda *_: arguments)
         assert ("sampler", "latents, ours and the pipeline's own") in differing(check_pipeline(wrong, TRIAL, None))
 
 
 def test_another_sampler_is_found(sd3_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A grid that is not the pipeline's: what a wrong adapter would do."""
-    monkeypatch.setattr(sd3, "sigma_grid", lambda _, num_steps, *__: torch.linspace(1, 0, num_steps + 1))
+    monkeypatch.setattr(sd3, "sigma_grid", lambda config, scheduler, num_steps, *_: torch.linspace(1, 0, num_steps + 1))
     found = differing(check(sd3_folder))
     assert found.keys() == {
         ("sampler", "latents, ours and the pipeline's own"),

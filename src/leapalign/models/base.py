@@ -142,12 +142,15 @@ class Family(ModelConfig, Protocol):
     """
 
     pipeline: ClassVar[str]  # class of diffusers whose folders it opens
-    renamed: ClassVar[Mapping[str, str]]  # settings that the pipeline's call names otherwise: ours -> its
     lora_targets: ClassVar[LoraTargets]  # default layers of an adapter
     published: ClassVar[Mapping[str, Published]]  # hub id -> the published pipeline without its weights
 
     def text_shape(self, folder: PipelineFolder, transformer: Any) -> TextShape:
         """The size of a prompt's embeds. `transformer`: the configuration of the folder's transformer."""
+        ...
+
+    def call_arguments(self, num_steps: int) -> dict[str, Any]:
+        """Arguments of the pipeline's own call, besides prompt, seed and `num_inference_steps`, for the same image."""
         ...
 
 

@@ -11,21 +11,22 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from leapalign.models.base import Conditioning, Text
+from leapalign.models.base import Conditioning, Family, ModelConfig, Text
 
 
 @torch.no_grad()
-def pipeline_latents(model: Any, config: Any, text: Conditioning, noise: Tensor, num_steps: int) -> Tensor | None:
+def pipeline_latents(
+    model: Any, config: ModelConfig, text: Conditioning, noise: Tensor, num_steps: int
+) -> Tensor | None:
     """The latents [B, C, h, w] that diffusers makes of `noise`; None for a model that is no pipeline of diffusers.
 
     `config`: the model's configuration (guidance). Only the scheduler is loaded a second time. As in our own sampler,
     the policy alone computes in the model's dtype; text, latents and the scheduler's sums are float32.
     """
-    kind, folder = getattr(config, "pipeline", ""), getattr(model, "folder", None)
-    if not kind or folder is None:
+    if not isinstance(config, Family):
         return None
-    pipeline = _around(model, kind)
-    settings = call_settings(config, pipeline) | _embeddings(text, len(noise), pipeline)
+    pipeline = _around(model, config.pipeline)
+    settings = config.call_arguments(num_steps) | _embeddings(text, len(noise), pipeline)
     settings.pop("negative_prompt", None)  # its features are among the embeddings, if it counts
     packed = pipeline._pack_latents(noise, *noise.shape) if _packs(pipeline) else noise
     with torch.autocast(noise.device.type, dtype=torch.bfloat16, enabled=model.dtype == torch.bfloat16):
@@ -33,7 +34,7 @@ def pipeline_latents(model: Any, config: Any, text: Conditioning, noise: Tensor,
     return as_ours(latents, pipeline, model)
 
 
-def open_pipeline(config: Any, folder: Path) -> Any:
+def open_pipeline(config: Family, folder: Path) -> Any:
     """The whole pipeline in float32, with its own text encoders and weights."""
     import diffusers
 
@@ -52,13 +53,6 @@ def open_pipeline(config: Any, folder: Path) -> Any:
         )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def call_settings(config: Any, pipeline: Any) -> dict[str, Any]:
-    """Our settings, by the names that the pipeline's call has for them; those that it has not are left out."""
-    names = {name: name for name in vars(config)} | dict(getattr(config, "renamed", {}))
-    takes = inspect.signature(type(pipeline).__call__).parameters
-    return {theirs: getattr(config, ours) for ours, theirs in names.items() if theirs in takes}
 
 
 def as_ours(latents: Tensor, pipeline: Any, model: Any) -> Tensor:

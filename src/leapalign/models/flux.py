@@ -101,7 +101,6 @@ class Flux:
 
     name: ClassVar[str] = "flux"
     pipeline: ClassVar[str] = "FluxPipeline"
-    renamed: ClassVar[Mapping[str, str]] = {}
     lora_targets: ClassVar[targets.LoraTargets] = LAYERS
     published: ClassVar[Mapping[str, known.Published]] = PUBLISHED
 
@@ -125,6 +124,17 @@ class Flux:
         return TextShape(
             tokens=(self.max_sequence_length, transformer.joint_attention_dim), pooled=transformer.pooled_projection_dim
         )
+
+    def call_arguments(self, num_steps: int) -> dict[str, Any]:
+        """Arguments of the pipeline's own call for the same image."""
+        return {
+            "height": self.height,
+            "width": self.width,
+            "guidance_scale": self.guidance_scale,
+            "true_cfg_scale": self.true_cfg_scale,
+            "negative_prompt": self.negative_prompt,
+            "max_sequence_length": self.max_sequence_length,
+        }
 
     def load(self, device: str, dtype: str, tuning: Tuning = FULL, loading: Loading = FROM_FILES) -> PipelineModel:
         """Open the folder. Raises UserError on a folder, size or length that cannot work."""

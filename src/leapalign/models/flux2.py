@@ -86,7 +86,6 @@ class Flux2Klein:
 
     name: ClassVar[str] = "flux2-klein"
     pipeline: ClassVar[str] = "Flux2KleinPipeline"
-    renamed: ClassVar[Mapping[str, str]] = {"text_layers": "text_encoder_out_layers"}
     lora_targets: ClassVar[targets.LoraTargets] = LAYERS
     published: ClassVar[Mapping[str, known.Published]] = PUBLISHED
 
@@ -107,6 +106,16 @@ class Flux2Klein:
     def text_shape(self, folder: PipelineFolder, transformer: Any) -> TextShape:
         """Several layers of a language model side by side, always filled up."""
         return TextShape(tokens=(self.max_sequence_length, transformer.joint_attention_dim))
+
+    def call_arguments(self, num_steps: int) -> dict[str, Any]:
+        """Arguments of the pipeline's own call for the same image."""
+        return {
+            "height": self.height,
+            "width": self.width,
+            "guidance_scale": self.guidance_scale,
+            "max_sequence_length": self.max_sequence_length,
+            "text_encoder_out_layers": self.text_layers,
+        }
 
     def load(self, device: str, dtype: str, tuning: Tuning = FULL, loading: Loading = FROM_FILES) -> PipelineModel:
         """Open the folder. Raises UserError on a folder, size, length or layer that cannot work."""

@@ -86,7 +86,6 @@ class QwenImage:
 
     name: ClassVar[str] = "qwen-image"
     pipeline: ClassVar[str] = "QwenImagePipeline"
-    renamed: ClassVar[Mapping[str, str]] = {"guidance_scale": "true_cfg_scale"}
     lora_targets: ClassVar[targets.LoraTargets] = LAYERS
     published: ClassVar[Mapping[str, known.Published]] = PUBLISHED
 
@@ -106,6 +105,16 @@ class QwenImage:
     def text_shape(self, folder: PipelineFolder, transformer: Any) -> TextShape:
         """The longest prompt's hidden states."""
         return TextShape(tokens=(self.max_sequence_length, transformer.joint_attention_dim), masked=True)
+
+    def call_arguments(self, num_steps: int) -> dict[str, Any]:
+        """Arguments of the pipeline's own call for the same image."""
+        return {
+            "height": self.height,
+            "width": self.width,
+            "true_cfg_scale": self.guidance_scale,
+            "negative_prompt": self.negative_prompt,
+            "max_sequence_length": self.max_sequence_length,
+        }
 
     def load(self, device: str, dtype: str, tuning: Tuning = FULL, loading: Loading = FROM_FILES) -> PipelineModel:
         """Open the folder. Raises UserError on a folder, size or length that cannot work."""

@@ -91,11 +91,14 @@ PUBLISHED = {
 
 @dataclass(frozen=True, kw_only=True)
 class SD3:
-    """A StableDiffusion3Pipeline folder or hub id; text_encoder_3 may be absent."""
+    """A StableDiffusion3Pipeline folder or hub id; text_encoder_3 may be absent.
+
+    `shift`: the pipeline's own grid shifts twice. Its last step is then nearly empty (sigma_1 = 0.0089 at 25 steps and
+    a shift of 3), so that DRaFT-LV and leaps from j = 1 hardly train. Shifted once, sigma_1 is 0.111.
+    """
 
     name: ClassVar[str] = "sd3"
     pipeline: ClassVar[str] = "StableDiffusion3Pipeline"
-    renamed: ClassVar[Mapping[str, str]] = {}
     lora_targets: ClassVar[targets.LoraTargets] = LAYERS
     published: ClassVar[Mapping[str, known.Published]] = PUBLISHED
 
@@ -103,6 +106,7 @@ class SD3:
     transformer_file: str = ""  # the transformer's weights from this .safetensors file, everything else from `path`
     height: int = 1024  # pixels
     width: int = 1024  # pixels
+    shift: Literal["twice", "once"] = "twice"  # how often the scheduler's static shift acts on the grid; see below
     guidance_scale: float = 7.0  # at most 1: no guidance, one branch
     cfg_grad: Literal["both", "cond"] = "both"  # gradient through both branches or the prompt's alone; same value
     negative_prompt: str = ""
@@ -120,6 +124,17 @@ class SD3:
         clip = read_json(folder.path / "text_encoder" / "config.json")
         length = clip.get("max_position_embeddings", 77) + self.max_sequence_length
         return TextShape(tokens=(length, transformer.joint_attention_dim), pooled=transformer.pooled_projection_dim)
+
+    def call_arguments(self, num_steps: int) -> dict[str, Any]:
+        """Arguments of the pipeline's own call for the same image."""
+        arguments: dict[str, Any] = {
+            "height": self.height,
+            "width": self.width,
+            "guidance_scale": self.guidance_scale,
+            "negative_prompt": self.negative_prompt,
+            "max_sequence_length": self.max_sequence_length,
+        }
+        return arguments if self.shift == "twice" else arguments | {"sigmas": even_sigmas(num_steps)}
 
     def load(self, device: str, dtype: str, tuning: Tuning = FULL, loading: Loading = FROM_FILES) -> PipelineModel:
         """Open the folder. Raises UserError on a folder, size or length that cannot work."""
@@ -145,7 +160,7 @@ class SD3:
                 "joint_attention_dim": policy.config.joint_attention_dim,  # the width of the zeros in place of T5
             },
             predict=predict,
-            grid=lambda num_steps: sigma_grid(opened.scheduler, num_steps, shape, policy.config.patch_size),
+            grid=lambda num_steps: sigma_grid(self, opened.scheduler, num_steps, shape, policy.config.patch_size),
         )
 
 
@@ -160,13 +175,21 @@ def predict(policy: nn.Module, x: Tensor, time: Tensor, text: Text) -> Tensor:
     )[0]
 
 
-def sigma_grid(scheduler: Any, num_steps: int, latent_shape: tuple[int, int, int], patch: int) -> Tensor:
-    """As the pipeline asks for it: by number of steps, so that the scheduler applies its static shift twice."""
+def sigma_grid(config: SD3, scheduler: Any, num_steps: int, latent_shape: tuple[int, int, int], patch: int) -> Tensor:
+    """Sigmas [T+1], descending. Shifted twice as the pipeline asks for them: by number of steps, so that the scheduler
+    applies its static shift to a range that it has shifted already; shifted once from explicit even sigmas.
+    """
     from leapalign.models.pipeline import shift_mu
 
     image_tokens = (latent_shape[1] // patch) * (latent_shape[2] // patch)
-    scheduler.set_timesteps(num_steps, mu=shift_mu(scheduler, image_tokens, max_shift=1.16))  # mu: if it is dynamic
+    asked = {"num_inference_steps": num_steps} if config.shift == "twice" else {"sigmas": even_sigmas(num_steps)}
+    scheduler.set_timesteps(**asked, mu=shift_mu(scheduler, image_tokens, max_shift=1.16))  # mu: if it is dynamic
     return scheduler.sigmas
+
+
+def even_sigmas(num_steps: int) -> list[float]:
+    """1 ... 1/T in even steps."""
+    return [1 - step / num_steps for step in range(num_steps)]
 
 
 def _latent_shape(config: SD3, policy: Any, factor: int) -> tuple[int, int, int]:

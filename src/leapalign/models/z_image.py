@@ -66,7 +66,6 @@ class ZImage:
 
     name: ClassVar[str] = "z-image"
     pipeline: ClassVar[str] = "ZImagePipeline"
-    renamed: ClassVar[Mapping[str, str]] = {}
     lora_targets: ClassVar[targets.LoraTargets] = LAYERS
     published: ClassVar[Mapping[str, known.Published]] = PUBLISHED
 
@@ -90,6 +89,18 @@ class ZImage:
     def text_shape(self, folder: PipelineFolder, transformer: Any) -> TextShape:
         """The longest prompt's hidden states."""
         return TextShape(tokens=(self.max_sequence_length, transformer.cap_feat_dim), masked=True)
+
+    def call_arguments(self, num_steps: int) -> dict[str, Any]:
+        """Arguments of the pipeline's own call for the same image."""
+        return {
+            "height": self.height,
+            "width": self.width,
+            "guidance_scale": self.guidance_scale,
+            "cfg_truncation": self.cfg_truncation,
+            "cfg_normalization": self.cfg_normalization,
+            "negative_prompt": self.negative_prompt,
+            "max_sequence_length": self.max_sequence_length,
+        }
 
     def load(self, device: str, dtype: str, tuning: Tuning = FULL, loading: Loading = FROM_FILES) -> PipelineModel:
         """Open the folder. Raises UserError on a folder, size, length or guidance that cannot work."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from leapalign.errors import UserError
 from leapalign.flow.rollout import rollout
-from leapalign.models.diffusers_reference import as_ours, call_settings, open_pipeline
+from leapalign.models.diffusers_reference import as_ours, open_pipeline
 from leapalign.models.published import Published
 from leapalign.storage.pipeline_folder import (
     INDEX,
@@ -199,8 +199,8 @@ class Theirs:
 def _pipeline_call(config: Any, folder: Path, trial: Trial) -> Theirs:
     pipeline = open_pipeline(config, folder).to(trial.device)
     size = trial.size or min(LARGEST, pipeline.default_sample_size * pipeline.vae_scale_factor)
-    settings = call_settings(config, pipeline)
-    settings |= {"height": size, "width": size, "num_inference_steps": trial.num_steps}
+    sizes = {"height": size, "width": size, "num_inference_steps": trial.num_steps}
+    settings = config.call_arguments(trial.num_steps) | sizes
 
     def draw(output_type: str) -> Tensor:
         generator = torch.Generator().manual_seed(trial.seed)
