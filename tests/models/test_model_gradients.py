@@ -196,6 +196,18 @@ def test_decode_keeps_the_graph_of_one_chunk_only() -> None:
     assert vae.calls == [2, 2, 4, 2, 2]  # one recomputation a chunk
 
 
+@pytest.mark.parametrize(("chunk", "forwards"), [(0, 1), (4, 1), (9, 1), (2, 4), (3, 4), (1, 8)])
+def test_a_batch_that_is_one_chunk_is_decoded_once(chunk: int, forwards: int) -> None:
+    """Several chunks, and single images, are decoded again in the backward pass; without gradient nothing is."""
+    z, vae = torch.randn(4, 1, 2, 2, requires_grad=True), Squares()
+    Decoder(vae, 1.0, 0.0, chunk)(z).sum().backward()
+    assert len(vae.calls) == forwards
+    vae.calls.clear()
+    with torch.no_grad():
+        Decoder(vae, 1.0, 0.0, chunk)(z)
+    assert sum(vae.calls) == 4
+
+
 def test_decode_leaves_autocast(sd3_folder: str) -> None:
     decoder = copy.copy(sd3(sd3_folder).decoder)
     z = torch.randn(1, 4, 8, 12)

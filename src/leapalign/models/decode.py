@@ -1,7 +1,9 @@
-"""Latents to pixels under gradient, a few images at a time: only one chunk's graph exists at any moment.
+"""Decode latents to pixels under gradient, a few images at a time: only one chunk's graph exists at any moment.
 
-Each chunk is one `torch.utils.checkpoint` segment: the forward keeps the latents alone, the backward rebuilds one
-chunk's graph, uses it and frees it. The gradient does not depend on the chunk.
+Of several chunks each is one `torch.utils.checkpoint` segment: the forward keeps the latents alone, the backward
+rebuilds one chunk's graph, uses it and frees it. A batch that is one chunk is decoded once and keeps its graph; chunks
+of one image are rebuilt in any case, because a large model's decoder then never lies in memory beside the reward's
+graph. The gradient does not depend on the chunk.
 """
 
 from __future__ import annotations
@@ -44,8 +46,10 @@ class Decoder:
             )
 
     def __call__(self, latents: Tensor) -> Tensor:
-        chunks = latents.split(min(self.chunk, len(latents)) or len(latents))
-        return torch.cat([self._checkpointed(z) for z in chunks])  # [N, 3, H, W]
+        """Latents [N, ...] -> pixels [N, 3, H, W] in [0, 1], float32."""
+        if self.chunk != 1 and (self.chunk == 0 or self.chunk >= len(latents)):
+            return self._pixels(latents)
+        return torch.cat([self._checkpointed(z) for z in latents.split(self.chunk)])
 
     def encoded(self, latents: Tensor) -> Tensor:
         """Latents as the VAE has them, [n, C, h, w] float32."""
