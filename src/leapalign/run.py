@@ -63,11 +63,16 @@ class Run:
     warmup_steps: int = 0  # updates over which the learning rate rises in a straight line to its value; 0 = none
     decay_steps: int = 0  # updates over which it then falls, as half a cosine, to a tenth of its value; 0 = it stays
     betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = 1e-8  # AdamW's term in the denominator (the paper states none; torch's default)
     weight_decay: float = 1e-4
+    decay_biases_and_norms: bool = True  # False: weights with one axis have no weight decay (the paper states neither)
     max_grad_norm: float = 1.0  # 0 = no clipping (the paper states none; public code clips at 1)
     ema_decay: float = 0.995  # of the weights that are saved and evaluated; 0 = no averaging
     graph: Literal["all", "blocks", "inputs"] = "all"  # what the rollout keeps for the backward pass
     reward_chunk: int = 0  # samples decoded and scored at a time; 0 = the micro-batch
+    pixel_gradient: Literal["straight-through", "clamp"] = (
+        "straight-through"  # of pixels that are decoded outside [0, 1]
+    )
     seed: int = 0
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto = cuda where there is one
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 computes in it over float32 weights
@@ -117,7 +122,7 @@ def _check_counts(run: Run) -> None:
 
 def _check_reals(run: Run) -> None:
     reals = {"learning_rate": run.learning_rate, "weight_decay": run.weight_decay, "max_grad_norm": run.max_grad_norm}
-    reals["max_hours"] = run.max_hours
+    reals |= {"max_hours": run.max_hours, "adam_eps": run.adam_eps}
     for name, value in reals.items():
         if not (math.isfinite(value) and value >= 0):
             raise UserError(f"{name} is {value}; it must be finite and not negative")

@@ -50,6 +50,7 @@ class Progress:
     """How far a run is."""
 
     step: int = 0  # updates done, skipped ones included
+    samples: int = 0  # training prompts read by these updates: where the next update reads on
     skipped: int = 0  # updates without gradient
     nonfinite_batches: int = 0  # of those, the ones that were NaN or infinite
     seconds: float = 0.0  # spent in all processes so far
@@ -155,12 +156,16 @@ def find(run: Run, name: str = "") -> Checkpoint | None:
         raise UserError(f"{chosen}: the checkpoint is damaged ({error}); {_way_out(run, chosen)}") from None
 
 
+def progress_of(origin: Checkpoint | None) -> Progress:
+    """How far the run of a checkpoint is; a run that has none yet starts at its first step."""
+    return Progress(**{f.name: origin.state[f.name] for f in fields(Progress)}) if origin else Progress()
+
+
 def restore(origin: Checkpoint | None, parameters: Named, ema: EMA, optimizer: torch.optim.Optimizer) -> Progress:
     """Put a checkpoint into the given objects; a run that has none yet starts at its first step."""
-    if origin is None:
-        return Progress()
-    formats.read(origin.folder, origin.state["layout"], parameters, ema, optimizer)
-    return Progress(**{f.name: origin.state[f.name] for f in fields(Progress)})
+    if origin:
+        formats.read(origin.folder, origin.state["layout"], parameters, ema, optimizer)
+    return progress_of(origin)
 
 
 def set_aside(run: Run, origin: Checkpoint) -> list[Path]:

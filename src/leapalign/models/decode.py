@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,16 @@ def straight_through_clamp(x: Tensor) -> Tensor:
     """Value: x clamped to [0, 1]. Gradient: of x, also outside, where a clamp would return zero and stay stuck."""
     # the detached part is the value, the bracket is zero and carries the graph
     return x.clamp(0, 1).detach() + (x - x.detach())
+
+
+def with_pixel_gradient(images: Tensor, how: Literal["straight-through", "clamp"]) -> Tensor:
+    """The same images [N, 3, H, W], with the gradient that a run wants for pixels outside [0, 1] before their clamp.
+
+    "straight-through": as if they were not clamped. "clamp": none; these are the pixels whose value is now 0 or 1.
+    """
+    if how == "straight-through":
+        return images
+    return torch.where((images > 0) & (images < 1), images, images.detach())  # the detached part has no gradient
 
 
 def plain_decode(vae: Any, z: Tensor) -> Tensor:

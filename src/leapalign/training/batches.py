@@ -1,6 +1,7 @@
 """The samples of an update: prompts in a seeded order for each epoch, noise by (seed, step, sample).
 
-Everything is a function of the step's number: nothing has to be saved to resume, and accumulation changes nothing.
+Accumulation and the number of ranks change nothing. A resumed run reads on at the prompt where the checkpoint's run
+stopped, also with another batch size: checkpoints count the samples.
 """
 
 from __future__ import annotations
@@ -8,12 +9,27 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 from leapalign.prompts import Prompt
 from leapalign.run import Run
 from leapalign.seeds import generator
+
+
+class Start(NamedTuple):
+    """Where this process begins to read prompts: after `step` updates, which have read `samples` prompts."""
+
+    step: int = 0
+    samples: int = 0
+
+    def place(self, step: int, batch_size: int) -> int:
+        """Place of the first prompt of update `step` in the endless sequence of prompts."""
+        return self.samples + (step - self.step) * batch_size
+
+
+BEGINNING = Start()
 
 
 @dataclass(frozen=True)
@@ -30,12 +46,12 @@ class MicroBatch:
 
 
 def micro_batches(
-    run: Run, prompts: Sequence[Prompt], step: int, rank: int = 0, ranks: int = 1
+    run: Run, prompts: Sequence[Prompt], step: int, rank: int = 0, ranks: int = 1, begin: Start = BEGINNING
 ) -> Iterator[MicroBatch]:
     """The rank's micro-batches of one update; neighbouring micro-batches of the batch go to neighbouring ranks."""
     for start in range(rank * run.micro_batch_size, run.batch_size, ranks * run.micro_batch_size):
         samples = range(start, start + run.micro_batch_size)
-        places = [step * run.batch_size + sample for sample in samples]
+        places = [begin.place(step, run.batch_size) + sample for sample in samples]
         texts = tuple(prompts[prompt_index(run.seed, place, len(prompts))].text for place in places)
         yield MicroBatch(step, samples, texts)
 
@@ -51,10 +67,11 @@ def _epoch_order(seed: int, epoch: int, count: int) -> tuple[int, ...]:
     return tuple(torch.randperm(count, generator=rng).tolist())
 
 
-def prompts_used(run: Run, prompts: Sequence[Prompt]) -> list[str]:
+def prompts_used(run: Run, prompts: Sequence[Prompt], begin: Start = BEGINNING) -> list[str]:
     """All texts that the run encodes, in a fixed order: the training prompts it reaches, and the evaluation set."""
-    reached = min(run.steps * run.batch_size, len(prompts))  # the first epoch holds every prompt
-    training = (prompts[prompt_index(run.seed, place, len(prompts))].text for place in range(reached))
+    first, last = (begin.place(step, run.batch_size) for step in (begin.step, max(begin.step, run.steps)))
+    places = range(first, min(last, first + 2 * len(prompts)))  # two epochs' length holds a whole epoch
+    training = (prompts[prompt_index(run.seed, place, len(prompts))].text for place in places)
     return list(dict.fromkeys([*training, *evaluation_prompts(run, prompts)]))
 
 

@@ -96,7 +96,8 @@ def whole_gradient(engine: Engine, step: int) -> Tensor:
     sum_gradients(engine.world, replicated)  # those of sharded weights were summed in the backward pass
     norm = gradient_norm(engine.parameters)
     if not math.isfinite(value := float(norm)):
-        prompts = [text for micro in batches.micro_batches(engine.run, engine.prompts, step) for text in micro.prompts]
+        micros = batches.micro_batches(engine.run, engine.prompts, step, begin=engine.begin)  # of all ranks
+        prompts = [text for micro in micros for text in micro.prompts]
         error = not_finite(value, engine.parameters, prompts, step + 1)
         error.elsewhere = not engine.world.main  # rank 0 prints it
         raise error

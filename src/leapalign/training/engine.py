@@ -24,12 +24,13 @@ from leapalign.flow.graph import CheckpointsBlocks, with_graph
 from leapalign.flow.rollout import Velocity
 from leapalign.methods.objective import Hinge
 from leapalign.models.base import Model
+from leapalign.models.decode import with_pixel_gradient
 from leapalign.prompts import Prompt
 from leapalign.rewards import adapt
 from leapalign.rewards.base import Reward
 from leapalign.run import RewardTerm, Run
 from leapalign.training import batches
-from leapalign.training.batches import MicroBatch
+from leapalign.training.batches import BEGINNING, MicroBatch, Start
 from leapalign.training.weights import EMA, trained_parameters
 
 ALONE = World()
@@ -44,6 +45,7 @@ class Engine:
     rewards: dict[str, Reward]
     terms: dict[str, Hinge]
     prompts: list[Prompt]
+    begin: Start  # where this process takes up the prompts
     parameters: Named
     optimizer: torch.optim.AdamW
     ema: EMA
@@ -58,7 +60,7 @@ class Engine:
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """This rank's part of the batch of update `step`."""
-        return batches.micro_batches(self.run, self.prompts, step, self.world.rank, self.world.size)
+        return batches.micro_batches(self.run, self.prompts, step, self.world.rank, self.world.size, self.begin)
 
     def noise(self, micro: MicroBatch, purpose: str = "noise") -> Tensor:
         """Standard normal [B, *latent], a function of (seed, step, sample) in each row."""
@@ -77,7 +79,7 @@ class Engine:
 
     def score(self, prompts: Sequence[str], latents: Tensor, rows: Sequence[int]) -> dict[str, Tensor]:
         """Each reward [n] of the latents [n, ...], decoded; latents[i] belongs to prompts[rows[i]]. Differentiable."""
-        images = self.model.decode(latents)
+        images = with_pixel_gradient(self.model.decode(latents), self.run.pixel_gradient)
         texts = [prompts[row] for row in rows]
         return {name: reward(images, texts) for name, reward in self.rewards.items()}
 
@@ -96,7 +98,7 @@ class Engine:
         return model
 
 
-def build(run: Run, world: World = ALONE) -> Engine:
+def build(run: Run, world: World = ALONE, begin: Start = BEGINNING) -> Engine:
     """Load model, rewards and prompts, encode every prompt that the run reaches, and shard if the run asks for it."""
     refuse_without_gradient(run)
     names = reward_names(run)
@@ -112,11 +114,12 @@ def build(run: Run, world: World = ALONE) -> Engine:
             _checkpoint_blocks(model.policy)
         trained_parameters(model.policy)
     shards = broadcast.spread(run, model.policy, world, device)
-    prepare(run, model, batches.prompts_used(run, prompts), world, device)
+    texts = batches.prompts_used(run, prompts, begin)
+    prepare(run, model, texts, world, device)
     with world.agreed():
         rewards = {name: load_reward(term, device, run.dtype) for name, term in zip(names, run.rewards)}
     if world.main:
-        adapt.tell_longer(rewards, batches.prompts_used(run, prompts))
+        adapt.tell_longer(rewards, texts)
     rewards = shard_rewards(run, rewards, world, device)
     parameters = trained_parameters(model.policy)
     return Engine(
@@ -130,6 +133,7 @@ def build(run: Run, world: World = ALONE) -> Engine:
             for name, t in zip(names, run.rewards)
         },
         prompts=prompts,
+        begin=begin,
         parameters=parameters,
         optimizer=_adamw(run, parameters),
         ema=EMA(parameters, run.ema_decay),
@@ -171,6 +175,13 @@ def _checkpoint_blocks(policy: nn.Module) -> None:
 
 def _adamw(run: Run, parameters: Named) -> torch.optim.AdamW:
     """AdamW, one tensor after another: torch's default on CUDA makes temporaries for all of them at once."""
+    decayed = [p for p in parameters.values() if run.decay_biases_and_norms or p.ndim > 1]
+    others = [p for p in parameters.values() if not run.decay_biases_and_norms and p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": run.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(
-        parameters.values(), lr=run.learning_rate, betas=run.betas, weight_decay=run.weight_decay, foreach=False
+        [group for group in groups if group["params"]],
+        lr=run.learning_rate,
+        betas=run.betas,
+        eps=run.adam_eps,
+        foreach=False,
     )

@@ -23,6 +23,7 @@ from leapalign.run import Run
 from leapalign.storage.atomic import complete_folder, disk_errors, write_text
 from leapalign.storage.lock import run_lock
 from leapalign.training import out_of_memory, self_checks
+from leapalign.training.batches import Start
 from leapalign.training.direct import update
 from leapalign.training.engine import Engine, build
 from leapalign.training.fixed_set import evaluation_reward
@@ -105,7 +106,8 @@ def _origin(run: Run, world: World, checkpoint: str, allow_changes: bool) -> Ori
 
 def _load(run: Run, world: World, origin: Origin) -> tuple[Engine, Progress]:
     with out_of_memory.explained(run, "loading", [], loading=True):
-        engine = build(run, world)
+        done = checkpoints.progress_of(origin.checkpoint)
+        engine = build(run, world, Start(done.step, done.samples))
         with world.agreed():
             progress = checkpoints.restore(origin.checkpoint, engine.parameters, engine.ema, engine.optimizer)
         if run.self_checks:
@@ -168,6 +170,7 @@ def _step(session: Session) -> Metrics:
         metrics = session.leave_out(error)
     engine.optimizer.zero_grad(set_to_none=True)  # before the evaluation and a save, which need the room
     progress.step += 1
+    progress.samples += engine.run.batch_size
     progress.skipped += metrics["skipped"]
     return metrics | (evaluation_reward(engine) if _due(engine.run, progress.step, engine.run.evaluate_every) else {})
 
