@@ -66,7 +66,7 @@ def wait(bench: CheckpointWait, folder: Path) -> dict[str, object]:
         seconds: dict[str, float] = {"plain_update": _seconds(lambda: update(engine, 0))}
         for way, saver in savers.items() if number % 2 else reversed(savers.items()):
             step += 1
-            parts = (engine.parameters, engine.ema, engine.optimizer)
+            parts = (engine.parameters, engine.ema.shadow, engine.optimizer)
             snapshot = checkpoints.take(engine.run, Progress(step=step), *parts)
             seconds[way] = _seconds(lambda: saver.save(snapshot, lambda: None))  # noqa: B023  # called at once
             if way == "async":

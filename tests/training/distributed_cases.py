@@ -177,7 +177,7 @@ def trained(run: Run, world: World) -> dict[str, Any]:
 def killed_in_a_save(run: Run, world: World) -> dict[str, Any]:
     """All ranks save in children, one of which is killed at its n-th fsync or rename; then the newest is restored."""
     engine = loop.build(run, world)
-    state = (engine.parameters, engine.ema, engine.optimizer)
+    state = (engine.parameters, engine.ema.shadow, engine.optimizer)
     writers = sharded.writers_of(engine.parameters, world)
     Path(run.out, "checkpoints").mkdir(parents=True, exist_ok=True)
     taken = {}

@@ -242,7 +242,7 @@ def test_another_model_is_refused_though_changes_are_allowed(trained, monkeypatc
     other = dict(engine.parameters)
     other["0.bias"] = other["0.bias"][:3]
     with pytest.raises(UserError, match=r"0.bias is \[16\] in the checkpoint, \[3\] in the model"):
-        checkpoints.restore(found, other, engine.ema, engine.optimizer)
+        checkpoints.restore(found, other, engine.ema.shadow, engine.optimizer)
 
 
 def test_other_versions_are_told(trained, monkeypatch, capsys):

@@ -95,7 +95,7 @@ def test_killed_at_any_moment_of_a_save(tiny_run, tmp_path):
     """A child is killed at its n-th fsync, rename or removal, for every n until a save gets through."""
     run = tiny_run(keep_checkpoints=1)
     engine = loop.build(run)
-    parts = (engine.parameters, engine.ema, engine.optimizer)
+    parts = (engine.parameters, engine.ema.shadow, engine.optimizer)
     direct.update(engine, 0)
     (Path(run.out) / "checkpoints").mkdir(parents=True)
     checkpoints.save(checkpoints.take(run, checkpoints.Progress(step=1), *parts))
@@ -106,7 +106,7 @@ def test_killed_at_any_moment_of_a_save(tiny_run, tmp_path):
         shutil.copytree(run.out, copy.out)
         status = _save_and_die(copy, parts, moment)
         fresh = loop.build(copy)
-        progress = checkpoints.restore(checkpoints.find(copy), fresh.parameters, fresh.ema, fresh.optimizer)
+        progress = checkpoints.restore(checkpoints.find(copy), fresh.parameters, fresh.ema.shadow, fresh.optimizer)
         assert progress.step in (1, 2)
         left = {p.name for p in (Path(copy.out) / "checkpoints").iterdir()}
         assert left <= {"step-000001", "step-000002", "newest.json"}
@@ -181,7 +181,7 @@ def test_adamw_goes_on_exactly(tiny_run):
     run = tiny_run(steps=2)
     engine = loop.train(run).engine
     fresh = loop.build(run)
-    checkpoints.restore(checkpoints.find(run), fresh.parameters, fresh.ema, fresh.optimizer)
+    checkpoints.restore(checkpoints.find(run), fresh.parameters, fresh.ema.shadow, fresh.optimizer)
     saved, restored = (formats.optimizer_tensors(e.parameters, e.optimizer) for e in (engine, fresh))
     assert len(saved) == 3 * len(engine.parameters) and float(saved["0.weight.step"]) == 2
     assert saved.keys() == restored.keys() and all(torch.equal(saved[k], restored[k]) for k in saved)

@@ -138,7 +138,11 @@ def same_end(first: Path, second: Path, layout: str = "whole") -> None:
 def test_one_process_goes_on_with_the_checkpoint_of_two(two, two_folder, tiny_run, tiny_module, tmp_path, way):
     assert two[f"{way}, trained"]["step"] == 2
     prompts = two_folder / "prompts.txt"
-    saved_tensors(two_folder / f"run-{way}" / "checkpoints" / "step-000002", LAYOUT[way])
+    step = two_folder / f"run-{way}" / "checkpoints" / "step-000002"
+    saved = saved_tensors(step, LAYOUT[way])["weights"]
+    live = {name: torch.zeros_like(value) for name, value in saved.items()}
+    formats.read_weights(step, LAYOUT[way], live)
+    assert live and all(torch.equal(value, saved[name]) for name, value in live.items())
     shutil.copytree(two_folder / f"run-{way}", tmp_path / "resumed")
     loop.train(alone(tiny_run, tiny_module, prompts, tmp_path / "resumed"), resume=True)
     loop.train(alone(tiny_run, tiny_module, prompts, tmp_path / "whole"))
@@ -275,7 +279,7 @@ def test_a_job_killed_in_a_sharded_save_goes_on_from_the_older_checkpoint(tmp_pa
     killed = """
 
 import os
-from leapalign.training import parts
+from leapalign.checkpoint import sharded
 
 sha256 = sharded.sha256
 

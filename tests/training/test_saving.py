@@ -29,7 +29,7 @@ def engine(tiny_run):
 
 
 def snapshot(engine, step):
-    parts = (engine.parameters, engine.ema, engine.optimizer)
+    parts = (engine.parameters, engine.ema.shadow, engine.optimizer)
     return checkpoints.take(engine.run, Progress(step=step), *parts)
 
 
@@ -55,7 +55,7 @@ def test_what_is_written_is_what_was_there_when_save_was_called(engine, monkeypa
         direct.update(engine, 1)
         go.set()
     fresh = loop.build(engine.run)
-    checkpoints.restore(checkpoints.find(engine.run), fresh.parameters, fresh.ema, fresh.optimizer)
+    checkpoints.restore(checkpoints.find(engine.run), fresh.parameters, fresh.ema.shadow, fresh.optimizer)
     assert all(torch.equal(p, before[name]) for name, p in fresh.parameters.items())
     assert not torch.equal(engine.parameters["0.weight"], before["0.weight"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,39 @@ def test_a_fully_tuned_run_exports_its_pipeline(run: Run, tmp_path: Path, capsys
     assert {t.dtype for t in weights.values()} == {torch.bfloat16}
     assert main(["export", full.out, "--out", f"{tmp_path}/y", "--format", "lora"]) == 2
     assert "tuning 'full' has no lora to export; use --format pipeline" in capsys.readouterr().err
+
+
+def test_live_weights_are_exported_without_their_average_also_of_an_unfinished_run(
+    finished: Run, tmp_path: Path
+) -> None:
+    newest = load_file(Path(finished.out) / "checkpoints" / "step-000002" / "weights.safetensors")
+    shutil.rmtree(Path(finished.out) / "lora")
+    there = tmp_path / "new" / "live"
+    assert main(["export", finished.out, "--out", str(there), "--format", "lora", "--weights", "live"]) == 0
+    exported = load_file(there / "pytorch_lora_weights.safetensors")
+    for name, value in newest.items():  # the scale 2 is in B
+        scale = 2.0 if ".lora_B." in name else 1.0
+        assert torch.equal(exported["transformer." + name.replace(".default.", ".")], scale * value)
+    assert [path.name for path in there.parent.iterdir()] == ["live"]
+
+
+def test_live_weights_of_a_fully_tuned_run(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from leapalign.tuning.full import FULL
+
+    full = replace(run, tuning=FULL, steps=1)
+    loop.train(full)
+    words = ["--out", f"{tmp_path}/live", "--weights", "live"]
+    assert main(["export", full.out, *words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["weights"] == "live"
+    exported = load_file(tmp_path / "live" / "transformer" / "diffusion_pytorch_model.safetensors")
+    newest = load_file(Path(full.out) / "checkpoints" / "step-000001" / "weights.safetensors")
+    average = load_file(Path(full.out) / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert newest.keys() <= exported.keys() and all(torch.equal(exported[n], v) for n, v in newest.items())
+    assert any(not torch.equal(exported[name], average[name]) for name in newest)
+    shutil.rmtree(Path(full.out) / "checkpoints" / "step-000001")
+    (Path(full.out) / "checkpoints" / "newest.json").unlink()
+    assert main(["export", full.out, "--out", f"{tmp_path}/none", "--weights", "live"]) == 2
+    assert "this run has no checkpoint yet" in capsys.readouterr().err
 
 
 def test_the_demo_compares_base_and_adapter(run: Run, reward_folder: Path) -> None:

@@ -36,7 +36,6 @@ from leapalign.run import Run, config_hash, differences, trajectory
 from leapalign.storage.atomic import clear_scratch, complete_folder, remove_folder, scratch_folder, write_text
 from leapalign.storage.files import PICKLES, sha256
 from leapalign.storage.safetensors_header import read_header
-from leapalign.training.weights import EMA
 
 PACKAGES = ("leapalign", "torch", "diffusers", "transformers", "safetensors")
 NEWEST = "newest.json"
@@ -89,12 +88,15 @@ def take(
     run: Run,
     progress: Progress,
     parameters: Named,
-    ema: EMA,
+    average: Named,
     optimizer: torch.optim.Optimizer,
     writers: Writers | None = None,
-) -> Snapshot:  # views: whoever writes it later must copy the tensors first
-    """The run as it is now; with `writers`, this rank's part of it."""
-    groups = formats.groups_of(parameters, ema, optimizer)
+) -> Snapshot:
+    """The run as it is now (with `writers`, this rank's part of it): views, to be copied before they are written later.
+
+    `average`: the averaged weights, by the parameters' names.
+    """
+    groups = formats.groups_of(parameters, average, optimizer)
     part = part_of(groups, writers) if writers else None
     tensors: dict[str, Named] = {g: {name: local(t) for name, t in named.items()} for g, named in groups.items()}
     return Snapshot(run=run, progress=asdict(progress), tensors=tensors, part=part)
@@ -136,13 +138,18 @@ def _write(target: Path, snapshot: Snapshot, before_rename: Callable[[], None]) 
 
 
 def find(run: Run, name: str = "") -> Checkpoint | None:
-    """The newest checkpoint, or the one of that name, once every byte of it has been compared; None where none is.
+    """As `read`, by the process that works on the run: what a killed process left half-written is removed."""
+    if _folder(run).is_dir():
+        clear_scratch(_folder(run))
+    return read(run, name)
+
+
+def read(run: Run, name: str = "") -> Checkpoint | None:
+    """The newest checkpoint, or the named one, once every byte has been compared; None where the run has none.
 
     Raises UserError for a damaged, deleted or unknown one, with the newest good one among the others.
     """
     folder = _folder(run)
-    if folder.is_dir():
-        clear_scratch(folder)
     names = [path.name for path in complete(run)]
     if name and name not in names:
         raise UserError(f"{folder}: there is no checkpoint {name!r}; there are {', '.join(names) or 'none'}")
@@ -157,15 +164,20 @@ def find(run: Run, name: str = "") -> Checkpoint | None:
 
 
 def progress_of(origin: Checkpoint | None) -> Progress:
-    """How far the run of a checkpoint is; a run that has none yet starts at its first step."""
+    """How far the run of a checkpoint is; without a checkpoint, the progress of a run's first step."""
     return Progress(**{f.name: origin.state[f.name] for f in fields(Progress)}) if origin else Progress()
 
 
-def restore(origin: Checkpoint | None, parameters: Named, ema: EMA, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put a checkpoint into the given objects; a run that has none yet starts at its first step."""
+def restore(origin: Checkpoint | None, parameters: Named, average: Named, optimizer: torch.optim.Optimizer) -> Progress:
+    """Put a checkpoint, if there is one, into the given tensors and the optimiser; returns its progress."""
     if origin:
-        formats.read(origin.folder, origin.state["layout"], parameters, ema, optimizer)
+        formats.read(origin.folder, origin.state["layout"], parameters, average, optimizer)
     return progress_of(origin)
+
+
+def restore_weights(origin: Checkpoint, parameters: Named) -> None:
+    """Put a checkpoint's trained weights, not their average, into these parameters. Raises UserError if they differ."""
+    formats.read_weights(origin.folder, origin.state["layout"], parameters)
 
 
 def set_aside(run: Run, origin: Checkpoint) -> list[Path]:

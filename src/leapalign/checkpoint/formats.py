@@ -6,7 +6,7 @@ are read into whole and into sharded tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,14 @@ from leapalign.checkpoint.sharded import Part
 from leapalign.distributed.tensors import Named, copy_into
 from leapalign.errors import UserError
 from leapalign.storage.files import sha256
-from leapalign.training.weights import EMA
 
 GROUPS = ("weights", "ema", "optimizer")
 LAYOUTS = ("whole", "sharded")
 
 
-def groups_of(parameters: Named, ema: EMA, optimizer: torch.optim.Optimizer) -> dict[str, Named]:
-    """All tensors that a run is, by group."""
-    return dict[str, Named](zip(GROUPS, (parameters, ema.shadow, optimizer_tensors(parameters, optimizer))))
+def groups_of(parameters: Named, average: Named, optimizer: torch.optim.Optimizer) -> dict[str, Named]:
+    """All tensors of a run, by group."""
+    return dict[str, Named](zip(GROUPS, (parameters, average, optimizer_tensors(parameters, optimizer))))
 
 
 def optimizer_tensors(parameters: Named, optimizer: torch.optim.Optimizer) -> Named:
@@ -61,22 +60,37 @@ def tensor_files(state: Mapping[str, Any]) -> set[str]:
     return {f"{group}.safetensors" for group in GROUPS}
 
 
-def read(folder: Path, layout: str, parameters: Named, ema: EMA, optimizer: torch.optim.Optimizer) -> None:
-    """Put what is saved into these objects. UserError where it is another model's."""
-    saved = sharded.listed(folder) if layout == "sharded" else {g: load_file(_file(folder, g)) for g in GROUPS}
+def read(folder: Path, layout: str, parameters: Named, average: Named, optimizer: torch.optim.Optimizer) -> None:
+    """Fill parameters, average and optimiser from a checkpoint. Raises UserError where it is another model's."""
+    saved = _saved(folder, layout)
     _check_shapes(folder, saved["weights"], parameters)
-    _check_shapes(folder, saved["ema"], ema.shadow)
+    _check_shapes(folder, saved["ema"], average)
     _check_moments(folder, saved.get("optimizer", {}), parameters)
     moments = _moments(saved.get("optimizer", {}), parameters)
-    groups = dict[str, Named](zip(GROUPS, (parameters, ema.shadow, moments)))
-    if layout == "sharded":
-        sharded.read(folder, groups)
-    else:
-        for group, named in groups.items():
-            copy_into(named, saved[group])
+    _fill(folder, layout, dict[str, Named](zip(GROUPS, (parameters, average, moments))), saved)
     for full_name, value in moments.items():
         name, _, key = full_name.rpartition(".")
         optimizer.state[parameters[name]][key] = value
+
+
+def read_weights(folder: Path, layout: str, parameters: Named) -> None:
+    """Fill the parameters alone, as they were in training (not averaged). Raises UserError as `read` does."""
+    saved = _saved(folder, layout, ("weights",))
+    _check_shapes(folder, saved["weights"], parameters)
+    _fill(folder, layout, {"weights": parameters}, saved)
+
+
+def _saved(folder: Path, layout: str, groups: Sequence[str] = GROUPS) -> Mapping[str, Named]:
+    """The saved tensors by group; of a sharded checkpoint, tensors on the meta device."""
+    return sharded.listed(folder) if layout == "sharded" else {g: load_file(_file(folder, g)) for g in groups}
+
+
+def _fill(folder: Path, layout: str, groups: Mapping[str, Named], saved: Mapping[str, Named]) -> None:
+    if layout == "sharded":
+        sharded.read(folder, groups)
+        return
+    for group, named in groups.items():
+        copy_into(named, saved[group])
 
 
 def _moments(saved: Named, parameters: Named) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,12 +15,13 @@ from leapalign.errors import UserError
 from leapalign.lookup.recipes import load_plugins, read_run
 from leapalign.lookup.runs import check_run_folder
 from leapalign.lookup.sources import run_source
-from leapalign.storage.atomic import disk_errors
+from leapalign.run import Run
+from leapalign.storage.atomic import SCRATCH, disk_errors
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportFlags:
-    """A finished run's weights for other programs, in a new folder."""
+    """A run's weights for other programs, in a new folder."""
 
     run: Annotated[str, tyro.conf.Positional]
     """The run's folder."""
@@ -27,6 +29,8 @@ class ExportFlags:
     """A new folder."""
     format: Literal["pipeline", "lora"] = "pipeline"
     """A whole diffusers folder (an adapter is merged), or a LoRA file as diffusers and ComfyUI read it."""
+    weights: Literal["average", "live"] = "average"
+    """The averaged weights of a finished run, or those without averaging of the newest checkpoint."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the transformer or the adapter; bfloat16 halves it and rounds each weight."""
     json: bool = False
@@ -38,11 +42,11 @@ class ExportFlags:
 def export_command(argv: list[str]) -> None:
     flags = tyro.cli(ExportFlags, args=argv, prog="leapalign export")
     found = _export(flags)
-    answer(found, flags.json, f"{found['out']}: {found['format']}, {found['dtype']}, {found['bytes'] / 1e6:.1f} MB")
+    answer(found, flags.json, _as_text(found))
 
 
 def _export(flags: ExportFlags) -> dict[str, Any]:
-    """Write the export; {"run", "format", "dtype", "out", "bytes"}."""
+    """Write the export; {"run", "format", "weights", "dtype", "out", "bytes"}."""
     check_run_folder(flags.run, "export")
     folder, target = Path(flags.run), Path(os.path.normpath(flags.out))
     run = read_run(folder / "run.json", load_plugins(flags.plugin))
@@ -51,10 +55,24 @@ def _export(flags: ExportFlags) -> dict[str, Any]:
             f"{folder}: a run with tuning {run.tuning.name!r} has no {flags.format} to export; "
             f"use --format {' or '.join(run.tuning.formats)}"
         )
-    source = run_source(folder, run)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target} exists; give a new folder, nothing is overwritten")
-    with disk_errors(target, "give another --out"):
-        run.tuning.export(source.model, source.saved, target, format=flags.format, dtype=flags.dtype)
+    with disk_errors(target, "give another --out"), _weights(flags.weights, run, folder, target) as saved:
+        run.tuning.export(run.model, str(saved), target, format=flags.format, dtype=flags.dtype)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    return {"run": flags.run, "format": flags.format, "dtype": flags.dtype, "out": str(target), "bytes": size}
+    words = {"format": flags.format, "weights": flags.weights, "dtype": flags.dtype}
+    return {"run": flags.run, **words, "out": str(target), "bytes": size}
+
+
+def _weights(which: str, run: Run, folder: Path, target: Path) -> AbstractContextManager[Path]:
+    """The folder of the tuned weights: the run's own, or one beside `target` that goes again."""
+    if which == "average":
+        return nullcontext(Path(run_source(folder, run).saved))
+    from leapalign.training.live_weights import live_weights
+
+    return live_weights(run, folder, target.with_name(f"{SCRATCH}{target.name}-live"))
+
+
+def _as_text(found: dict[str, Any]) -> str:
+    what = f"{found['format']}, {found['dtype']}, {found['weights']} weights"
+    return f"{found['out']}: {what}, {found['bytes'] / 1e6:.1f} MB"

@@ -28,7 +28,7 @@ from leapalign.training.direct import update
 from leapalign.training.engine import Engine, build
 from leapalign.training.fixed_set import evaluation_reward
 from leapalign.training.preemption import Stop, on_signals
-from leapalign.training.session import Session, open_folder, tell
+from leapalign.training.session import Session, open_folder, tell, tell_short_average
 from leapalign.training.summary import summarize
 from leapalign.training.tracking import Metrics, Silent, Tracker, kept_metrics
 
@@ -109,7 +109,7 @@ def _load(run: Run, world: World, origin: Origin) -> tuple[Engine, Progress]:
         done = checkpoints.progress_of(origin.checkpoint)
         engine = build(run, world, Start(done.step, done.samples))
         with world.agreed():
-            progress = checkpoints.restore(origin.checkpoint, engine.parameters, engine.ema, engine.optimizer)
+            progress = checkpoints.restore(origin.checkpoint, engine.parameters, engine.ema.shadow, engine.optimizer)
         if run.self_checks:
             self_checks.at_start(engine)
     return engine, progress
@@ -130,6 +130,7 @@ def _begin(run: Run, world: World, origin: Origin, progress: Progress) -> Tracke
             tracker = Tracker(out, progress.step, run.steps, progress.metrics_bytes)
             if origin.checkpoint:
                 tell(tracker, origin.checkpoint, progress, origin.changes, aside)
+            tell_short_average(tracker, run)
     return tracker
 
 

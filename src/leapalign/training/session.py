@@ -15,6 +15,7 @@ from leapalign.run import Run, differences
 from leapalign.storage.atomic import refuse_links_out, refuse_other_kinds
 from leapalign.storage.lock import HOLDER, LOCK
 from leapalign.training import self_checks
+from leapalign.training.live_weights import short_average
 from leapalign.training.preemption import Stop
 from leapalign.training.tracking import LOG, Metrics, Silent, Tracker
 
@@ -43,7 +44,7 @@ class Session:
             self_checks.at_first_save(engine)
         self.progress.metrics_bytes = self.tracker.position()
         if engine.world.rank in (writers.ranks if writers else (0,)):
-            state = (engine.parameters, engine.ema, engine.optimizer)
+            state = (engine.parameters, engine.ema.shadow, engine.optimizer)
             self.saver.save(checkpoints.take(engine.run, self.progress, *state, writers), self.tracker.sync)
         self.saver.step = self.progress.step
 
@@ -92,6 +93,12 @@ def open_folder(run: Run, resume: bool) -> Path:
     ):  # now: new/.. is there only with new
         raise UserError(f"{out}: this folder is not empty; use `leapalign resume {out}`, or another --out")
     return out
+
+
+def tell_short_average(tracker: Tracker | Silent, run: Run) -> None:
+    """Say at the start that the averaged weights will hold little of the training."""
+    if text := short_average(run):
+        tracker.note(text)
 
 
 def tell(

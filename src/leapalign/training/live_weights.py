@@ -1,0 +1,56 @@
+"""The trained weights as training left them, beside their average, which is what a run saves and evaluates.
+
+The average starts at the base. After n updates of decay d the training makes up at most 1 - d^n of it: 0.2 % of 20
+updates at 0.9999, 78 % of the paper's 300 at 0.995 (arXiv 2604.15311, Sec. 6.1).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from leapalign.checkpoint import checkpoints
+from leapalign.errors import UserError
+from leapalign.run import Run
+from leapalign.training.weights import trained_parameters
+
+SMALL = 0.5  # share of the training in the average, below which a run says so
+PAPER = 1.5  # updates times 1 - d in the paper
+
+
+def short_average(run: Run) -> str:
+    """A sentence for a run too short for its decay; empty if the average holds at least half of the training."""
+    share = 1 - run.ema_decay**run.steps
+    if not run.ema_decay or share >= SMALL:
+        return ""
+    fitting = max(0.0, 1 - PAPER / run.steps)
+    return (
+        f"the averaged weights, which are saved and evaluated, will hold at most {100 * share:.2g} % of the training: "
+        f"ema_decay {run.ema_decay:g} is slow for {run.steps} steps. Use --ema-decay {fitting:.3g}, or afterwards "
+        f"`leapalign export {run.out} --weights live` for the weights without averaging"
+    )
+
+
+@contextmanager
+def live_weights(run: Run, folder: Path, scratch: Path) -> Iterator[Path]:
+    """Write the trained weights of the newest checkpoint of the run in `folder` to `scratch`, as the run's tuning saves
+    them; removed afterwards.
+
+    Raises UserError where the run has no checkpoint, or a damaged one.
+    """
+    origin = checkpoints.read(replace(run, out=str(folder)))
+    if origin is None:
+        raise UserError(f"{folder}: this run has no checkpoint yet, and live weights are read from one")
+    model = run.model.load("cpu", run.dtype, run.tuning)
+    run.tuning.initialise(model.policy, run.seed)
+    checkpoints.restore_weights(origin, trained_parameters(model.policy))
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+        run.tuning.save(model, scratch)
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
