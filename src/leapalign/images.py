@@ -6,7 +6,7 @@ Departures from `Image.open(file).convert("RGB")`, with which published scores w
 takes float images in [0, 1] for black, and leaves a photo lying on its side:
 - 16-bit grey is scaled to 8 bits, and so are float images in [0, 1];
 - the orientation in EXIF is applied: the image is what every viewer shows;
-- animations, values beyond these ranges and strips (more than 200 times as long as wide) are refused.
+- animations and values beyond these ranges are refused.
 As there, transparency is dropped and colour profiles are ignored.
 """
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-LONGEST_STRIP = 200  # longer over shorter side; Qwen2-VL's processor has the same bound
 _BITS, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF tags, and a value of the second
 
 
@@ -77,10 +76,6 @@ def _check(image: Image, path: Path) -> None:
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # MPO: a camera's JPEG with a preview behind it
         raise UserError(f"{path}: an animation or a document of {frames} images; give one of them as a file of its own")
-    if max(image.size) > LONGEST_STRIP * min(image.size):
-        raise UserError(
-            f"{path}: {image.width} x {image.height} pixels; expected at most {LONGEST_STRIP} times as long as wide"
-        )
 
 
 def _rgb(image: Image, path: Path) -> Image:

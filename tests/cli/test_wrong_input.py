@@ -101,11 +101,11 @@ def test_too_little_memory_is_exit_1_in_every_command(capsys, folder, monkeypatc
     def no_room(*args, **kwargs):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried 9 TB")
 
-    monkeypatch.setattr("leapalign.evaluation.sampling.draw_images", no_room)
+    monkeypatch.setattr("leapalign.evaluation.sampling.draw_files", no_room)
     words = ["sample", "sd3", "--prompt", "a star", "--size", "16", "--device", "cpu"]
     assert main(words) == 1
     assert "leapalign: stopped: out of memory ([enforce fail" in capsys.readouterr().err
-    monkeypatch.setattr("leapalign.evaluation.sampling.draw_images", lambda *args: 1 / 0)
+    monkeypatch.setattr("leapalign.evaluation.sampling.draw_files", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # a mistake of ours is shown as it is
         main(words)
 

@@ -12,6 +12,7 @@ from PIL import Image
 from leapalign.errors import UserError
 from leapalign.evaluation.sampling import Sampling, draw_images
 from leapalign.geneval.rules import Detection
+from leapalign.images import to_pil, to_tensor
 from leapalign.methods.leapalign import LeapAlign
 from leapalign.prompts import Prompt, ShapeWorldPrompts
 from leapalign.report.tables import print_study
@@ -93,6 +94,7 @@ def test_the_pictures_are_those_of_the_saved_pipeline(study: Study, summary: dic
     for when, path in (("before", model_config.path), ("after", summary["pipeline"])):
         model = replace(model_config, path=path).load("cpu", "float32")
         images = draw_images(model, texts, Sampling(num_steps=4))
+        images = torch.stack([to_tensor(to_pil(image)) for image in images])  # image files have 8 bits
         with torch.no_grad():
             assert summary["reward"][when] == pytest.approx(float(reward(images, texts).mean()), abs=1e-5)
     assert summary["reward"]["before"] != summary["reward"]["after"]

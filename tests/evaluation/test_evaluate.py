@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ import torch
 
 from leapalign.cli import main
 from leapalign.errors import RunStopped, UserError
+from leapalign.evaluation import sampling as sampling_module
 from leapalign.evaluation.evaluate import evaluate, score
-from leapalign.evaluation.image_folder import read_images, write_images
+from leapalign.evaluation.image_folder import begin_or_continue, image_paths, read_images, write_image
 from leapalign.evaluation.sampling import Sampling, draw_images
 from leapalign.evaluation.statistics import Evaluation, compare, report
 from leapalign.lookup.prompts import prompts_of
@@ -101,9 +104,9 @@ def test_evaluate_scores_what_it_draws(model_config, reward_config) -> None:
     assert done == [4, 6]
     assert [p.text for p in result.prompts] == [p.text for p in PROMPTS[:3] for _ in range(2)]
     assert result.rewards["pick"][4].item() == pytest.approx(
-        reward(result.images[4:5], [PROMPTS[2].text]).item(), abs=1e-5
+        reward(result.images[4][None], [PROMPTS[2].text]).item(), abs=1e-5
     )
-    assert len(result.verdicts) == 6 and not result.images.requires_grad
+    assert len(result.verdicts) == 6 and len(result.images) == 6
 
 
 def test_report_of_true_pictures_is_perfect() -> None:
@@ -188,20 +191,133 @@ def test_rewards_alone_need_no_metadata() -> None:
         score(drawn(2), plain, rewards={}, detector=detect)
 
 
+def write(folder: Path, images: torch.Tensor, prompts: list[Prompt]) -> list[Path]:
+    """Two images a prompt."""
+    paths = image_paths(folder, len(prompts), 2)
+    for i, (path, image) in enumerate(zip(paths, images)):
+        write_image(path, image, prompts[i // 2])
+    return paths
+
+
 def test_geneval_folders_come_back(tmp_path) -> None:
     images = drawn(3)[:6]
-    paths = write_images(tmp_path, PROMPTS[:3], images, per_prompt=2)
+    paths = write(tmp_path, images, PROMPTS[:3])
     assert str(paths[3].relative_to(tmp_path)) == "00001/samples/0001.png"
     back = list(read_images(tmp_path))
     assert [p.metadata for p, _ in back] == [p.metadata for p in PROMPTS[:3] for _ in range(2)]
     torch.testing.assert_close(torch.stack([image for _, image in back]), images, atol=0.5 / 255 + 1e-6, rtol=0)
 
 
-def test_pictures_are_not_overwritten(tmp_path) -> None:
-    write_images(tmp_path, PROMPTS[:1], drawn(3)[:1])
-    old = (tmp_path / "00000/samples/0000.png").read_bytes()
-    with pytest.raises(UserError, match="exists"):
-        write_images(tmp_path, PROMPTS[1:2], drawn(3)[1:2])
-    assert (tmp_path / "00000/samples/0000.png").read_bytes() == old
-    write_images(tmp_path, PROMPTS[1:2], drawn(3)[1:2], overwrite=True)
-    assert (tmp_path / "00000/samples/0000.png").read_bytes() != old
+def test_an_image_that_is_not_finite_is_no_file(tmp_path) -> None:
+    with pytest.raises(RunStopped, match=f"the image for the prompt '{PROMPTS[0].text}'"):
+        write_image(tmp_path / "0" / "samples" / "0.png", torch.full((3, 4, 4), torch.nan), PROMPTS[0])
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_a_folder_mixes_no_settings(tmp_path) -> None:
+    settings, paths = {"seed": 0, "model": {"height": 32}}, image_paths(tmp_path, 1, 2)
+    assert begin_or_continue(tmp_path, settings, paths, overwrite=False) == 0
+    write(tmp_path, drawn(3)[:2], PROMPTS[:1])
+    assert begin_or_continue(tmp_path, settings, paths, overwrite=False) == 2
+    with pytest.raises(UserError, match=r"other settings \(model.height: 32 -> 64\); give another folder"):
+        begin_or_continue(tmp_path, {"seed": 0, "model": {"height": 64}}, paths, overwrite=False)
+    assert begin_or_continue(tmp_path, {"seed": 1}, paths, overwrite=True) == 0 and not list(tmp_path.rglob("*.png"))
+    (tmp_path / "images.json").write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        begin_or_continue(tmp_path, settings, paths, overwrite=False)
+
+
+def test_images_of_somebody_else_are_not_overwritten(tmp_path) -> None:
+    paths = write(tmp_path, drawn(3)[:2], PROMPTS[:1])
+    old = paths[0].read_bytes()
+    with pytest.raises(UserError, match=r"exists \(2 files would be replaced\)"):
+        begin_or_continue(tmp_path, {}, paths, overwrite=False)
+    assert paths[0].read_bytes() == old
+
+
+def test_a_continued_folder_equals_one_in_one_go(model_config, reward_config, tmp_path) -> None:
+    """After a kill some images are there, one of them cut by a crash of the machine; whole batches are kept."""
+    settings = dict(sampling=Sampling(num_steps=2, images_per_prompt=2, batch_size=2), detector=detect)
+    rewards = {"pick": reward_config.load("cpu", "float32")}
+    whole = evaluate(
+        model_config.load("cpu", "float32"), PROMPTS[:3], rewards=rewards, folder=tmp_path / "a", **settings
+    )
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    paths = image_paths(tmp_path / "b", 3, 2)
+    paths[2].unlink()
+    paths[5].write_bytes(b"")
+    model, drawn_again = model_config.load("cpu", "float32"), []
+    noise = model.noise
+    model.noise = lambda generators: drawn_again.append(len(generators)) or noise(generators)
+    again = evaluate(model, PROMPTS[:3], rewards=rewards, folder=tmp_path / "b", **settings)
+    assert drawn_again == [2, 2]
+    assert torch.equal(again.rewards["pick"], whole.rewards["pick"]) and again.verdicts == whole.verdicts
+    for one, two in zip(image_paths(tmp_path / "a", 3, 2), paths):
+        assert one.read_bytes() == two.read_bytes()
+    assert not list(tmp_path.rglob(".tmp-*"))
+
+
+def test_images_of_an_evaluation_without_a_folder_go_with_it(model_config) -> None:
+    result = evaluate(
+        model_config.load("cpu", "float32"), PROMPTS[:1], sampling=Sampling(num_steps=1), rewards={}, detector=None
+    )
+    path = result.images.paths[0]
+    assert path.is_file() and result.images[0].shape == (3, 32, 32)
+    del result
+    assert not path.exists()
+
+
+def test_no_more_than_a_batch_is_in_memory(model_config, tmp_path, monkeypatch) -> None:
+    """Every batch is written before the next is drawn, and read again for the rewards."""
+    seen: list[int] = []
+
+    def count(images, texts):
+        seen.append(len(images))
+        return images.mean((1, 2, 3))
+
+    written: list[int] = []
+    sampling = Sampling(num_steps=1, batch_size=4)
+    evaluate(
+        model_config.load("cpu", "float32"),
+        PROMPTS[:10],
+        sampling=sampling,
+        rewards={"mean": count},
+        detector=None,
+        folder=tmp_path,
+        on_batch=lambda done: written.append(len(list(tmp_path.rglob("*.png")))),
+    )
+    assert written == [4, 8, 10] and seen == [4, 4, 2]
+
+
+def test_the_command_continues_after_an_interruption(tmp_path, capsys, monkeypatch) -> None:
+    words = ["evaluate", "embedded:generator", "--steps", "1", "--device", "cpu", "--json", "--per-task", "1"]
+    words += ["--batch-size", "2"]
+    assert main(words) == 0
+    expected = json.loads(capsys.readouterr().out)
+    whole, calls = sampling_module.draw_batch, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(sampling_module, "draw_batch", interrupted)
+    assert main([*words, "--out", str(tmp_path / "o")]) == 130
+    said = capsys.readouterr().err
+    assert "o are kept, and the same command continues" in said and "resume" not in said
+    assert len(list(tmp_path.rglob("*.png"))) == 2
+    assert main([*words, "--out", str(tmp_path / "o")]) == 0
+    captured = capsys.readouterr()
+    assert "2 of 6 images are there and are kept" in captured.err
+    assert json.loads(captured.out) == expected
+    assert main([*words, "--out", str(tmp_path / "o"), "--seed", "1"]) == 2
+    assert "images of other settings (seed: 0 -> 1)" in capsys.readouterr().err
+    assert main([*words, "--out", str(tmp_path / "o"), "--seed", "1", "--overwrite"]) == 0
+
+
+def test_both_models_of_a_comparison_keep_their_images(tmp_path, capsys) -> None:
+    words = ["evaluate", "embedded:generator", "--against", "embedded:generator", "--steps", "1", "--device", "cpu"]
+    assert main([*words, "--per-task", "1", "--json", "--out", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out)["rewards"]["pickscore"]["difference"] == 0
+    assert len(list(tmp_path.glob("*/samples/*.png"))) == len(list(tmp_path.glob("against/*/samples/*.png"))) == 6

@@ -90,7 +90,6 @@ def wrong(folder: Path) -> dict[str, str]:
     frames = [Image.fromarray(COLOURS), Image.fromarray(COLOURS[::-1].copy())]
     frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
     frames[0].save(folder / "moving.png", save_all=True, append_images=frames[1:])
-    Image.new("RGB", (2, 401)).save(folder / "strip.png")
     Image.fromarray(np.full((4, 4), 200, np.float32)).save(folder / "float255.tif")
     Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(folder / "nan.tif")
     Image.fromarray(np.full((4, 4), 9, np.int32)).save(folder / "32.tif")
@@ -98,7 +97,6 @@ def wrong(folder: Path) -> dict[str, str]:
     return {
         "moving.gif": "of 2 images; give one of them",
         "moving.png": "of 2 images; give one of them",
-        "strip.png": "2 x 401 pixels; expected at most 200 times as long as wide",
         "float255.tif": r"grey values in \[200, 200\]; expected \[0, 1\]",
         "nan.tif": r"grey values in \[nan, nan\]; expected \[0, 1\]",
         "32.tif": "TIFF with 32-bit or inverted grey values",
@@ -115,7 +113,7 @@ def test_anything_else_is_refused_with_its_name(tmp_path):
 
 def test_the_header_alone_shows_most_of_it(tmp_path):
     wrong(tmp_path)
-    for name in ("moving.gif", "strip.png", "text.png", "none.png"):
+    for name in ("moving.gif", "text.png", "none.png"):
         with pytest.raises(UserError, match=name):
             check_image(tmp_path / name)
     check_image(tmp_path / "32.tif")

@@ -95,7 +95,9 @@ def main(argv: Sequence[str]) -> int:
         )
         return 2
     except KeyboardInterrupt:
-        print("leapalign: interrupted; `leapalign resume RUN` goes on from the last checkpoint", file=sys.stderr)
+        trains = argv and argv[0] in ("train", "resume", "demo")
+        remedy = "; `leapalign resume RUN` goes on from the last checkpoint" if trains else ""
+        print(f"leapalign: interrupted{remedy}", file=sys.stderr)
         return 130
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import gettempdir
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from leapalign.cli.answer import answer
+from leapalign.errors import RunInterrupted
 from leapalign.lookup.prompts import prompts_of
 from leapalign.lookup.recipes import load_plugins
 from leapalign.lookup.rewards import reward_config, rewards_of
@@ -20,7 +25,10 @@ from leapalign.rewards.adapt import load_reward
 from leapalign.storage.atomic import disk_errors
 
 if TYPE_CHECKING:
+    from leapalign.evaluation.sampling import Sampling
     from leapalign.evaluation.statistics import Evaluation
+
+SECONDS = 10.0  # between two lines of progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,18 +46,18 @@ class EvaluateFlags:
     per_task: int = 60
     """ShapeWorld test prompts of each task."""
     num: int = 1
-    """Pictures a prompt."""
+    """Images a prompt."""
     steps: int = 0
     """Sampling steps; 0 = as in the run's training, or 25."""
     guidance: float = -1.0
     """Guidance scale; -1 = as in the run, or the family's usual scale."""
     batch_size: int = 64
-    """Pictures at a time; changes memory and time only."""
+    """Images at a time; changes memory and time only."""
     seed: int = 0
     out: str = ""
-    """A folder for the pictures; empty = keep none."""
+    """A folder for the images, and where an interrupted evaluation continues; empty = keep none."""
     overwrite: bool = False
-    """Replace pictures that are there."""
+    """Draw images again that the folder has already."""
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     json: bool = False
@@ -66,40 +74,90 @@ def evaluate_command(argv: list[str]) -> None:
 
 def _evaluate(flags: EvaluateFlags) -> dict[str, Any]:
     """The evaluation as JSON values; with --against, a comparison in which --against is before."""
-    from leapalign.evaluation.image_folder import image_paths, refuse_existing, write_images
     from leapalign.evaluation.statistics import compare, report
 
     prompts = prompts_of(flags.prompts or ShapeWorldPrompts.name, flags.per_task).load()
-    if flags.out:
-        refuse_existing(image_paths(Path(flags.out), len(prompts), flags.num), flags.overwrite)
     plugins = load_plugins(flags.plugin)
-    rewards = rewards_of(flags.source, plugins) | {word: reward_config(word) for word in flags.reward}
-    tuned = find_source(flags.source, plugins).changed(guidance_scale=flags.guidance)
-    base = find_source(flags.against, plugins).changed(guidance_scale=flags.guidance) if flags.against else None
-    after = _draw_and_judge(tuned, prompts, rewards, flags)
-    if flags.out:
-        with disk_errors(Path(flags.out), "give another --out"):
-            write_images(Path(flags.out), prompts, after.images, per_prompt=flags.num, overwrite=flags.overwrite)
-    result = compare(_draw_and_judge(base, prompts, rewards, flags), after) if base else report(after)
+    configs = rewards_of(flags.source, plugins) | {word: reward_config(word) for word in flags.reward}
+    subjects = [_subject(flags.source, flags.out, prompts, flags, plugins)]
+    if flags.against:
+        beside = str(Path(flags.out) / "against") if flags.out else ""
+        subjects.append(_subject(flags.against, beside, prompts, flags, plugins))
+    after, *before = [_draw_and_judge(subject, prompts, configs, flags) for subject in subjects]
+    result = compare(before[0], after) if before else report(after)
     return {"source": flags.source, "against": flags.against, "seed": flags.seed} | result
 
 
-def _draw_and_judge(
-    source: Source, prompts: Sequence[Prompt], configs: dict[str, Any], flags: EvaluateFlags
-) -> Evaluation:
-    from leapalign.distributed.world import resolve_device
-    from leapalign.evaluation.evaluate import evaluate
-    from leapalign.evaluation.sampling import Sampling
-    from leapalign.lookup.detectors import find_detector
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """A model that is evaluated, not yet loaded, with a folder that is ready for its images."""
 
-    device = resolve_device(flags.device)
-    rewards = {name: load_reward(config, device, flags.dtype) for name, config in configs.items()}
+    source: Source
+    sampling: Sampling
+    folder: Path | None  # None: the images are not kept
+
+
+def _subject(
+    word: str, folder: str, prompts: Sequence[Prompt], flags: EvaluateFlags, plugins: dict[str, ModuleType]
+) -> _Subject:
+    from leapalign.evaluation.image_folder import begin_or_continue, image_paths
+    from leapalign.evaluation.sampling import Sampling
+
+    source = find_source(word, plugins).changed(guidance_scale=flags.guidance)
     sampling = Sampling(
         num_steps=flags.steps or source.num_steps,
         images_per_prompt=flags.num,
         batch_size=flags.batch_size,
         seed=flags.seed,
     )
-    model = source.load(device, flags.dtype)
-    detector = find_detector(prompts, source.model.height, source.model.width)
-    return evaluate(model, prompts, sampling=sampling, rewards=rewards, detector=detector)
+    if not folder:
+        return _Subject(source=source, sampling=sampling, folder=None)
+    paths = image_paths(Path(folder), len(prompts), flags.num)
+    settings = sampling.record(prompts) | source.record() | {"dtype": flags.dtype}
+    with disk_errors(Path(folder), "give another --out"):
+        kept = begin_or_continue(Path(folder), settings, paths, overwrite=flags.overwrite)
+    if kept:
+        print(f"{folder}: {kept} of {len(paths)} images are there and are kept", file=sys.stderr)
+    return _Subject(source=source, sampling=sampling, folder=Path(folder))
+
+
+def _draw_and_judge(
+    subject: _Subject, prompts: Sequence[Prompt], configs: dict[str, Any], flags: EvaluateFlags
+) -> Evaluation:
+    from leapalign.distributed.world import resolve_device
+    from leapalign.evaluation.evaluate import evaluate
+    from leapalign.lookup.detectors import find_detector
+
+    device = resolve_device(flags.device)
+    rewards = {name: load_reward(config, device, flags.dtype) for name, config in configs.items()}
+    model = subject.source.load(device, flags.dtype)
+    detector = find_detector(prompts, subject.source.model.height, subject.source.model.width)
+    try:
+        with disk_errors(subject.folder or Path(gettempdir()), "give another --out, or TMPDIR where there is none"):
+            return evaluate(
+                model,
+                prompts,
+                sampling=subject.sampling,
+                rewards=rewards,
+                detector=detector,
+                folder=subject.folder,
+                on_batch=_progress(len(prompts) * flags.num),
+            )
+    except KeyboardInterrupt:
+        if not subject.folder:
+            raise
+        kept = f"interrupted; the images in {subject.folder} are kept, and the same command continues"
+        raise RunInterrupted(kept, 130) from None
+
+
+def _progress(num: int) -> Callable[[int], None]:
+    """Say on stderr how many images are drawn, every ten seconds."""
+    told = time.monotonic()
+
+    def on_batch(done: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > SECONDS:
+            told = time.monotonic()
+            print(f"{done} of {num} images are drawn", file=sys.stderr, flush=True)
+
+    return on_batch

@@ -18,18 +18,18 @@ from leapalign.storage.atomic import disk_errors
 
 @dataclass(frozen=True, kw_only=True)
 class SampleFlags:
-    """Draw pictures with a run's tuned weights, a pipeline folder, or embedded:generator."""
+    """Draw images with a run's tuned weights, a pipeline folder, or embedded:generator."""
 
     source: Annotated[str, tyro.conf.Positional]
     """A run's folder, a diffusers pipeline folder, or embedded:generator."""
     prompt: tuple[str, ...]
-    """What to draw; several texts give several pictures."""
+    """What to draw; several texts give several images."""
     out: Path = Path("samples")
     """Where the PNG files go."""
     overwrite: bool = False
-    """Replace pictures that are there."""
+    """Replace images that are there."""
     num: int = 1
-    """Pictures a prompt."""
+    """Images a prompt."""
     steps: int = 0
     """Sampling steps; 0 = as in the run's training, or 25."""
     size: int = 0
@@ -40,7 +40,7 @@ class SampleFlags:
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     json: bool = False
-    """Print the pictures' paths as JSON on stdout."""
+    """Print the images' paths as JSON on stdout."""
     plugin: tuple[str, ...] = ()
     """Your own files whose classes the run names; each is executed."""
 
@@ -54,17 +54,19 @@ def sample_command(argv: list[str]) -> None:
 def _sample(flags: SampleFlags) -> list[dict[str, Any]]:
     """Write the images in GenEval's layout; [{"prompt", "path"}], one an image."""
     from leapalign.distributed.world import resolve_device
-    from leapalign.evaluation.image_folder import image_paths, refuse_existing, write_images
-    from leapalign.evaluation.sampling import Sampling, draw_images
+    from leapalign.evaluation.image_folder import image_paths, refuse_existing
+    from leapalign.evaluation.sampling import Sampling, draw_files
 
     prompts = [Prompt(text=check_text(text, "--prompt")) for text in flags.prompt]
     sampling = Sampling(num_steps=flags.steps or STEPS, images_per_prompt=flags.num, batch_size=1, seed=flags.seed)
-    refuse_existing(image_paths(flags.out, len(prompts), flags.num), flags.overwrite)
+    paths = image_paths(flags.out, len(prompts), flags.num)
+    refuse_existing(paths, flags.overwrite)
     source = find_source(flags.source, load_plugins(flags.plugin))
     source = source.changed(size=flags.size, guidance_scale=flags.guidance)
     model = source.load(resolve_device(flags.device), flags.dtype)
     sampling = replace(sampling, num_steps=flags.steps or source.num_steps)
-    images = draw_images(model, [prompt.text for prompt in prompts], sampling)
     with disk_errors(flags.out, "give another --out"):
-        paths = write_images(flags.out, prompts, images, per_prompt=flags.num, overwrite=flags.overwrite)
+        for path in paths:
+            path.unlink(missing_ok=True)
+        draw_files(model, prompts, sampling, flags.out)
     return [{"prompt": prompts[i // flags.num].text, "path": str(path)} for i, path in enumerate(paths)]

@@ -12,7 +12,7 @@ import tyro
 
 from leapalign.cli.answer import answer
 from leapalign.errors import RunStopped, UserError
-from leapalign.images import read_image
+from leapalign.images import check_image, read_image
 from leapalign.lookup.rewards import reward_config
 from leapalign.prompts import PromptFile
 from leapalign.prompts.base import check_text
@@ -28,23 +28,23 @@ Row = dict[str, Any]  # {"image", "prompt", "scores": {reward: number or None}}
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreFlags:
-    """Rewards of picture files, preprocessed by Pillow as the published packages do."""
+    """Rewards of image files, preprocessed by Pillow as the published packages do."""
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Picture files."""
+    """Image files."""
     reward: tuple[str, ...]
     """NAME (leapalign list rewards), NAME=PATH for other weights, or file.py:name of your own, which is executed."""
     prompt: tuple[str, ...] = ()
-    """What the pictures should show: one text for all, or one an image."""
+    """What the images should show: one text for all, or one an image."""
     prompts: str = ""
     """Instead: a .txt, .jsonl or .csv file with a prompt an image."""
     batch_size: int = 8
-    """Pictures at a time; changes memory and time only."""
+    """Images at a time; changes memory and time only."""
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the reward's weights."""
     json: bool = False
-    """Print a row a picture as JSON on stdout."""
+    """Print a row an image as JSON on stdout."""
 
 
 def score_command(argv: list[str]) -> None:
@@ -59,7 +59,8 @@ def _score(flags: ScoreFlags) -> list[Row]:
 
     configs = {word: reward_config(word) for word in flags.reward}
     prompts = _prompts(flags)
-    images = [read_image(path) for path in flags.images]
+    for path in flags.images:
+        check_image(path)
     device = resolve_device(flags.device)
     rows: list[Row] = [{"image": str(i), "prompt": p, "scores": {}} for i, p in zip(flags.images, prompts)]
     for word, config in configs.items():
@@ -67,7 +68,8 @@ def _score(flags: ScoreFlags) -> list[Row]:
         tell_longer({word: reward}, prompts)
         for start in range(0, len(rows), flags.batch_size):
             batch = slice(start, start + flags.batch_size)
-            for row, value in zip(rows[batch], _scores(reward, images[batch], rows[batch])):
+            images = [read_image(path) for path in flags.images[batch]]
+            for row, value in zip(rows[batch], _scores(reward, images, rows[batch])):
                 row["scores"][word] = _number(value, word, reward, row)
     return rows
 
@@ -86,6 +88,8 @@ def _prompts(flags: ScoreFlags) -> list[str]:
         raise UserError("score: give image files, as in `leapalign score a.png b.png --reward ... --prompt ...`")
     if not flags.reward:
         raise UserError("score: give at least one --reward; `leapalign list rewards` has them all")
+    if flags.batch_size < 1:
+        raise UserError(f"score: --batch-size {flags.batch_size}; expected at least 1")
     if bool(flags.prompt) == bool(flags.prompts):
         raise UserError('score: give either --prompt "..." (one for all, or one an image), or --prompts FILE')
     texts = [check_text(text, "--prompt") for text in flags.prompt]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from leapalign.errors import RunStopped, UserError
-from leapalign.evaluation.sampling import Sampling, draw_images
-from leapalign.evaluation.statistics import Evaluation
+from leapalign.evaluation.image_folder import ImageFiles
+from leapalign.evaluation.sampling import Sampling, draw_files
+from leapalign.evaluation.statistics import Evaluation, Images
 from leapalign.geneval.rules import Detection, judge
 from leapalign.prompts import Prompt
 from leapalign.rewards.adapt import complete
@@ -30,33 +33,46 @@ def evaluate(
     sampling: Sampling,
     rewards: Scorers,
     detector: Detector | None,
+    folder: Path | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Draw images for all prompts with the model's present weights and score them; `detector` needs metadata."""
-    images = draw_images(model, [prompt.text for prompt in prompts], sampling, on_batch)
+    """Draw images for all prompts with the model's present weights and judge them; `detector` needs metadata.
+
+    Images are files of `folder`, which may have some of them already (the caller vouches for their settings with
+    `begin_or_continue`); None: of a temporary folder. Memory does not grow with their number. `on_batch` is called with
+    the number of images that are drawn.
+    """
+    held = None if folder else TemporaryDirectory(prefix="leapalign-images-")
+    paths = draw_files(model, prompts, sampling, folder or Path(held.name if held else ""), on_batch)
     each = [prompt for prompt in prompts for _ in range(sampling.images_per_prompt)]
+    images = ImageFiles(tuple(paths), held)
     return score(images, each, rewards=rewards, detector=detector, batch_size=sampling.batch_size)
 
 
 @torch.no_grad()
 def score(
-    images: Tensor, prompts: Sequence[Prompt], *, rewards: Scorers, detector: Detector | None, batch_size: int = 64
+    images: Images, prompts: Sequence[Prompt], *, rewards: Scorers, detector: Detector | None, batch_size: int = 64
 ) -> Evaluation:
-    """Judge images [N, 3, H, W] of N prompts."""
-    detections, verdicts = (), ()
-    if detector:
-        detections = tuple(detector(images))
-        verdicts = tuple(judge(_metadata(prompt), found) for prompt, found in zip(prompts, detections))
-    texts = [prompt.text for prompt in prompts]
-    parts = [slice(start, start + batch_size) for start in range(0, len(texts), batch_size)]
-    values = {name: torch.cat([r(images[p], texts[p]).float().cpu() for p in parts]) for name, r in rewards.items()}
+    """Judge N images, each [3, H, W] in [0, 1], of N prompts; `batch_size` of them are in memory at a time."""
+    detections: list[Sequence[Detection]] = []
+    values: dict[str, list[Tensor]] = {name: [] for name in rewards}
+    for start in range(0, len(prompts), batch_size):
+        texts = [prompt.text for prompt in prompts[start : start + batch_size]]
+        batch = torch.stack([images[start + i] for i in range(len(texts))])
+        detections += detector(batch) if detector else []
+        for name, reward in rewards.items():
+            values[name].append(reward(batch, texts).float().cpu())
+    verdicts = tuple(judge(_metadata(prompt), found) for prompt, found in zip(prompts, detections))
+    whole = {name: torch.cat(each) for name, each in values.items()}
     for name, reward in rewards.items():
-        _check(name, complete(name, reward), values[name], texts)
-    return Evaluation(prompts=tuple(prompts), images=images, detections=detections, verdicts=verdicts, rewards=values)
+        _check(name, complete(name, reward), whole[name], [prompt.text for prompt in prompts])
+    return Evaluation(
+        prompts=tuple(prompts), images=images, detections=tuple(detections), verdicts=verdicts, rewards=whole
+    )
 
 
 def _check(name: str, reward: Reward, values: Tensor, texts: list[str]) -> None:
-    """NaN is an error, except for a reward whose generated text may hold no number (`may_fail`)."""
+    """Raise for NaN and infinity, unless the reward generates text that may hold no number (`may_fail`)."""
     missing = (~values.isfinite()).nonzero().flatten().tolist()
     if missing and not reward.may_fail():
         raise RunStopped(f"the reward {name}: {values[missing[0]]} for the prompt {texts[missing[0]]!r}")

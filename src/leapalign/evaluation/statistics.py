@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -19,12 +19,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class Images(Protocol):
+    """N images, in memory (a tensor [N, 3, H, W]) or on disk."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Tensor:
+        """[3, H, W] in [0, 1]."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evaluation:
     """Findings for N images; without a detector `detections` and `verdicts` are empty."""
 
     prompts: tuple[Prompt, ...]  # N, repeated if a prompt has several images
-    images: Tensor  # [N, 3, H, W] in [0, 1]
+    images: Images  # N
     detections: tuple[Sequence[Detection], ...]
     verdicts: tuple[Verdict, ...]
     rewards: dict[str, Tensor]  # name -> [N] float32

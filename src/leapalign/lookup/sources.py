@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from leapalign.codec import encode
 from leapalign.errors import UserError
 from leapalign.lookup.recipes import read_run
 from leapalign.lookup.runs import check_run_folder
@@ -31,6 +34,14 @@ class Source:
     def load(self, device: str, dtype: str) -> Any:
         """The tuned model."""
         return self.tuning.load_tuned(self.model, self.saved, device, dtype)
+
+    def record(self) -> dict[str, Any]:
+        """Everything that decides the images of this model but how they are sampled: JSON values.
+
+        Local weights are identified by names, sizes and times of their files, so that retrained weights are others.
+        """
+        model = {key: value for key, value in encode(self.model).items() if key != "path"}
+        return {"model": model, "base": _weights(self.model.path), "tuned": _weights(self.saved)}
 
     def changed(self, *, size: int = 0, guidance_scale: float = -1.0) -> Source:
         """The same model at another height and width (0 = as it is) and guidance scale (-1 = as it is)."""
@@ -70,6 +81,16 @@ def families(plugins: Mapping[str, ModuleType]) -> dict[str, Any]:
         own: list[Any] = [c for c in vars(module).values() if is_dataclass(c) and c.__module__ == module.__name__]
         found |= {c.pipeline: c for c in own if hasattr(c, "pipeline")}  # only families have one
     return found
+
+
+def _weights(path: str) -> str:
+    """A digest of the files of a local folder; a hub id or `embedded:NAME` as it is."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return path
+    files = [(file, file.stat()) for file in sorted(folder.rglob("*")) if file.is_file()]
+    seen = [(str(file.relative_to(folder)), stat.st_size, stat.st_mtime_ns) for file, stat in files]
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 
 
 def config_for(source: str, plugins: Mapping[str, ModuleType]) -> Family:

@@ -30,8 +30,8 @@ def data_uri(image: Tensor) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def grid(images: Tensor, columns: int, scale: int, gap: int = 4) -> Image.Image:
-    """[N, 3, H, W] -> one picture, row by row."""
+def grid(images: Sequence[Tensor], columns: int, scale: int, gap: int = 4) -> Image.Image:
+    """Images [3, H, W] of one size as one sheet, row by row."""
     tiles = [enlarged(image, scale) for image in images]
     rows = -(-len(tiles) // columns)
     width, height = tiles[0].size
@@ -44,7 +44,7 @@ def grid(images: Tensor, columns: int, scale: int, gap: int = 4) -> Image.Image:
 def draw_verdicts(evaluation: Evaluation, rows: Sequence[int], columns: int = 10, scale: int = 5) -> Image.Image:
     """The pictures `rows` with their prompt, every detection's box, name and score, and the verdict."""
     font = _font(10)
-    height, width = evaluation.images.shape[-2:]
+    height, width = evaluation.images[rows[0]].shape[-2:]
     cell = (max(width * scale, 190) + 8, height * scale + 46)
     lines = -(-len(rows) // columns)
     sheet = Image.new("RGB", (columns * cell[0], lines * cell[1]), PAPER)

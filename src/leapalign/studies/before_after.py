@@ -87,7 +87,7 @@ def conduct(study: Study) -> dict[str, Any]:
         "tuned_evaluation": time.monotonic() - trained_to,
     }
     comparison = compare(before, after)
-    write_images(out, before, after)
+    write_sheets(out, before, after)
     write_page(study, before, after, comparison, times)
     seconds = time.monotonic() - begun
     summary = summarize(result.summary, comparison, times, seconds) | {run.tuning.output: str(result.saved)}
@@ -136,10 +136,8 @@ def summarize(
     }
 
 
-def write_images(out: Path, before: Evaluation, after: Evaluation) -> None:
+def write_sheets(out: Path, before: Evaluation, after: Evaluation) -> None:
     """before.png and after.png: the same places, the same noise, a row for each task; verdicts.png: what was found."""
-    import torch
-
     from leapalign.report.page import spread
     from leapalign.report.pictures import draw_verdicts, grid
 
@@ -147,7 +145,7 @@ def write_images(out: Path, before: Evaluation, after: Evaluation) -> None:
     rows = [r for tag in dict.fromkeys(tags) for r in spread([i for i, t in enumerate(tags) if t == tag], 10)]
     columns = min(10, len(rows))
     for name, evaluation in (("before", before), ("after", after)):
-        grid(evaluation.images[torch.tensor(rows)], columns, scale=3).save(out / f"{name}.png")
+        grid([evaluation.images[row] for row in rows], columns, scale=3).save(out / f"{name}.png")
     if after.verdicts:
         draw_verdicts(after, rows).save(out / "verdicts.png")
 
