@@ -17,6 +17,7 @@ from leapalign.models.flux2 import Flux2Klein
 from leapalign.models.qwen_image import QwenImage
 from leapalign.models.sd3 import SD3
 from leapalign.models.z_image import ZImage
+from leapalign.tuning.files import FILE
 
 PROMPTS = ["a red circle", "two blue star left of the green square above"]
 NUM_STEPS = 3
@@ -71,14 +72,12 @@ def our_images(model: Any) -> Tensor:
     )
 
 
-def pipeline_images(
-    family: Family, folder: str | Path, lora: str | Path = "", weight_name: str | None = None
-) -> Tensor:
+def pipeline_images(family: Family, folder: str | Path, lora: str | Path = "") -> Tensor:
     """[2, 3, H, W] by the pipeline's own call, with a LoRA file loaded by its own loader."""
     pipeline = type(family.build()).from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     if lora:
-        pipeline.load_lora_weights(str(lora), weight_name=weight_name)
+        pipeline.load_lora_weights(str(lora), weight_name=FILE)  # named: diffusers 0.39 asks for it offline
     call = {name: list(value) if isinstance(value, list) else value for name, value in family.call.items()}
     return pipeline(  # copies of the lists: ZImagePipeline writes its chat format into the caller's
         prompt=list(PROMPTS), num_inference_steps=NUM_STEPS, generator=generators(), output_type="pt", **call

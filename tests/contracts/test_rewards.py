@@ -51,7 +51,8 @@ class Case:
 
 # Measured: cosine 0.0043, logit 0.17, hessel 0.012, torchmetrics 0.43. Without antialiasing 0.138, and bilinear 0.042
 # for the cosine, so the tolerance tells the paths' difference from a mistake (tests/rewards/test_clip.py does it).
-# HPSv2 0.0005 (0.074 and 0.0085), ImageReward 0.025 (0.78 and 0.18), aesthetic 0.0092 (2.4 and 0.45).
+# HPSv2 0.0005 (0.074 and 0.0085), ImageReward 0.025 (0.78 and 0.18), aesthetic 0.0092 (2.4 and 0.45);
+# 0.029 with transformers 5.0, which draws other random weights.
 # OCR 0.0065 (0.083 and 0.30); tests/rewards/test_ocr.py has pictures that shrink.
 # HPSv3: 0.015 at scores of 3 to 6. It enlarges `photos`; its shrinking is compared in tests/golden/test_hpsv3.py.
 CASES = {
@@ -66,7 +67,7 @@ CASES = {
     "imagereward": Case(
         lambda folder: ImageReward(path=str(write_tiny_imagereward(folder / "imagereward")), processor=""), 0.065
     ),
-    "aesthetic": Case(lambda folder: aesthetic(write_tiny_aesthetic(folder / "aesthetic")), 0.023),
+    "aesthetic": Case(lambda folder: aesthetic(write_tiny_aesthetic(folder / "aesthetic")), 0.075),
     "ocr": Case(lambda folder: OCR(path=str(write_tiny_crnn(folder))), 0.016, QUOTING, step=1e-6),
     "ocr region": Case(
         lambda folder: OCR(path=str(write_tiny_crnn(folder)), region=(0.1, 0.3, 0.9, 0.8)), 0.016, QUOTING, step=1e-6

@@ -22,7 +22,7 @@ def write_lora(folder: Path, state: dict[str, Tensor]) -> None:
     """
     rank = {value.shape[0] for name, value in state.items() if name.endswith(".lora_A.weight")}.pop()
     layers = [name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")]
-    config = {"r": rank, "lora_alpha": rank, "target_modules": layers}
+    config = {"r": rank, "lora_alpha": rank, "target_modules": layers, "rank_pattern": {}}  # diffusers 0.39 reads it
     # one entry: safetensors writes several in any order, and equal adapters should be equal files
     metadata = {"lora_adapter_metadata": json.dumps({PREFIX + k: v for k, v in config.items()})}
     save_file({PREFIX + name: value for name, value in state.items()}, folder / FILE, metadata=metadata)
