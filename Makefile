@@ -17,7 +17,7 @@ help:
 	@echo "make test-quantization  install leapalign[quantization] (46 MB); test bases in 8 and 4 bits"
 	@echo "make test-versions      test with the lowest versions of pyproject.toml, then with the newest, in new environments"
 	@echo "make losses             compare short runs of the embedded recipes with their stored losses: 2 minutes"
-	@echo "make lint               ruff and pyright; make format: let ruff rewrite"
+	@echo "make lint               ruff, pyright and the import contracts; make format: let ruff rewrite"
 	@echo "make wheel              build the wheel, in dist/"
 
 venv: $(INSTALLED)
@@ -52,6 +52,7 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-logo
 
 format: venv
 	$(BIN)/ruff check --fix .
