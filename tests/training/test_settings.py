@@ -11,6 +11,7 @@ import torch
 from leapalign.checkpoint import checkpoints
 from leapalign.errors import UserError
 from leapalign.models.decode import straight_through_clamp, with_pixel_gradient
+from leapalign.prompts import Prompt
 from leapalign.training import batches, direct, loop
 from leapalign.training.batches import Start
 
@@ -102,3 +103,13 @@ def test_a_resumed_run_encodes_the_prompts_that_it_reaches(tiny_run):
     reached = {prompts[batches.prompt_index(run.seed, place, len(prompts))].text for place in (9, 10)}
     assert reached <= set(texts) and len(texts) <= 3
     assert set(batches.prompts_used(run, prompts, Start(step=0, samples=3))) == {prompt.text for prompt in prompts}
+
+
+def test_the_fixed_set_has_an_order_of_its_own(tiny_run):
+    """Not the first update's prompts, whatever the seeds."""
+    run = tiny_run(batch_size=64, evaluation_size=64)
+    prompts = [Prompt(text=f"prompt {i}") for i in range(1000)]
+    first = [text for micro in batches.micro_batches(run, prompts, 0) for text in micro.prompts]
+    fixed = batches.evaluation_prompts(run, prompts)
+    assert run.seed == run.evaluation_seed and len(set(fixed)) == 64
+    assert len(set(first) & set(fixed)) < 16  # 4 are expected by chance

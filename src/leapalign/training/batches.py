@@ -56,14 +56,14 @@ def micro_batches(
         yield MicroBatch(step, samples, texts)
 
 
-def prompt_index(seed: int, place: int, count: int) -> int:
+def prompt_index(seed: int, place: int, count: int, purpose: str = "prompt order") -> int:
     """Index of the prompt at a place of the endless sequence in which each epoch is another permutation."""
-    return _epoch_order(seed, place // count, count)[place % count]
+    return _epoch_order(seed, place // count, count, purpose)[place % count]
 
 
 @lru_cache(maxsize=4)
-def _epoch_order(seed: int, epoch: int, count: int) -> tuple[int, ...]:
-    rng = generator(seed, step=epoch, sample=0, purpose="prompt order")
+def _epoch_order(seed: int, epoch: int, count: int, purpose: str) -> tuple[int, ...]:
+    rng = generator(seed, step=epoch, sample=0, purpose=purpose)
     return tuple(torch.randperm(count, generator=rng).tolist())
 
 
@@ -76,8 +76,12 @@ def prompts_used(run: Run, prompts: Sequence[Prompt], begin: Start = BEGINNING) 
 
 
 def evaluation_prompts(run: Run, prompts: Sequence[Prompt]) -> list[str]:
-    """Prompts of the fixed evaluation set; the same for every run with this evaluation_seed."""
-    return [prompts[prompt_index(run.evaluation_seed, i, len(prompts))].text for i in range(run.evaluation_size)]
+    """Prompts of the fixed evaluation set, in an order of its own: not those of the first update.
+
+    The same for every run with this evaluation_seed and these prompts.
+    """
+    seed, count = run.evaluation_seed, len(prompts)
+    return [prompts[prompt_index(seed, i, count, "evaluation order")].text for i in range(run.evaluation_size)]
 
 
 def noise_generators(seed: int, step: int, samples: Sequence[int], purpose: str = "noise") -> list[torch.Generator]:

@@ -40,7 +40,7 @@ def _sums(engine: Engine, texts: list[str], rows: range, start: int) -> torch.Te
     if engine.rewards_in_step:
         made = [min(row, len(texts) - 1) for row in range(start, start + run.micro_batch_size)]
     prompts = [texts[row] for row in made]
-    noise = engine.model.noise(batches.noise_generators(run.evaluation_seed, 0, made, "probe"))
+    noise = engine.model.noise(batches.noise_generators(run.evaluation_seed, 0, made, "fixed set noise"))
     with engine.rollout():
         x_0 = rollout(engine.velocity(prompts), noise.to(engine.sigmas.device), engine.sigmas)
     scores = engine.score(prompts, x_0, range(len(prompts))).values()
