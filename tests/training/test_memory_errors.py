@@ -11,14 +11,18 @@ import torch
 from leapalign.checkpoint import checkpoints
 from leapalign.cli import main
 from leapalign.codec import dumps
+from leapalign.distributed.world import World
 from leapalign.errors import RunStopped, UserError
 from leapalign.models.sd3 import SD3
 from leapalign.run import RewardTerm
 from leapalign.training import loop, out_of_memory
+from leapalign.training.out_of_memory import Setup
 
 CPU = RuntimeError(
     "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
 )
+LOADING = Setup(world=World(), loading=True)
+BLOCKS = Setup(world=World(), blocks=True)
 ERRORS = [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"), MemoryError(), CPU]
 
 
@@ -81,22 +85,36 @@ def test_loading_that_needs_too_much_advises_on_what_is_loaded(tiny_run, monkeyp
     monkeypatch.setattr(type(run.model), "load", load)
     with pytest.raises(RunStopped, match=r"loading: out of memory \(\[enforce fail"):
         loop.train(run)
-    assert "1. a recipe that trains a LoRA" in out_of_memory.message(run, "loading", CPU, [], loading=True)
+    assert "1. a recipe that trains a LoRA" in out_of_memory.message(run, "loading", CPU, LOADING)
+
+
+def flags(run, setup=BLOCKS) -> list[str]:
+    return [text.split(":")[0] for text in out_of_memory.settings(run, setup)]
+
+
+def test_several_ranks_are_told_of_sharding_first(tiny_run):
+    """And of the draws that sharded ranks must share, where the run's own do not fit."""
+    ranks = replace(BLOCKS, world=World(rank=1, size=4, local_size=4))
+    run = tiny_run(batch_size=16, micro_batch_size=2)
+    assert flags(run, ranks)[0] == flags(run, replace(ranks, loading=True))[0] == "--sharding full"
+    assert "each of the 4 ranks keeps 1/4 of weights" in out_of_memory.settings(run, ranks)[0]
+    assert flags(replace(run, samples_per_draw=2), ranks)[0] == "--sharding full --samples-per-draw 8"
+    sharded = replace(ranks, sharded=True)
+    assert not any("sharding" in flag or "gather" in flag for flag in flags(run, sharded))
+    assert flags(replace(run, gather_in_rollout=True), sharded)[0] == "--no-gather-in-rollout"
 
 
 def test_advice_is_what_the_run_can_still_change(tiny_run):
-    def flags(run) -> list[str]:
-        return [text.split(":")[0] for text in out_of_memory.settings(run, loading=False)]
-
     run = tiny_run(micro_batch_size=4, model=SD3(path="x", decode_chunk=0))
-    graph = ["--graph inputs", "--micro-batch-size 2", "--reward-chunk 1", "--model.decode-chunk 1", "--dtype bfloat16"]
+    graph = ["--graph blocks", "--micro-batch-size 2", "--reward-chunk 1", "--model.decode-chunk 1", "--dtype bfloat16"]
     assert flags(run)[:5] == graph
-    small = replace(run, graph="inputs", micro_batch_size=1, dtype="bfloat16", model=SD3(path="x", decode_chunk=1))
+    assert flags(run, replace(BLOCKS, blocks=False))[0] == "--graph inputs"
+    small = replace(run, graph="blocks", micro_batch_size=1, dtype="bfloat16", model=SD3(path="x", decode_chunk=1))
     assert flags(small)[0].startswith("a recipe that trains a LoRA")
     assert not set(flags(small)) & set(graph) and len(flags(small)) >= 3
 
 
 def test_other_errors_go_their_way(tiny_run):
     for error in (RuntimeError("shapes"), UserError("a folder"), ValueError("x")):
-        with pytest.raises(type(error)), out_of_memory.explained(tiny_run(), "step 1", []):
+        with pytest.raises(type(error)), out_of_memory.explained(tiny_run(), "step 1", BLOCKS):
             raise error

@@ -154,6 +154,20 @@ class Family(ModelConfig, Protocol):
         ...
 
 
+@runtime_checkable
+class ImageSettings(Protocol):
+    """Settings that the families of the package share."""
+
+    @property
+    def height(self) -> int: ...  # pixels
+
+    @property
+    def width(self) -> int: ...  # pixels
+
+    @property
+    def decode_chunk(self) -> int: ...  # images decoded at a time; 0 = all
+
+
 class Model(Protocol):
     """A text-to-image flow model; `policy` is trained, everything else is frozen."""
 

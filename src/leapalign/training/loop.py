@@ -19,6 +19,7 @@ from leapalign.checkpoint.sharded import writers_of
 from leapalign.codec import dumps
 from leapalign.distributed.world import World, joined
 from leapalign.errors import NotFinite, UserError
+from leapalign.flow.graph import CheckpointsBlocks
 from leapalign.run import Run
 from leapalign.storage.atomic import complete_folder, disk_errors, write_text
 from leapalign.storage.lock import run_lock
@@ -27,6 +28,7 @@ from leapalign.training.batches import Start
 from leapalign.training.direct import update
 from leapalign.training.engine import Engine, build
 from leapalign.training.fixed_set import evaluation_reward
+from leapalign.training.out_of_memory import Setup
 from leapalign.training.preemption import Stop, on_signals
 from leapalign.training.session import Session, open_folder, tell, tell_short_average
 from leapalign.training.summary import summarize
@@ -105,7 +107,7 @@ def _origin(run: Run, world: World, checkpoint: str, allow_changes: bool) -> Ori
 
 
 def _load(run: Run, world: World, origin: Origin) -> tuple[Engine, Progress]:
-    with out_of_memory.explained(run, "loading", [], loading=True):
+    with out_of_memory.explained(run, "loading", Setup(world=world, loading=True)):
         done = checkpoints.progress_of(origin.checkpoint)
         engine = build(run, world, Start(done.step, done.samples))
         with world.agreed():
@@ -138,7 +140,7 @@ def _train_steps(
     engine: Engine, progress: Progress, tracker: Tracker | Silent, stop: Stop, on_step: Callable[[Metrics], None] | None
 ) -> None:
     run, begun = engine.run, time.monotonic() - progress.seconds
-    held = out_of_memory.parts_in_memory(engine.parameters, engine.ema.shadow, engine.model.policy)
+    setup = _setup(engine)
     with on_signals(stop), Saver(asynchronous=run.async_checkpoints, parameters=engine.parameters) as saver:
         parts = {"progress": progress, "tracker": tracker, "saver": saver, "stop": stop}
         session = Session(engine=engine, writers=writers_of(engine.parameters, engine.world), **parts)
@@ -146,7 +148,7 @@ def _train_steps(
             tracker.log({"step": 0} | evaluation_reward(engine))
         while progress.step < run.steps:
             started = time.monotonic()
-            with out_of_memory.explained(run, f"step {progress.step + 1}", held):
+            with out_of_memory.explained(run, f"step {progress.step + 1}", setup):
                 metrics = _step(session)
                 progress.seconds = time.monotonic() - begun
                 metrics = {"step": progress.step} | metrics | {"seconds": time.monotonic() - started}
@@ -160,6 +162,13 @@ def _train_steps(
                 on_step(metrics)
             if progress.step < run.steps:
                 session.leave_if_asked()
+
+
+def _setup(engine: Engine) -> Setup:
+    policy = engine.model.policy
+    held = out_of_memory.held_sizes(engine.parameters, engine.ema.shadow, policy)
+    blocks, sharded = isinstance(policy, CheckpointsBlocks), engine.shards is not None
+    return Setup(world=engine.world, sharded=sharded, blocks=blocks, held=held)
 
 
 def _step(session: Session) -> Metrics:

@@ -1,64 +1,89 @@
-"""Out of memory: what fills it, and the three settings that would help most, instead of an allocator's message."""
+"""Out of memory: the sizes of what is held, and the three settings that would help most."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from leapalign.distributed.tensors import local
+from leapalign.distributed.world import World, one_draw_a_round
 from leapalign.errors import RunStopped, UserError, is_out_of_memory
+from leapalign.models.base import ImageSettings
 from leapalign.run import Run
 
 ADVICE = 3  # settings named
 
 
-@contextmanager
-def explained(run: Run, where: str, plan: list[str], *, loading: bool = False) -> Iterator[None]:
-    """Inside, too little memory stops the run with `where`, the plan's parts and advice (exit status 1).
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Facts beside the run that decide which settings would help."""
 
-    `plan`: lines, one a part with its size (`parts_in_memory`).
-    """
+    world: World
+    sharded: bool = False  # the policy's weights, over the ranks
+    blocks: bool = False  # the policy can checkpoint its blocks
+    held: tuple[str, ...] = ()  # what is in memory for the whole run: lines, one a component with its size
+    loading: bool = False
+
+
+@contextmanager
+def explained(run: Run, where: str, setup: Setup) -> Iterator[None]:
+    """Inside, too little memory raises RunStopped with `where`, the sizes of what is held, and advice."""
     try:
         yield
     except (MemoryError, RuntimeError, UserError) as error:  # a UserError may hide it: "this folder cannot be opened"
         if (cause := _memory_error(error)) is None:
             raise
-        raise RunStopped(message(run, where, cause, plan, loading=loading)) from error
+        raise RunStopped(message(run, where, cause, setup)) from error
 
 
-def message(run: Run, where: str, error: BaseException, plan: list[str], *, loading: bool) -> str:
-    """Everything that the user sees."""
+def message(run: Run, where: str, error: BaseException, setup: Setup) -> str:
+    """The message for the user."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    parts = "".join(f"\n  {line}" for line in plan)
-    held = f"\nIn memory for the whole run:{parts}" if plan else ""
-    advice = "".join(f"\n  {i}. {text}" for i, text in enumerate(settings(run, loading=loading)[:ADVICE], 1))
+    lines = "".join(f"\n  {line}" for line in setup.held)
+    held = f"\nIn memory for the whole run:{lines}" if lines else ""
+    advice = "".join(f"\n  {i}. {text}" for i, text in enumerate(settings(run, setup)[:ADVICE], 1))
     return (
         f"{where}: out of memory ({reason}){held}\nWhat would help most:{advice}\n"
-        f"Give these to `leapalign train`; or, where a checkpoint has been saved, write them into {run.out}/run.json "
-        f"and go on with `leapalign resume {run.out} --allow-changes`"
+        f"Give these to `leapalign train`; or, if a checkpoint has been saved, write them into {run.out}/run.json "
+        f"and continue with `leapalign resume {run.out} --allow-changes`"
     )
 
 
-def settings(run: Run, *, loading: bool) -> list[str]:
-    """What this run can still change, the most helpful first: memory of the graph, or of what is loaded."""
-    graph, loaded = _of_graph(run), _of_loaded(run)
-    return loaded + graph if loading else graph + loaded
+def settings(run: Run, setup: Setup) -> list[str]:
+    """Settings that this run can still change, the most helpful first: of sharding, the graph, what is loaded."""
+    graph, loaded = _of_graph(run, setup), _of_loaded(run)
+    return _of_sharding(run, setup) + (loaded + graph if setup.loading else graph + loaded)
 
 
-def _of_graph(run: Run) -> list[str]:
+def _of_sharding(run: Run, setup: Setup) -> list[str]:
+    ranks = setup.world.size
+    if setup.sharded and run.gather_in_rollout:
+        return ["--no-gather-in-rollout: weights are gathered block by block, also between forwards without graph"]
+    if ranks == 1 or setup.sharded:
+        return []
+    draws = "" if one_draw_a_round(run, setup.world) else f" --samples-per-draw {run.micro_batch_size * ranks}"
+    return [
+        f"--sharding full{draws}: each of the {ranks} ranks keeps 1/{ranks} of weights, gradients, moments, average"
+    ]
+
+
+def _of_graph(run: Run, setup: Setup) -> list[str]:
     texts = []
-    if run.graph != "inputs":
+    if run.graph == "all" and setup.blocks:
+        texts.append("--graph blocks: keep only the inputs of the model's blocks and compute each block twice")
+    elif run.graph == "all":  # with `inputs` the graph of a whole forward is rebuilt: more than with `blocks`
         texts.append("--graph inputs: keep only the model's inputs and compute each differentiated step twice")
     if run.micro_batch_size > 1:
         smaller = max(m for m in range(1, run.micro_batch_size) if run.batch_size % m == 0)
         texts.append(f"--micro-batch-size {smaller}: fewer samples at a time, the same result")
     if run.reward_chunk != 1 and run.micro_batch_size > 1:
         texts.append("--reward-chunk 1: decode and score one sample at a time, the same result")
-    if getattr(run.model, "decode_chunk", 1) != 1:
-        texts.append("--model.decode-chunk 1: decode one picture at a time, the same result")
+    if isinstance(run.model, ImageSettings) and run.model.decode_chunk != 1:
+        texts.append("--model.decode-chunk 1: decode one image at a time, the same result")
     if run.dtype == "float32":
         texts.append("--dtype bfloat16: half the memory of the forward passes (over float32 weights)")
     return texts
@@ -66,22 +91,22 @@ def _of_graph(run: Run) -> list[str]:
 
 def _of_loaded(run: Run) -> list[str]:
     texts = []
-    if getattr(run.tuning, "name", "") == "full":
+    if run.tuning.name == "full":
         texts.append("a recipe that trains a LoRA instead of all weights: no gradient, optimiser and average of those")
     if any(not term.device for term in run.rewards):
         texts.append("--rewards.0.device cuda:1 (or cpu): the reward on another device than the model")
     if any((term.dtype or run.dtype) == "float32" for term in run.rewards):
         texts.append("--rewards.0.dtype bfloat16: half the memory of the reward's weights")
-    height, width = getattr(run.model, "height", 0), getattr(run.model, "width", 0)
-    if height and width:
-        texts.append(f"--model.height and --model.width below {height} x {width}: smaller pictures")
+    if isinstance(run.model, ImageSettings):
+        size = f"{run.model.height} x {run.model.width}"
+        texts.append(f"--model.height and --model.width below {size}: smaller images")
     return [*texts, "a machine with more memory, or a smaller model"]
 
 
-def parts_in_memory(
+def held_sizes(
     parameters: Mapping[str, Tensor], shadow: Mapping[str, Tensor], policy: torch.nn.Module
-) -> list[str]:
-    """The sizes that are known once a run is loaded, largest first; forwards and rewards come on top."""
+) -> tuple[str, ...]:
+    """Sizes on this rank that are known once a run is loaded, largest first; forwards and rewards come on top."""
     trained = _bytes(parameters)
     frozen = _bytes({name: p for name, p in policy.named_parameters() if not p.requires_grad})
     sizes = {
@@ -91,16 +116,17 @@ def parts_in_memory(
         "their average (ema_decay)": _bytes(shadow),
         "frozen weights of the model": frozen,
     }
-    return [f"{size / 2**30:8.2f} GiB  {name}" for name, size in sorted(sizes.items(), key=lambda p: -p[1]) if size]
+    largest_first = sorted(sizes.items(), key=lambda pair: -pair[1])
+    return tuple(f"{size / 2**30:8.2f} GiB  {name}" for name, size in largest_first if size)
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:
-    """On this rank: of sharded tensors, its part."""
+    """Bytes on this rank; of sharded tensors, its part."""
     return sum(local(t).numel() * t.element_size() for t in tensors.values())
 
 
 def _memory_error(error: BaseException | None) -> BaseException | None:
-    """The error itself or the one behind it that says so."""
+    """The first error in the chain of causes that reports too little memory."""
     while error is not None:
         if is_out_of_memory(error):
             return error
