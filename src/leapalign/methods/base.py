@@ -1,4 +1,4 @@
-"""What every direct-gradient method is: explicit draws in, a surrogate out (arXiv 2604.15311, Algorithm 1).
+"""The protocol of direct-gradient methods: explicit draws in, a surrogate out (arXiv 2604.15311, Algorithm 1).
 
 A method rolls the noise out with its few differentiated forwards *inside* the rollout, and returns a surrogate: the
 latent that the reward sees, holding the graph through which the reward's gradient goes back to the weights.
@@ -40,7 +40,7 @@ class Method(Protocol[Draws]):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Surrogate:
-    """What a method hands to the objective; N = copies * B rows, in blocks of B (row n belongs to sample n % B)."""
+    """A method's result for the objective: N = copies * B rows, in blocks of B (row n belongs to sample n % B)."""
 
     x_hat: Tensor  # [N, ...]: its value is what the reward sees, its graph is the method
     weight: Tensor  # [N], without graph
@@ -56,14 +56,14 @@ class Surrogate:
     def backward(self, grad: Tensor) -> None:
         """Pull the loss's gradient at x_hat, [N, ...], through the method's graph into the weights' .grad.
 
-        Does nothing where there is no graph.
+        Does nothing if the surrogate has no graph.
         """
         if self.has_gradient:
             self.x_hat.backward(grad.to(self.x_hat.dtype))  # the reward may have run in another dtype
 
 
 def uniform_integer(low: int, high: int, rng: torch.Generator) -> int:
-    """One integer from {low..high}, both included."""
+    """Draw an integer from {low..high}, both included."""
     import torch
 
     return int(torch.randint(low, high + 1, (), generator=rng, device=rng.device))

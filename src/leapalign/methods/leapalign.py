@@ -85,11 +85,11 @@ class LeapAlign:
     nested_scale: float = 0.3  # alpha, Eq. 9
     """Factor on the nested gradient, in [0, 1] (alpha; 0.3 for HPSv2.1, 0.1 for PickScore and HPSv3)."""
     distance_floor: float = 0.1  # tau, Eq. 12
-    """Smallest distance that the weight believes (tau); presumes latents of about unit variance."""
+    """Lower bound of the distances in the weight (tau); presumes latents of about unit variance."""
     weighting: Weighting = "both"  # Fig. 4d
     """Distances behind a sample's weight: all, those at the intermediate landings, the one at x_0, none."""
     reward_input: RewardInput = "x_0"  # Fig. 4c
-    """What the reward sees: the rollout's image, or the last leap's prediction of it."""
+    """Image that the reward sees: the rollout's, or the last leap's prediction of it."""
     timestep_range: tuple[float, float] = (0.0, 1.0)  # Fig. 4e
     """Steps that may leap, as shares of the T steps counted from the image: low < t / T <= high."""
     leap_distance: float = 0.0  # Fig. 4f; the paper's "fixed distance" is 0.5

@@ -50,7 +50,7 @@ class LatentGradient:
 
     @property
     def reward(self) -> Tensor:
-        """[N]: the reward, or the plain sum where there are several."""
+        """[N]: the reward, or the plain sum of several."""
         return sum(self.rewards.values())  # type: ignore[return-value]
 
     @property
@@ -60,7 +60,7 @@ class LatentGradient:
 
     @property
     def has_gradient(self) -> bool:
-        """False where every sample lies above every threshold: skip the update and count it."""
+        """False if every sample lies above every threshold: skip the update and count it."""
         return bool(self.below.any())
 
 
@@ -71,7 +71,7 @@ def latent_gradient(
 
     `chunk`: latents scored at once (0 = all). `batch_size`: the samples of the whole batch, by which the loss is
     divided (0 = the surrogate's own B); give the sum over micro-batches, and their gradients add up to the batch's.
-    Raises UserError where a reward is missing, has another shape than [n], or carries no graph.
+    Raises UserError if a reward is missing, has another shape than [n], or carries no graph.
     """
     import torch
 
@@ -96,7 +96,7 @@ def latent_gradient(
 def _gradient(
     latents: Tensor, hinges: dict[str, Tensor], terms: Mapping[str, Hinge], weight: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """d (sum_n weight_n l_n) / d latents, and the norms of those terms that are brought to 1 (Hinge.unit_gradient).
+    """d (sum_n weight_n l_n) / d latents, and the gradient norms that were brought to 1 (Hinge.unit_gradient).
 
     Frees the chunk's graph; no weight of a reward gets a .grad.
     """

@@ -1,8 +1,8 @@
-"""Checks of a run by itself, before it spends hours: each takes a few forwards of one sample (Run.self_checks).
+"""Checks of a run before it spends hours: each takes a few forwards of one sample (Run.self_checks).
 
 At start-up: the sampler agrees with diffusers' pipeline on the first prompt and noise, over a few steps; each reward
-has a finite gradient that is not zero at the picture so drawn. At the first save: the saved model, opened again, has
-the same velocity. Nothing of the run is changed: no weight, no gradient, no random state.
+has a finite gradient that is not zero at the image it draws. At the first save: the saved model, loaded again, has the
+same velocity. The checks change no weight, gradient or random state of the run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OFF = "--no-self-checks leaves these checks out"
 
 
 def at_start(engine: Engine) -> None:
-    """Sampler and rewards, on the run's first sample."""
+    """Check the sampler and the rewards on the run's first sample. Raises UserError."""
     prompts, noise, text = _first_sample(engine)
     num_steps = min(STEPS, engine.run.num_sampling_steps)
     sigmas = engine.model.sigmas(num_steps).to(noise.device)
@@ -50,7 +50,7 @@ def at_start(engine: Engine) -> None:
 
 
 def at_first_save(engine: Engine) -> None:
-    """The model saved and opened again; only where it is small enough to be in memory twice."""
+    """Compare the saved model, loaded again, with the trained one, if it is small enough to be in memory twice."""
     run, policy = engine.run, engine.model.policy
     size = sum(p.numel() * p.element_size() for p in policy.parameters())
     if not hasattr(run.model, "path") or size > RELOADED_BYTES:
@@ -85,11 +85,11 @@ def _check_reward(name: str, reward: Callable[[Tensor, list[str]], Tensor], imag
         if not bool(torch.isfinite(tensor).all()):
             bad = float(tensor[~torch.isfinite(tensor)].flatten()[0])
             raise UserError(
-                f"self-check: the {what} of the reward {name} is {bad} at the first picture ({prompts}); {OFF}"
+                f"self-check: the {what} of the reward {name} is {bad} at the first image ({prompts}); {OFF}"
             )
     if not bool(gradient.any()):
         raise UserError(
-            f"self-check: the gradient of the reward {name} is zero at the first picture ({prompts}), so it cannot "
+            f"self-check: the gradient of the reward {name} is zero at the first image ({prompts}), so it cannot "
             f"train; is it constant, rounded, or cut off by detach() or no_grad()? {OFF}"
         )
 

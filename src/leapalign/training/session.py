@@ -1,4 +1,4 @@
-"""What is around the steps of one process: saves, an orderly end, batches left out, and what the user is told."""
+"""Around the steps of one process: saves, the end on request, batches that are left out, messages to the user."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Session:
         self.saver.step = self.progress.step
 
     def leave_if_asked(self) -> None:
-        """Between two steps: where a signal or the time says so, save (unless that was just done) and leave.
+        """Between two steps: if a signal or the time asks for it, save (unless that was just done) and leave.
 
         Raises RunInterrupted.
         """
@@ -104,7 +104,7 @@ def tell_short_average(tracker: Tracker | Silent, run: Run) -> None:
 def tell(
     tracker: Tracker | Silent, origin: Checkpoint, progress: Progress, changes: list[str], aside: list[Path]
 ) -> None:
-    """What a resumed run begins with; changed settings are also kept in its checkpoints."""
+    """Tell the user what a resumed run starts from; changed settings are also kept in its checkpoints."""
     tracker.note(f"resuming from {origin.folder.name}")
     if changes:
         progress.changes.append({"step": progress.step, "changes": changes})

@@ -1,4 +1,4 @@
-"""The trained weights: which they are, their clipped gradient, and their exponential moving average.
+"""The trained weights: selecting them, clipping their gradient, and their exponential moving average.
 
 EMA: shadow <- d shadow + (1 - d) w after every update, begun at the base weights, in float32 at least, of the trained
 weights only. The paper evaluates and ships these averages (arXiv 2604.15311, Sec. 6.1: d = 0.995).
@@ -17,7 +17,7 @@ from leapalign.errors import UserError
 
 
 def trained_parameters(policy: nn.Module) -> Named:
-    """Name -> parameter, of those that require a gradient."""
+    """Name -> parameter that requires a gradient. Raises UserError if none does."""
     parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     if not parameters:
         raise UserError(f"{type(policy).__name__}: no parameter requires a gradient; there is nothing to train")
