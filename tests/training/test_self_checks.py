@@ -52,7 +52,7 @@ class Flawed:
 @pytest.mark.parametrize(
     ("flaw", "message"),
     [
-        ("zero", r"the gradient of the reward flawed is zero at the first picture \(\['.*'\]\), so it cannot train"),
+        ("zero", r"the gradient of the reward flawed is zero at the first image \(\['.*'\]\), so it cannot train"),
         ("rounded", "the gradient of the reward flawed is zero"),
         ("detached", "reward flawed: it carries no gradient"),
         ("infinite", "the score of the reward flawed is inf"),

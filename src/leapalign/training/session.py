@@ -65,12 +65,16 @@ class Session:
         raise RunInterrupted(f"{done}; `leapalign resume {run.out}` goes on", status)
 
     def leave_out(self, error: NotFinite) -> Metrics:
-        """A batch of NaN or infinity: the metrics of a step without it, or, beyond the limit, the end of the run."""
+        """Count a batch of NaN or infinity and return the metrics of a step without it.
+
+        Raises NotFinite beyond `max_nonfinite_batches`.
+        """
         before, limit = self.progress.nonfinite_batches, self.engine.run.max_nonfinite_batches
         if before >= limit:
-            raise NotFinite(
-                f"{error} (max_nonfinite_batches is {limit}; {before} were left out before)" if limit else str(error)
-            )
+            counted = f" (max_nonfinite_batches is {limit}; {before} were left out before)" if limit else ""
+            beyond = NotFinite(f"{error}{counted}")
+            beyond.elsewhere = error.elsewhere
+            raise beyond
         self.progress.nonfinite_batches += 1
         self.tracker.note(f"{error}. This batch was left out: {before + 1} of at most {limit}")
         return {"nonfinite_batch": 1, "skipped": 1}
