@@ -26,8 +26,6 @@ from leapalign.rewards.custom import Custom
 from leapalign.shapeworld.world import COLORS, Object, render
 from leapalign.training.tracking import read_metrics
 from tiny_checkpoints import write_tiny_hpsv2, write_tiny_imagereward
-from tiny_clip import write_tiny_clip
-from tiny_crnn import write_tiny_crnn
 from tiny_qwen import write_tiny_hpsv3
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_reward.py"
@@ -250,12 +248,15 @@ def test_the_tokenizer_beside_the_checkpoint_is_found(name, write, pictures, cap
     assert list(again["scores"].values()) == list(row["scores"].values())
 
 
-@pytest.mark.parametrize("name", ["pickscore", "hpsv2", "imagereward", "hpsv3", "ocr"])
-def test_a_strip_is_refused_by_its_file(name, pictures, capsys, tmp_path):
-    write = {"pickscore": write_tiny_clip, "ocr": write_tiny_crnn} | WITH_A_TOKENIZER
-    Image.new("RGB", (900, 2)).save(tmp_path / "strip.png")
-    (tmp_path / "weights").mkdir()
-    word = f"{name}={write[name](tmp_path / 'weights')}"
-    files = [pictures[0], str(tmp_path / "strip.png")]
-    assert main(["score", *files, "--reward", word, "--prompt", 'a "red" circle', "--device", "cpu"]) == 2
-    assert "strip.png: 900 x 2 pixels: one edge is over 200 times the other" in capsys.readouterr().err
+def test_an_image_that_a_reward_cannot_take_is_named_by_its_file(pictures, capsys, tmp_path):
+    (tmp_path / "picky.py").write_text(
+        "from leapalign.rewards.base import UnfitImage\n"
+        "class Loaded:\n"
+        "    def __call__(self, images, prompts): return images.mean((1, 2, 3))\n"
+        "    def score_pil(self, images, prompts): raise UnfitImage('too round', 1)\n"
+        "class Picky:\n"
+        "    def load(self, device, dtype): return Loaded()\n"
+    )
+    words = ["--reward", f"{tmp_path}/picky.py:Picky", "--prompt", "a circle", "--device", "cpu"]
+    assert main(["score", *pictures, *words]) == 2
+    assert f"{pictures[1]}: too round" in capsys.readouterr().err

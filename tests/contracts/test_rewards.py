@@ -16,17 +16,17 @@ from PIL import Image
 from torch import Tensor
 
 import leapalign.rewards
+from leapalign.images import to_tensor
 from leapalign.lookup.recipes import load_file
 from leapalign.rewards import BUILT_IN
 from leapalign.rewards.aesthetic import Aesthetic
-from leapalign.rewards.base import DescribedReward
+from leapalign.rewards.base import DescribedReward, UnfitImage
 from leapalign.rewards.clip import CLIPScore, PickScore
 from leapalign.rewards.custom import Custom
 from leapalign.rewards.hpsv2 import HPSv2
 from leapalign.rewards.hpsv3 import HPSv3
 from leapalign.rewards.imagereward import ImageReward
 from leapalign.rewards.ocr import OCR
-from leapalign.rewards.preprocess import to_levels
 from leapalign.rewards.unified import UnifiedReward
 from leapalign.verification.rewards import check_reward
 from tiny_checkpoints import write_tiny_aesthetic, write_tiny_hpsv2, write_tiny_imagereward
@@ -132,7 +132,7 @@ def photos() -> list[Image.Image]:
 
 
 def as_images(pictures: list[Image.Image], dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.stack([to_levels(picture) for picture in pictures]).to(dtype) / 255
+    return torch.stack([to_tensor(picture) for picture in pictures]).to(dtype)
 
 
 def test_every_folder_is_listed_and_every_reward_has_a_case(tmp_path: Path) -> None:
@@ -240,6 +240,15 @@ def test_agrees_with_pillow_on_picture_files(case: Case, config: Any, prompts: A
     difference = (reward(as_images(pictures), prompts) - reward.score_pil(pictures, prompts)).abs().max()
     assert difference <= case.pillow_tolerance
     assert difference > 0 or case.weightless or not config.differentiable, "a number read from a text comes in steps"
+
+
+@pytest.mark.parametrize("size", [(900, 2), (2, 900)])
+def test_a_strip_is_refused_with_its_place(case: Case, config: Any, prompts: Any, size: tuple[int, int]) -> None:
+    if case.weightless:
+        pytest.skip("has no preprocessing of ours")
+    files = [photos()[0], Image.new("RGB", size)]
+    with pytest.raises(UnfitImage, match=r"image 2: \d+ x \d+ pixels: one edge is over 200 times"):
+        config.load().score_pil(files, prompts[:2])
 
 
 def test_bfloat16_weights_give_float32_scores(case: Case, config: Any, prompts: Any) -> None:

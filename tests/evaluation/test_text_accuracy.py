@@ -15,7 +15,7 @@ from torch import Tensor
 from drawn_text import FONTS, drawn, needs_ocr
 from leapalign.errors import UserError
 from leapalign.evaluation.text_accuracy import TextAccuracy, TextJudge, accuracy, edit_distance
-from leapalign.rewards.preprocess import to_levels
+from leapalign.images import to_tensor
 
 WORDS = ("Hello", "LEAP", "reward", "Stop here", "noon book", "open")
 
@@ -24,7 +24,7 @@ def canvas(word: str, font: str = FONTS[0]) -> Tensor:
     """A word somewhere in a larger picture [3, 160, 400]."""
     picture, text = Image.new("RGB", (400, 160), (200, 220, 240)), drawn(word, font, paper=220)
     picture.paste(text, (30, 40))
-    return to_levels(picture).float() / 255
+    return to_tensor(picture)
 
 
 @given(st.text("abc", max_size=6), st.text("abc", max_size=6))
@@ -73,7 +73,7 @@ def test_reads_drawn_words_in_larger_pictures() -> None:
 def test_without_detector_the_picture_is_one_line(font: str) -> None:
     judge = TextAccuracy(detect=False, level="word", ignore_case=False).load()
     for word in WORDS:
-        image = (to_levels(drawn(word, font)).float() / 255)[None]
+        image = to_tensor(drawn(word, font))[None]
         assert judge.read(image) == [word] and judge(image, [f'"{word}"']).tolist() == [1.0]
 
 

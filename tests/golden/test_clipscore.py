@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from golden_folder import golden
+from leapalign.images import to_tensor
 from leapalign.rewards.clip import CLIPScore, Convention
 from leapalign.rewards.clip.model import ClipReward, torchmetrics_mean
-from leapalign.rewards.preprocess import to_levels
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +92,6 @@ def test_the_crops_differ_where_a_remainder_is_odd(pictures: list, data: dict) -
     """Picture 7 alone: the control for floor against half to even."""
     differs = [bool((a != b).any()) for a, b in zip(data["pixel_values"], data["hf_pixel_values"])]
     assert differs == [index == 7 for index in range(8)]
-    image = to_levels(pictures[7]).float()[None] / 255
+    image = to_tensor(pictures[7])[None]
     ours = [loaded(convention).preprocess(image) for convention in ("cosine", "hessel", "torchmetrics")]
     assert torch.equal(ours[0], ours[1]) and not torch.equal(ours[0], ours[2])

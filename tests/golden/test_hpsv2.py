@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from golden_folder import golden, tokenizer
+from leapalign.images import to_tensor
 from leapalign.rewards import preprocess
 from leapalign.rewards.checkpoint import Checkpoint
 from leapalign.rewards.clip.model import ClipReward
 from leapalign.rewards.hpsv2 import HPSv2
 from leapalign.rewards.hpsv2.model import clip_config, from_open_clip
-from leapalign.rewards.preprocess import to_levels
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_picture_files_are_the_tensors(cases: dict, images: list) -> None:
     for case, image in zip(cases["images"], images):
         if case["png"]:
             picture = Image.open(golden("hpsv2") / case["png"])
-            assert torch.equal(to_levels(picture).float()[None] / 255, image)
+            assert torch.equal(to_tensor(picture)[None], image)
 
 
 def test_features(reward: ClipReward, data: dict) -> None:

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from golden_folder import golden
+from leapalign.images import to_tensor
 from leapalign.rewards.hpsv3 import HPSv3
 from leapalign.rewards.hpsv3.model import PIXELS, REWARD_TOKEN, TEMPLATE, HPSv3Reward, expected_shapes, load_chat
-from leapalign.rewards.preprocess import to_levels
 from leapalign.rewards.qwen_vl import (
     IMAGE_TOKEN,
     PLACEHOLDER,
@@ -70,7 +70,7 @@ def reward(tmp_path_factory: pytest.TempPathFactory) -> HPSv3Reward:
 
 
 def as_images(picture: Image.Image) -> Tensor:
-    return to_levels(picture).float()[None] / 255
+    return to_tensor(picture)[None]
 
 
 def both_paths(preprocess: QwenPreprocess, pictures: list[Image.Image]) -> tuple[list[Patches], list[Patches]]:

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from golden_folder import golden, tokenizer
+from leapalign.images import to_tensor
 from leapalign.rewards.checkpoint import Checkpoint
 from leapalign.rewards.imagereward import ImageReward
 from leapalign.rewards.imagereward.model import MEAN, STD, BlipReward, BlipScorer, blip_configs, from_original
 from leapalign.rewards.linear_head import head_widths
-from leapalign.rewards.preprocess import to_levels
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def reward() -> BlipReward:
 
 
 def as_images(picture: Image.Image) -> Tensor:
-    return to_levels(picture).float()[None] / 255
+    return to_tensor(picture)[None]
 
 
 def largest(actual: Tensor, expected: Tensor) -> float:

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from golden_folder import golden
+from leapalign.images import to_tensor
 from leapalign.rewards.clip import PickScore
 from leapalign.rewards.clip.model import ClipReward
-from leapalign.rewards.preprocess import to_levels
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def logit() -> ClipReward:
 
 
 def as_images(picture: Image.Image) -> Tensor:
-    return to_levels(picture).float()[None] / 255
+    return to_tensor(picture)[None]
 
 
 def matrix(reward: ClipReward, pixel_values: Tensor, data: dict[str, Tensor]) -> Tensor:

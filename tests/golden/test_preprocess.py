@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from golden_folder import GOLDEN, golden
-from leapalign.rewards.preprocess import Preprocess, centre_crop, resize, shortest_edge, to_levels
+from leapalign.images import to_tensor
+from leapalign.rewards.preprocess import Preprocess, centre_crop, resize, shortest_edge
 
 SIZE = 224
 PATHS = {
@@ -48,14 +49,14 @@ def expected(index: int, path: str, kind: str) -> torch.Tensor:
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("index", range(6))
 def test_tensor_path(index: int, path: str) -> None:
-    image = to_levels(picture(index).convert("RGB")).float()[None] / 255
+    image = to_tensor(picture(index).convert("RGB"))[None]
     assert torch.allclose(PATHS[path](image)[0], expected(index, path, "tensor"), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("index", range(6))
 def test_pillow_path(index: int, path: str) -> None:
-    levels = PATHS[path].levels(picture(index)).int()
+    levels = (255 * PATHS[path].resized(picture(index))).round().int()
     assert (levels - expected(index, path, "pil_u8").int()).abs().max() <= 1  # 0 with the same Pillow
 
 
@@ -66,7 +67,7 @@ def test_every_stored_case_is_compared() -> None:
 
 def test_the_tolerance_tells_antialiasing_and_crop_apart() -> None:
     """Controls: the known mistakes are far outside 1e-5."""
-    image = to_levels(picture(1).convert("RGB")).float()[None] / 255  # 225 x 449: an odd remainder
+    image = to_tensor(picture(1).convert("RGB"))[None]  # 225 x 449: an odd remainder
     aliased = torch.nn.functional.interpolate(image, shortest_edge(image.shape[-2:], SIZE), mode="bicubic")
     smooth = resize(image, shortest_edge(image.shape[-2:], SIZE))
     crops = [centre_crop(smooth, SIZE, rounding) for rounding in ("floor", "half-even")]

@@ -60,7 +60,7 @@ def test_one_line_a_reward_and_none_where_all_is_read(tmp_path: Path, capsys: py
     assert capsys.readouterr().err == ""
     tell_longer({"hpsv2": reward}, [SHORT, LONG, LONG])
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith("tokens of a prompt: 1 of 2 prompts are longer, and their ends are not read")
+    assert line.endswith("tokens of a prompt: 1 of 2 prompts are longer and are truncated")
 
 
 def test_score_tells_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from drawn_text import FONTS, drawn, needs_ocr
 from leapalign.errors import UserError
+from leapalign.images import to_tensor
 from leapalign.rewards.ocr import OCR
 from leapalign.rewards.ocr import model as ocr_model
 from leapalign.rewards.ocr.model import ALPHABET, HEIGHT, OCRReward, box, decode, line_widths
 from leapalign.rewards.ocr.quotes import quoted_text
-from leapalign.rewards.preprocess import to_levels
 from tiny_crnn import write_tiny_crnn
 
 WORDS = ("Hello", "LEAP", "reward", "Stop here", "Zebra 42", "noon book", "open", "€5 @#%")
@@ -27,7 +27,7 @@ PANGRAMS = ("sphinx of black quartz", "judge my vow", "SPHINX OF BLACK QUARTZ", 
 
 
 def as_image(picture: Image.Image, dtype: torch.dtype = torch.float32) -> Tensor:
-    return to_levels(picture).to(dtype)[None] / 255
+    return to_tensor(picture).to(dtype)[None]
 
 
 @pytest.fixture

@@ -40,7 +40,8 @@ class EvaluateFlags:
     against: str = ""
     """A second model, compared over the same prompts and noises."""
     reward: tuple[str, ...] = ()
-    """More rewards than the run's own: NAME, NAME=PATH, or file.py:name of your own, which is executed."""
+    """More rewards than the run's own: NAME, NAME=PATH, NAME=PATH,processor=FOLDER (or other settings of it), or
+    file.py:name of your own, which is executed."""
     prompts: str = ""
     """A .txt, .jsonl or .csv file; NAME (leapalign list prompts) or NAME=PATH: its test prompts; empty = shapeworld."""
     per_task: int = 60

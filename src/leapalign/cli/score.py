@@ -33,7 +33,8 @@ class ScoreFlags:
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files."""
     reward: tuple[str, ...]
-    """NAME (leapalign list rewards), NAME=PATH for other weights, or file.py:name of your own, which is executed."""
+    """NAME (leapalign list rewards), NAME=PATH for other weights, with settings of it (hpsv2=PATH,processor=FOLDER), or
+    file.py:name of your own, which is executed."""
     prompt: tuple[str, ...] = ()
     """What the images should show: one text for all, or one an image."""
     prompts: str = ""

@@ -19,9 +19,10 @@ from leapalign.rewards.pretrained import torch_dtype
 from leapalign.rewards.sources import is_here
 from leapalign.run import RewardTerm
 from leapalign.storage.embedded import resolve
+from leapalign.storage.files import PICKLES
 from leapalign.storage.hub import is_hub_id
 
-WEIGHTS = {".safetensors", ".pt", ".pth", ".bin"}
+WEIGHTS = {".safetensors", *PICKLES}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,9 +147,9 @@ def score_as_tensors(name: str, reward: Callable[..., Any], images: Sequence[Ima
     """Score 8-bit images through their tensors, one by one, since their sizes may differ: [N], no gradient."""
     import torch
 
-    from leapalign.rewards.preprocess import to_levels
+    from leapalign.images import to_tensor
 
     check_prompts(name, images, prompts)
-    tensors = [to_levels(image.convert("RGB"))[None].float() / 255 for image in images]
+    tensors = [to_tensor(image.convert("RGB"))[None] for image in images]
     with torch.no_grad():
         return torch.cat([reward(tensor, [prompt]) for tensor, prompt in zip(tensors, prompts)])

@@ -129,7 +129,7 @@ class DescribedReward(RewardConfig, Protocol):
         return None
 
 
-class UnfitImage(UserError):
+class UnfitImage(UserError, ValueError):
     """An image that a reward's preprocessing cannot take. `index`: its place among those that were given."""
 
     def __init__(self, problem: str, index: int = 0) -> None:

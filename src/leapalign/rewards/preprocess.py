@@ -14,18 +14,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-import numpy
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from leapalign.images import LONGEST_STRIP, to_tensor
 from leapalign.rewards.base import UnfitImage
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # red, green, blue of CLIP's training images
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-MAX_RATIO = 200  # of the longer to the shorter edge; Qwen2-VL's own limit, here for all
 
 T = TypeVar("T")
 Rounding = Literal["floor", "half-even"]
@@ -56,14 +54,13 @@ class Preprocess:
 
     def from_pil(self, images: Sequence[Image.Image]) -> Tensor:
         """Preprocess 8-bit images by the reference path, Pillow's: [B, 3, size, size] float32, no gradient."""
-        levels = torch.stack(each(images, self.levels))
-        return normalise(levels.float() / 255, self.mean, self.std)
+        return normalise(torch.stack(each(images, self.resized)), self.mean, self.std)
 
-    def levels(self, image: Image.Image) -> Tensor:
-        """Resize one image, then crop or pad it: uint8 [3, size, size]."""
+    def resized(self, image: Image.Image) -> Tensor:
+        """Resize one image, then crop or pad it: float32 [3, size, size] in [0, 1]."""
         image = image.convert("RGB")
         height, width = self._resized((image.height, image.width))
-        return self._fit(to_levels(image.resize((width, height), Image.Resampling.BICUBIC)))
+        return self._fit(to_tensor(image.resize((width, height), Image.Resampling.BICUBIC)))
 
     def _resized(self, shape: Sequence[int]) -> tuple[int, int]:
         check_ratio(*shape)
@@ -87,8 +84,8 @@ def each(images: Sequence[Image.Image], convert: Callable[[Image.Image], T]) -> 
 
 def check_ratio(height: int, width: int) -> None:
     """Raise UnfitImage for a strip: resized, one edge would vanish, or the other fill the memory."""
-    if max(height, width) > MAX_RATIO * min(height, width):
-        raise UnfitImage(f"{width} x {height} pixels: one edge is over {MAX_RATIO} times the other; crop it first")
+    if max(height, width) > LONGEST_STRIP * min(height, width):
+        raise UnfitImage(f"{width} x {height} pixels: one edge is over {LONGEST_STRIP} times the other; crop it first")
 
 
 def shortest_edge(shape: Sequence[int], target: int) -> tuple[int, int]:
@@ -132,8 +129,3 @@ def centre_pad(images: Tensor, size: int) -> Tensor:
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     columns = images.new_tensor([mean, std])[:, :, None, None]  # [2, 3, 1, 1]
     return (images - columns[0]) / columns[1]
-
-
-def to_levels(image: Image.Image) -> Tensor:
-    """An RGB image as uint8 [3, H, W]."""
-    return torch.from_numpy(numpy.asarray(image).copy()).permute(2, 0, 1)

@@ -18,9 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from leapalign.errors import UserError
+from leapalign.images import to_tensor
 from leapalign.rewards import preprocess
 from leapalign.rewards.base import UnfitImage
-from leapalign.rewards.preprocess import CLIP_MEAN, CLIP_STD, check_ratio, normalise, to_levels
+from leapalign.rewards.preprocess import CLIP_MEAN, CLIP_STD, check_ratio, normalise
 
 PATCH, MERGE, FRAMES = 14, 2, 2  # pixels; patches an edge of a token; a still image is shown twice
 BLOCK = PATCH * MERGE  # pixels an edge of a token
@@ -55,8 +56,7 @@ class QwenPreprocess:
         """Patches of an image file by the reference path: resized by Pillow to 8 bits."""
         image = image.convert("RGB")
         height, width = self._resized((image.height, image.width))
-        levels = to_levels(image.resize((width, height), Image.Resampling.BICUBIC))
-        return self._patches(levels[None].float() / 255)[0]
+        return self._patches(to_tensor(image.resize((width, height), Image.Resampling.BICUBIC))[None])[0]
 
     def _resized(self, shape: Sequence[int]) -> tuple[int, int]:
         return smart_resize(shape[0], shape[1], self.min_pixels, self.max_pixels)

@@ -24,6 +24,6 @@ def count_longer(tokenizer: Any, texts: Sequence[str], limit: int) -> TooLong:
 def sentence(reader: str, found: TooLong, total: int) -> str:
     """Say how many of `total` prompts the reader (an encoder, a reward) cuts off."""
     return (
-        f"{reader} reads {found.limit} tokens of a prompt: {found.count} of {total} prompts are longer, "
-        "and their ends are not read"
+        f"{reader} reads {found.limit} tokens of a prompt: "
+        f"{found.count} of {total} prompts are longer and are truncated"
     )

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from leapalign.errors import UserError
+from leapalign.images import to_tensor
 from leapalign.rewards.adapt import described, load_reward
 from leapalign.rewards.base import DescribedReward, Reward, RewardConfig, Source
 from leapalign.storage.embedded import resolve
+from leapalign.storage.files import PICKLES
 from leapalign.storage.hub import cached_folder, is_hub_id
 from leapalign.storage.pipeline_folder import read_json
 from leapalign.storage.safetensors_header import read_header
@@ -31,7 +33,6 @@ PROMPTS = (  # each quotes a word, for rewards that look for one
 SIZE = 256  # pixels a side
 # Of the spread of the scores: the two ways round and resize apart, other means, colours or crops differ by far more.
 PATHS = 0.1
-CHECKPOINTS = {".pt", ".pth", ".bin", ".ckpt"}
 
 
 def check_reward(word: str, config: RewardConfig, device: str, dtype: str, listed: Hashes | None) -> list[Check]:
@@ -79,7 +80,7 @@ def _check_files(name: str, source: Source, place: Path, listed: Hashes | None) 
     kind = _class_of(place)
     if kind is not None:
         checks += check_weights(part, place, kind, "transformers")
-    checkpoints = [file for file in _files(place) if file.suffix in CHECKPOINTS or (kind is None and _is_safe(file))]
+    checkpoints = [file for file in _files(place) if file.suffix in PICKLES or (kind is None and _is_safe(file))]
     for file in checkpoints:
         checks += _check_checkpoint(part, file)
     if listed is not None and source.field == "path":
@@ -137,7 +138,7 @@ def _is_safe(file: Path) -> bool:
 def _check_scores(name: str, config: DescribedReward, reward: Reward, device: str) -> list[Check]:
     """Compare the scores of tensors and of image files, each image with its own prompt."""
     images = draw_images()
-    pixels = torch.stack([_as_tensor(image) for image in images]).to(device).requires_grad_(config.differentiable)
+    pixels = torch.stack([to_tensor(image) for image in images]).to(device).requires_grad_(config.differentiable)
     scores = reward(pixels, PROMPTS)
     by_file = reward.score_pil(images, PROMPTS)
     numbers = [round(float(score), 4) for score in scores.detach()]
@@ -188,10 +189,3 @@ def draw_images() -> list[Image]:
     ImageDraw.Draw(triangle).polygon(((128, 40), (220, 210), (36, 210)), fill="#20a040")
     stripes = Image.linear_gradient("L").resize((SIZE, SIZE)).convert("RGB")
     return [image.filter(ImageFilter.GaussianBlur(2)) for image in (circle, square, stripes, triangle)]
-
-
-def _as_tensor(image: Image) -> Tensor:
-    """[3, H, W] in [0, 1]."""
-    import numpy as np
-
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
