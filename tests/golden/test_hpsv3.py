@@ -89,7 +89,7 @@ def test_sizes_of_every_row() -> None:
     for height, width, *expected in rows:
         for pixels, size in ((PIXELS, expected[:2]), (TINY_PIXELS, expected[2:])):
             if None in size or 0 in size:
-                with pytest.raises(ValueError, match=f"picture of {height} x {width}"):
+                with pytest.raises(ValueError, match=f"{width} x {height} pixels"):
                     smart_resize(height, width, pixels, pixels)
             else:
                 assert list(smart_resize(height, width, pixels, pixels)) == size, (height, width, pixels)

@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from leapalign.images import LONGEST_STRIP, to_tensor
+from leapalign.images import to_tensor
 from leapalign.rewards.base import UnfitImage
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # red, green, blue of CLIP's training images
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+MAX_RATIO = 200  # of the longer to the shorter edge; Qwen2-VL's own limit, here for all
 
 T = TypeVar("T")
 Rounding = Literal["floor", "half-even"]
@@ -84,8 +86,8 @@ def each(images: Sequence[Image.Image], convert: Callable[[Image.Image], T]) -> 
 
 def check_ratio(height: int, width: int) -> None:
     """Raise UnfitImage for a strip: resized, one edge would vanish, or the other fill the memory."""
-    if max(height, width) > LONGEST_STRIP * min(height, width):
-        raise UnfitImage(f"{width} x {height} pixels: one edge is over {LONGEST_STRIP} times the other; crop it first")
+    if max(height, width) > MAX_RATIO * min(height, width):
+        raise UnfitImage(f"{width} x {height} pixels: one edge is over {MAX_RATIO} times the other; crop it first")
 
 
 def shortest_edge(shape: Sequence[int], target: int) -> tuple[int, int]:
