@@ -2,11 +2,7 @@
 
 import torch
 
-from leapalign.flow.graph import inputs_only
-from leapalign.flow.grids import sigma_grid
-from leapalign.flow.rollout import rollout
-from leapalign.methods import LeapAlign
-from leapalign.methods.objective import Hinge, latent_gradient
+from leapalign import Hinge, LeapAlign, inputs_only, latent_gradient, rollout, sigma_grid
 
 torch.manual_seed(0)
 rng = torch.Generator().manual_seed(0)

@@ -1,14 +1,12 @@
 """A reward of your own, and a recipe that trains with it beside the embedded one.
 
 leapalign train examples/own_reward.py:warmer --steps 20
-leapalign score picture.png --reward examples/own_reward.py:warmth --prompt "a photo of a circle"
+leapalign score image.png --reward examples/own_reward.py:warmth --prompt "a photo of a circle"
 """
 
 from dataclasses import replace
 
-from leapalign.recipes import shapeworld_leapalign
-from leapalign.rewards.custom import Custom
-from leapalign.run import RewardTerm, Run
+from leapalign import Custom, RewardTerm, Run, shapeworld_leapalign
 
 
 def warmth(images, prompts):

@@ -1,11 +1,13 @@
-"""What `leapalign list` shows: the configuration classes found in each folder, and the recipes. Nothing registers."""
+"""The catalog of `leapalign list`: the configuration classes of each kind of plug-in, and the recipes.
+
+Each package lists its own classes in `__all__`; nothing registers itself, and nothing here imports torch.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
 import inspect
-import pkgutil
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -24,24 +26,21 @@ def _recipes() -> Iterable[dict[str, Any]]:
         yield {"name": name, "type": f"{recipe.__module__}.{recipe.__name__}", "text": _first_line(recipe)}
 
 
-def _plugins(folder: str) -> Iterable[dict[str, Any]]:
-    package = importlib.import_module(f"leapalign.{folder}")
-    inner = [f"{package.__name__}.{info.name}" for info in pkgutil.iter_modules(package.__path__)]
-    for module in (package, *map(importlib.import_module, inner)):
-        for cls in vars(module).values():
-            if _is_config(cls, module.__name__):
-                named = {"name": cls.name, "type": f"{cls.__module__}.{cls.__name__}", "text": _first_line(cls)}
-                yield named | facts(cls)
+def _plugins(kind: str) -> Iterable[dict[str, Any]]:
+    for cls in plugins(kind):
+        named = {"name": cls.name, "type": f"{cls.__module__}.{cls.__name__}", "text": _first_line(cls)}
+        yield named | facts(cls)
 
 
-def _is_config(cls: Any, module: str) -> bool:
-    """A dataclass of this module with a name for tables."""
-    own = isinstance(cls, type) and cls.__module__ == module and dataclasses.is_dataclass(cls)
-    return own and isinstance(getattr(cls, "name", None), str)
+def plugins(kind: str) -> list[Any]:
+    """The configuration classes that the package of a kind lists in its `__all__`: dataclasses with a `name`."""
+    package = importlib.import_module(f"leapalign.{kind}")
+    listed = [getattr(package, name) for name in package.__all__]
+    return [cls for cls in listed if dataclasses.is_dataclass(cls) and isinstance(getattr(cls, "name", None), str)]
 
 
 def facts(cls: type) -> dict[str, Any]:
-    """The other class variables: a reward's licence, range, resolution, ..."""
+    """Its other class variables: a reward's licence, range, resolution, ..."""
     fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     plain = {k: v for k, v in vars(cls).items() if isinstance(v, (str, bool, int, float)) and not k.startswith("_")}
     return {k: v for k, v in plain.items() if k not in fields | {"name"}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from leapalign.codec import suggestion
 from leapalign.errors import UserError
-from leapalign.lookup.catalog import listing
+from leapalign.lookup.catalog import plugins
 from leapalign.prompts import PromptFile, Prompts, ShapeWorldPrompts
 
 
@@ -37,9 +36,4 @@ def prompts_of(word: str, per_task: int) -> Prompts:
 
 def _prompt_sets() -> dict[str, Any]:
     """name -> configuration class of every source of prompts but files."""
-    found = {}
-    for entry in listing(("prompts",))["prompts"]:
-        module, _, cls = entry["type"].rpartition(".")
-        if entry["name"] != PromptFile.name:
-            found[entry["name"]] = getattr(importlib.import_module(module), cls)
-    return found
+    return {cls.name: cls for cls in plugins("prompts") if cls is not PromptFile}

@@ -1,7 +1,6 @@
-"""Prompts: what the images should show, with GenEval's metadata where there is some (docs/prompts.md).
+"""Sources of prompts, some with GenEval's metadata (docs/prompts.md). Imports no torch.
 
-Here are the sources that need nothing but this package: files of the user's, and the embedded world. Published sets are
-in sets.py, GenEval's in geneval.py.
+Files of the user's and the embedded world are defined here, published sets in sets.py, GenEval's prompts in geneval.py.
 """
 
 from __future__ import annotations
@@ -10,8 +9,19 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from leapalign.prompts.base import Prompt, Prompts, check_generated
+from leapalign.prompts.geneval import GenEvalPrompts
+from leapalign.prompts.sets import DrawBench, HPDv2, MJHQ30k
 
-__all__ = ["Prompt", "PromptFile", "Prompts", "ShapeWorldPrompts"]
+__all__ = [
+    "DrawBench",
+    "GenEvalPrompts",
+    "HPDv2",
+    "MJHQ30k",
+    "Prompt",
+    "PromptFile",
+    "Prompts",
+    "ShapeWorldPrompts",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
