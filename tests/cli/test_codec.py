@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
@@ -12,11 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leapalign.codec import classes_in, decode, dumps, encode, loads
+from leapalign.codec.messages import KINDS
 from leapalign.errors import UserError
 from leapalign.lookup.recipes import load_file
-from leapalign.prompts import PromptFile
+from leapalign.methods.base import Method
+from leapalign.models.base import ModelConfig
+from leapalign.prompts import PromptFile, Prompts
 from leapalign.recipes import RECIPES, shapeworld_leapalign
+from leapalign.rewards.base import RewardConfig
 from leapalign.run import Run, config_hash, differences
+from leapalign.tuning.base import Tuning
 from leapalign.tuning.lora import LoRA
 
 TINY_FILE = Path(__file__).parents[1] / "training" / "tiny_recipe.py"
@@ -188,3 +194,11 @@ def test_a_class_without_a_file_is_refused():
     nowhere.__module__ = "a_notebook"
     with pytest.raises(UserError, match="the class Nowhere is defined in no file"):
         encode(nowhere(1))
+
+
+def test_the_methods_that_a_plug_in_must_have_are_those_of_its_protocol():
+    protocols = {"model": ModelConfig, "method": Method, "reward": RewardConfig, "prompts": Prompts, "tuning": Tuning}
+    for field, protocol in protocols.items():
+        for method, number in KINDS[field].calls.items():
+            parameters = list(inspect.signature(getattr(protocol, method)).parameters.values())[1:]
+            assert number == sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters), (field, method)

@@ -161,7 +161,8 @@ def test_the_documented_example_trains_with_both_rewards(tmp_path, capsys):
 def test_a_run_json_never_runs_the_file_by_itself(monkeypatch):
     import sys
 
-    monkeypatch.delitem(sys.modules, "leapalign_user_own_reward", raising=False)
+    for name in [name for name in sys.modules if name.startswith("leapalign_user_")]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(UserError, match=r"own_reward\.py:warmth is code of your own; give its file again"):
         Custom(function="own_reward.py:warmth").load()
 

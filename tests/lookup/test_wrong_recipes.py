@@ -67,7 +67,7 @@ WRONG = {
         "model: expected a configuration .*, got the function shapeworld_leap",
     ),
     "no dataclass": ("model=Plain()", "model: expected a configuration of leapalign.models, got a Plain"),
-    "an own class of another kind": ("model=Loads()", r"model: my.py:Loads has no load\(\) that takes 3 arguments"),
+    "an own class of another kind": ("model=Loads()", r"model: my.py:Loads has no load\(\) that takes 4 arguments"),
     "an annotation from nowhere": ("model=Odd()", r"my.py:Odd|model: my.py:Odd has no load"),
     "a word of a choice": ("graph='block'", "graph: 'block' is not one of .*did you mean 'blocks'"),
     "not a number": ("learning_rate=float('nan')", "learning_rate: nan is not finite"),

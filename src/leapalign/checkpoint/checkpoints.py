@@ -32,7 +32,7 @@ from leapalign.checkpoint.sharded import Part, Writers, part_of
 from leapalign.codec import encode
 from leapalign.distributed.tensors import Named, local
 from leapalign.errors import UserError
-from leapalign.run import Run, config_hash, differences, trajectory
+from leapalign.run import Run, config_hash
 from leapalign.storage.atomic import clear_scratch, complete_folder, remove_folder, scratch_folder, write_text
 from leapalign.storage.files import PICKLES, sha256
 from leapalign.storage.safetensors_header import read_header
@@ -64,6 +64,7 @@ class Snapshot:
     run: Run
     progress: dict[str, Any]
     tensors: dict[str, Named]  # by group
+    inputs: dict[str, Any] = field(default_factory=dict)  # what the run depends on, as inputs.py records it
     part: Part | None = None  # which of a sharded checkpoint's they are; None: these are all
 
     @property
@@ -91,6 +92,7 @@ def take(
     average: Named,
     optimizer: torch.optim.Optimizer,
     writers: Writers | None = None,
+    inputs: dict[str, Any] | None = None,
 ) -> Snapshot:
     """The run as it is now (with `writers`, this rank's part of it): views, to be copied before they are written later.
 
@@ -99,7 +101,7 @@ def take(
     groups = formats.groups_of(parameters, average, optimizer)
     part = part_of(groups, writers) if writers else None
     tensors: dict[str, Named] = {g: {name: local(t) for name, t in named.items()} for g, named in groups.items()}
-    return Snapshot(run=run, progress=asdict(progress), tensors=tensors, part=part)
+    return Snapshot(run=run, progress=asdict(progress), tensors=tensors, inputs=inputs or {}, part=part)
 
 
 def save(snapshot: Snapshot, before_rename: Callable[[], None] = lambda: None) -> Path:
@@ -128,6 +130,7 @@ def _write(target: Path, snapshot: Snapshot, before_rename: Callable[[], None]) 
         (folder / "run.json").write_text(json.dumps(record, indent=2))
         state: dict[str, Any] = {
             **snapshot.progress,
+            **snapshot.inputs,
             **formats.record(snapshot.tensors, part),
             "config": config_hash(record),
             "versions": versions(),
@@ -192,21 +195,6 @@ def set_aside(run: Run, origin: Checkpoint) -> list[Path]:
         _free_name(moved[0].with_name(f"{moved[0].name}.metrics.jsonl")).write_bytes(lines)
         write_text(_folder(run) / NEWEST, json.dumps({"name": origin.folder.name}) + "\n")
     return moved
-
-
-def check_unchanged(run: Run, origin: Checkpoint | None, allow: bool = False) -> list[str]:
-    """The settings that are not those of the checkpoint; UserError that lists them unless they are allowed."""
-    if origin is None or config_hash(origin.record) == config_hash(encode(run)):
-        return []
-    changes = differences(trajectory(origin.record), trajectory(encode(run)))
-    if not allow:
-        listed = "\n  ".join(changes)
-        raise UserError(
-            f"{run.out}: run.json is not what the checkpoint was trained with:\n  {listed}\n"
-            f"Undo the change, or go on with it: `leapalign resume {run.out} --allow-changes`, or start a new run with "
-            "`leapalign train`"
-        )
-    return changes
 
 
 def complete(run: Run) -> list[Path]:

@@ -20,11 +20,11 @@ class PluginKind:
 
 
 KINDS = {  # by name of the field
-    "model": PluginKind("models", {"load": 3}),  # device, dtype, tuning
+    "model": PluginKind("models", {"load": 4}),  # device, dtype, tuning, loading
     "method": PluginKind("methods", {"draw": 3, "__call__": 4}),
     "reward": PluginKind("rewards", {"load": 2}),  # device, dtype
     "prompts": PluginKind("prompts", {"load": 0}),
-    "tuning": PluginKind("tuning", {"load_policy": 3, "initialise": 2, "in_update": 3, "save": 2, "load_tuned": 4}),
+    "tuning": PluginKind("tuning", {"load_policy": 4, "initialise": 2, "in_update": 3, "save": 2, "load_tuned": 4}),
 }
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from leapalign.checkpoint.inputs import anchored, recorded
 from leapalign.codec import loads, suggestion
 from leapalign.errors import UserError
-from leapalign.lookup.user_files import load_file, load_plugins, run_user_code
+from leapalign.lookup.user_files import load_file, load_plugins, refuse_twin, run_user_code
 from leapalign.run import Run
 
 
@@ -18,6 +20,7 @@ def load_recipe(word: str, plugins: dict[str, ModuleType]) -> Run:
         return read_run(Path(word), plugins)
     if ".py:" in word:
         file, _, name = word.rpartition(":")
+        refuse_twin(file, plugins)
         return _recipe_in(load_file(file), Path(file), name, word)
     from leapalign.recipes import RECIPES
 
@@ -30,14 +33,15 @@ def load_recipe(word: str, plugins: dict[str, ModuleType]) -> Run:
 
 
 def read_run(path: Path, plugins: dict[str, ModuleType]) -> Run:
-    """A run.json, strictly."""
+    """A run.json, strictly; its relative paths mean the folder in which the run was started, where that is recorded."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot read the run ({error.strerror})") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: this is not UTF-8 text, so no run.json") from None
-    return loads(text, Run, plugins=plugins, where=str(path))
+    run, folder = loads(text, Run, plugins=plugins, where=str(path)), recorded(path.parent).get("folder", "")
+    return run if folder in ("", os.getcwd()) else anchored(run, Path(folder))
 
 
 def plugins_in(argv: Sequence[str]) -> dict[str, ModuleType]:

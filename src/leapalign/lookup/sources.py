@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from leapalign.checkpoint.inputs import base_changes
 from leapalign.codec import encode
 from leapalign.errors import UserError
 from leapalign.lookup.recipes import read_run
@@ -70,6 +72,12 @@ def run_source(folder: Path, run: Run) -> Source:
     if not saved.is_dir():
         raise UserError(
             f"{folder}: this run is not finished, it has no {run.tuning.output} yet; use `leapalign resume {folder}`"
+        )
+    if run.tuning.output != FULL.output and (changes := base_changes(run, folder)):
+        warnings.warn(
+            f"{folder}: the base is not the one that this run was trained on, and its images are not the trained "
+            f"model's: {'; '.join(changes)}",
+            stacklevel=2,
         )
     return Source(model=run.model, num_steps=run.num_sampling_steps, saved=str(saved), tuning=run.tuning)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from traceback import walk_tb
 from types import FrameType, ModuleType
@@ -14,31 +16,82 @@ from typing import Any, TypeVar
 from leapalign.codec import check_fields
 from leapalign.errors import UserError
 
+PREFIX = "leapalign_user_"  # of the names of modules
 T = TypeVar("T")
 
 
 def load_plugins(files: Sequence[str]) -> dict[str, ModuleType]:
-    """File name -> module."""
-    return {Path(file).name: load_file(file) for file in files}
+    """File name -> module. UserError for two files of one name: run.json tells classes apart by it."""
+    modules: dict[str, ModuleType] = {}
+    for file in files:
+        refuse_twin(file, modules)
+        modules[Path(file).name] = load_file(file)
+    return modules
+
+
+def refuse_twin(file: str, modules: Mapping[str, ModuleType]) -> None:
+    """UserError where another file of the same name is loaded."""
+    other = modules.get(Path(file).name)
+    if other is not None and Path(str(other.__file__)).resolve() != Path(file).resolve():
+        raise UserError(f"{file} and {other.__file__} have one name, by which run.json knows them; rename one")
 
 
 def load_file(file: str) -> ModuleType:
-    """Execute a user's Python file as a module named like the file. UserError for whatever it raises."""
+    """Execute a user's Python file as a module of its own. UserError for whatever it raises.
+
+    Modules beside the file can be imported, first of all while it is executed and after installed ones later.
+    """
     path = Path(file)
     if not path.is_file():
         raise UserError(f"{file}: there is no such file")
-    name = f"leapalign_user_{path.stem}"
+    name = module_name(path)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UserError(f"{file}: this is not a Python file")
     module, loader = importlib.util.module_from_spec(spec), spec.loader
     sys.modules[name] = module  # dataclasses look their module up by name
     try:
-        run_user_code(lambda: loader.exec_module(module), file, path)
+        with _importing_from(path.resolve().parent):
+            run_user_code(lambda: loader.exec_module(module), file, path)
     except UserError:
         del sys.modules[name]
         raise
+    _refuse_foreign_helpers(path, module)
     return module
+
+
+def module_name(path: Path) -> str:
+    """Files of one name in two folders are two modules."""
+    return f"{PREFIX}{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
+
+
+@contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    """The folder comes first on sys.path; afterwards last, for imports inside functions, where it hides nothing."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+
+
+def _refuse_foreign_helpers(path: Path, module: ModuleType) -> None:
+    """UserError where a module beside the file has the name of one beside another user's file, which was imported."""
+    others = {p.parent for name, m in list(sys.modules.items()) if name.startswith(PREFIX) and (p := _source(m))}
+    folder = path.resolve().parent
+    for name, loaded in list(sys.modules.items()):
+        source, beside = _source(loaded), folder / f"{name}.py"
+        foreign = source is not None and source.parent in others - {folder} and not name.startswith(PREFIX)
+        if foreign and beside.is_file():
+            del sys.modules[module.__name__]
+            raise UserError(f"{beside} and {source} have one name, so that Python imports one of them; rename one")
+
+
+def _source(module: ModuleType) -> Path | None:
+    file = getattr(module, "__file__", None)
+    return Path(file).resolve() if isinstance(file, str) else None
 
 
 def run_user_code(function: Callable[[], T], word: str, file: Path) -> T:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from leapalign.errors import UserError
@@ -46,10 +47,7 @@ class Custom(DescribedReward):
     def load(self, device: str = "cpu", dtype: str = "float32") -> CustomReward:
         """Return the function with checks around it. It moves its own weights, if any, to the images' device itself."""
         file, _, name = self.function.rpartition(":")
-        module = sys.modules.get(f"leapalign_user_{Path(file).stem}")
-        if module is None:
-            raise UserError(f"custom: {self.function} is code of your own; give its file again with --plugin {file}")
-        function = getattr(module, name, None)
+        function = getattr(module_of(self.function), name, None)
         if not callable(function):
             raise UserError(f"custom: {file} has no function {name!r}")
         return CustomReward(self.function, function, prompted=takes_prompts(self.function, function))
@@ -81,6 +79,22 @@ class CustomReward(Reward):
         from leapalign.rewards.adapt import score_as_tensors
 
         return score_as_tensors("custom", self, images, prompts)
+
+
+def module_of(function: str) -> ModuleType:
+    """The loaded module of `file.py:name`: that file, or else the one of its name. Raises UserError."""
+    file = Path(function.rpartition(":")[0])
+    loaded = [module for name, module in list(sys.modules.items()) if name.startswith("leapalign_user_")]
+    files = {Path(str(module.__file__)).resolve(): module for module in loaded}
+    if file.resolve() in files:
+        return files[file.resolve()]
+    named = [module for path, module in files.items() if path.name == file.name]
+    if not named:
+        raise UserError(f"custom: {function} is code of your own; give its file again with --plugin {file}")
+    if len({Path(str(module.__file__)).read_bytes() for module in named}) > 1:
+        given = ", ".join(str(module.__file__) for module in named)
+        raise UserError(f"custom: {function} may mean any of {given}; rename all but one")
+    return named[-1]
 
 
 def takes_prompts(label: str, function: Callable[..., Any]) -> bool:

@@ -7,13 +7,16 @@ freed before the rewards come.
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from leapalign.checkpoint.inputs import inputs_of
 from leapalign.distributed import broadcast
 from leapalign.distributed.fsdp import Shards
 from leapalign.distributed.fsdp_frozen import check_names, prepare, shard_rewards
@@ -165,6 +168,18 @@ def refuse_without_gradient(run: Run) -> None:
                 f"the reward {name} has no gradient, and {run.method.name} trains by the reward's gradient; use it in "
                 f"evaluation (leapalign evaluate --reward {name}), and train with a differentiable one (leapalign list)"
             )
+
+
+def inputs_record(engine: Engine) -> dict[str, Any]:
+    """What the run depends on, as checkpoints keep it: see leapalign.checkpoint.inputs. Files are read by rank 0."""
+    noise = engine.model.noise(batches.noise_generators(engine.run.seed, 0, [0]))
+    derived = {
+        "sigmas": [float(sigma) for sigma in engine.sigmas],
+        "latent_shape": list(noise.shape[1:]),
+        "trained_parameters": sum(p.numel() for p in engine.parameters.values()),
+    }
+    inputs = inputs_of(engine.run, engine.prompts) if engine.world.main else {}
+    return {"folder": os.getcwd(), "inputs": inputs, "derived": derived}
 
 
 def _checkpoint_blocks(policy: nn.Module) -> None:

@@ -5,6 +5,7 @@ A batch that is NaN or infinite stops the run, or is left out and counted, up to
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,7 +16,9 @@ from typing import Any
 from leapalign.checkpoint import checkpoints
 from leapalign.checkpoint.async_writer import Saver
 from leapalign.checkpoint.checkpoints import Checkpoint, Progress
+from leapalign.checkpoint.inputs import FILE
 from leapalign.checkpoint.sharded import writers_of
+from leapalign.checkpoint.unchanged import check_derived, check_unchanged
 from leapalign.codec import dumps
 from leapalign.distributed.world import World, joined
 from leapalign.errors import NotFinite, UserError
@@ -26,7 +29,7 @@ from leapalign.storage.lock import run_lock
 from leapalign.training import out_of_memory, self_checks
 from leapalign.training.batches import Start
 from leapalign.training.direct import update
-from leapalign.training.engine import Engine, build
+from leapalign.training.engine import Engine, build, inputs_record
 from leapalign.training.fixed_set import evaluation_reward
 from leapalign.training.out_of_memory import Setup
 from leapalign.training.preemption import Stop, on_signals
@@ -79,8 +82,9 @@ def train(
         out = _take_folder(run, world, resume, held)
         origin = _origin(run, world, checkpoint, allow_changes)
         engine, progress = _load(run, world, origin)
-        with _begin(run, world, origin, progress) as tracker:
-            _train_steps(engine, progress, tracker, stop, on_step)
+        inputs = _inputs(engine, origin, allow_changes)
+        with _begin(run, world, origin, progress, inputs) as tracker:
+            _train_steps(engine, progress, tracker, stop, inputs, on_step)
         saved = _save_tuned(engine, out)
         summary = summarize(run, progress) if world.main else {}
     return Result(out=out, saved=saved, summary=summary, engine=engine)
@@ -102,7 +106,7 @@ def _origin(run: Run, world: World, checkpoint: str, allow_changes: bool) -> Ori
     with world.agreed():
         if world.main:
             found = checkpoints.find(run, checkpoint)
-            changes = checkpoints.check_unchanged(run, found, allow_changes)
+            changes = check_unchanged(run, found, allow_changes)
     return Origin(checkpoint=world.from_main(found), changes=changes, named=bool(checkpoint))
 
 
@@ -117,7 +121,15 @@ def _load(run: Run, world: World, origin: Origin) -> tuple[Engine, Progress]:
     return engine, progress
 
 
-def _begin(run: Run, world: World, origin: Origin, progress: Progress) -> Tracker | Silent:
+def _inputs(engine: Engine, origin: Origin, allow_changes: bool) -> dict[str, Any]:
+    """What the run depends on; what follows from it must be what it was at the checkpoint."""
+    with engine.world.agreed():
+        inputs = inputs_record(engine)
+        origin.changes.extend(check_derived(engine.run, origin.checkpoint, inputs["derived"], allow_changes))
+    return inputs
+
+
+def _begin(run: Run, world: World, origin: Origin, progress: Progress, inputs: dict[str, Any]) -> Tracker | Silent:
     """Once everything is loaded: write what the run's folder says it is trained with, and open the metrics."""
     tracker: Tracker | Silent = Silent()
     with world.agreed():
@@ -128,6 +140,7 @@ def _begin(run: Run, world: World, origin: Origin, progress: Progress) -> Tracke
             )  # refused before any file of the run is replaced
             (out / "checkpoints").mkdir(exist_ok=True)
             write_text(out / "run.json", dumps(run))
+            write_text(out / FILE, json.dumps(inputs, indent=2) + "\n")
             aside = checkpoints.set_aside(run, origin.checkpoint) if origin.checkpoint and origin.named else []
             tracker = Tracker(out, progress.step, run.steps, progress.metrics_bytes)
             if origin.checkpoint:
@@ -137,12 +150,17 @@ def _begin(run: Run, world: World, origin: Origin, progress: Progress) -> Tracke
 
 
 def _train_steps(
-    engine: Engine, progress: Progress, tracker: Tracker | Silent, stop: Stop, on_step: Callable[[Metrics], None] | None
+    engine: Engine,
+    progress: Progress,
+    tracker: Tracker | Silent,
+    stop: Stop,
+    inputs: dict[str, Any],
+    on_step: Callable[[Metrics], None] | None,
 ) -> None:
     run, begun = engine.run, time.monotonic() - progress.seconds
     setup = _setup(engine)
     with on_signals(stop), Saver(asynchronous=run.async_checkpoints, parameters=engine.parameters) as saver:
-        parts = {"progress": progress, "tracker": tracker, "saver": saver, "stop": stop}
+        parts = {"progress": progress, "tracker": tracker, "saver": saver, "stop": stop, "inputs": inputs}
         session = Session(engine=engine, writers=writers_of(engine.parameters, engine.world), **parts)
         if progress.step == 0 and run.evaluate_every:
             tracker.log({"step": 0} | evaluation_reward(engine))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from leapalign.checkpoint import checkpoints
 from leapalign.checkpoint.async_writer import Saver
 from leapalign.checkpoint.checkpoints import Checkpoint, Progress
+from leapalign.checkpoint.inputs import FILE
 from leapalign.checkpoint.sharded import Writers
 from leapalign.errors import NotFinite, RunInterrupted, UserError
 from leapalign.run import Run, differences
@@ -33,6 +34,7 @@ class Session:
     saver: Saver
     stop: Stop
     writers: Writers | None = None  # of sharded weights
+    inputs: dict[str, Any]  # what the run depends on, for checkpoints
 
     def save(self) -> None:
         """Save, or begin to; the first time in a process, what is saved is checked.
@@ -44,8 +46,8 @@ class Session:
             self_checks.at_first_save(engine)
         self.progress.metrics_bytes = self.tracker.position()
         if engine.world.rank in (writers.ranks if writers else (0,)):
-            state = (engine.parameters, engine.ema.shadow, engine.optimizer)
-            self.saver.save(checkpoints.take(engine.run, self.progress, *state, writers), self.tracker.sync)
+            state = (engine.parameters, engine.ema.shadow, engine.optimizer, writers, self.inputs)
+            self.saver.save(checkpoints.take(engine.run, self.progress, *state), self.tracker.sync)
         self.saver.step = self.progress.step
 
     def leave_if_asked(self) -> None:
@@ -86,7 +88,7 @@ def open_folder(run: Run, resume: bool) -> Path:
     if resume:
         refuse_links_out(out)
         refuse_other_kinds(
-            out, files=("run.json", "metrics.jsonl", LOG, "summary.json", LOCK, HOLDER), folders=("checkpoints",)
+            out, files=("run.json", FILE, "metrics.jsonl", LOG, "summary.json", LOCK, HOLDER), folders=("checkpoints",)
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
