@@ -130,7 +130,9 @@ def test_every_command_knows_it(plugin: Path, run_json: Path, tmp_path: Path, ca
     assert [row["step"] for row in read_metrics(run)] == [0, 1, 2]
     assert json.loads((run / "run.json").read_text())["rewards"][0]["reward"]["gain"] == 2.0
 
-    table = json.loads(called(capsys, "evaluate", run, *given, "--per-task", "1", "--steps", "2", "--json")[0])
+    out, err = called(capsys, "evaluate", run, *given, "--per-task", "1", "--steps", "2", "--json")
+    table = json.loads(out)
+    assert err.count("the reward outside reads 4 tokens") == 1
     assert table["rewards"]["outside"]["num"] == 6
 
     called(capsys, "export", run, *given, "--out", tmp_path / "exported")

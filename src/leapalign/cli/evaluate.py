@@ -21,7 +21,8 @@ from leapalign.lookup.rewards import reward_config, rewards_of
 from leapalign.lookup.sources import Source, find_source
 from leapalign.prompts import Prompt, ShapeWorldPrompts
 from leapalign.report.tables import evaluation_table
-from leapalign.rewards.adapt import load_reward
+from leapalign.rewards.adapt import load_reward, tell_longer
+from leapalign.rewards.base import Reward
 from leapalign.storage.atomic import disk_errors
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def evaluate_command(argv: list[str]) -> None:
 
 def _evaluate(flags: EvaluateFlags) -> dict[str, Any]:
     """The evaluation as JSON values; with --against, a comparison in which --against is before."""
+    from leapalign.distributed.world import resolve_device
     from leapalign.evaluation.statistics import compare, report
 
     prompts = prompts_of(flags.prompts or ShapeWorldPrompts.name, flags.per_task).load()
@@ -84,7 +86,10 @@ def _evaluate(flags: EvaluateFlags) -> dict[str, Any]:
     if flags.against:
         beside = str(Path(flags.out) / "against") if flags.out else ""
         subjects.append(_subject(flags.against, beside, prompts, flags, plugins))
-    after, *before = [_draw_and_judge(subject, prompts, configs, flags) for subject in subjects]
+    device = resolve_device(flags.device)
+    rewards = {name: load_reward(config, device, flags.dtype) for name, config in configs.items()}
+    tell_longer(rewards, [prompt.text for prompt in prompts])
+    after, *before = [_draw_and_judge(subject, prompts, rewards, device, flags) for subject in subjects]
     result = compare(before[0], after) if before else report(after)
     return {"source": flags.source, "against": flags.against, "seed": flags.seed} | result
 
@@ -123,14 +128,11 @@ def _subject(
 
 
 def _draw_and_judge(
-    subject: _Subject, prompts: Sequence[Prompt], configs: dict[str, Any], flags: EvaluateFlags
+    subject: _Subject, prompts: Sequence[Prompt], rewards: dict[str, Reward], device: str, flags: EvaluateFlags
 ) -> Evaluation:
-    from leapalign.distributed.world import resolve_device
     from leapalign.evaluation.evaluate import evaluate
     from leapalign.lookup.detectors import find_detector
 
-    device = resolve_device(flags.device)
-    rewards = {name: load_reward(config, device, flags.dtype) for name, config in configs.items()}
     model = subject.source.load(device, flags.dtype)
     detector = find_detector(prompts, subject.source.model.height, subject.source.model.width)
     try:
