@@ -181,7 +181,8 @@ def test_decode_keeps_the_graph_of_one_chunk_only() -> None:
     saved: list[tuple[int, ...]] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        saved.append(tuple(tensor.shape))
+        if tensor.numel():  # torch 2.9's checkpoint also saves an empty tensor
+            saved.append(tuple(tensor.shape))
         return tensor
 
     z = torch.randn(4, 1, 2, 2, requires_grad=True)
