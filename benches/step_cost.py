@@ -5,7 +5,7 @@
 The parts, at T sampling steps (guidance included, so a "forward" is both branches where there are two):
 - rollout:   T - 2 forwards without graph;
 - leaps:     2 forwards with graph, the second from where the first leap lands, and the backward through both;
-- reward:    decode, reward and hinge, forward and backward to the latent (decode checkpoints itself, here as there);
+- reward:    decode, reward and hinge, forward and backward to the latent (decode in one chunk, as in the run);
 - optimizer: AdamW and EMA.
 What an update does beyond them (encoding, noise, draws, connectors, distances, checks for NaN, gradient norm and
 clipping, metrics) is overhead: `ratio` = update / sum of the parts, the median over repeats in which update and parts

@@ -109,7 +109,7 @@ def test_graph_of_inputs_gives_the_same_weights(tiny_run, tmp_path, micro_batche
 
 @pytest.mark.parametrize("graph", ["all", "inputs"])
 def test_gradients_are_held_once_and_go_with_their_update(tiny_run, graph):
-    """Each of two leaps adds to .grad by itself; AdamW takes a weight at a time; the probe finds no gradient."""
+    """Each of two leaps adds to .grad by itself; AdamW takes a weight at a time; the evaluation finds no gradient."""
     run = tiny_run(method=LeapAlign(), graph=graph, micro_batch_size=tiny_run().batch_size)
     engine, added = loop.build(run), []
     weight = next(iter(engine.parameters.values()))
@@ -197,7 +197,7 @@ def test_spoiled_latents_are_named(tiny_run):
         direct.update(engine, 0)
 
 
-def test_the_probe_is_fixed_and_sees_the_averaged_weights(tiny_run):
+def test_the_evaluation_set_is_fixed_and_sees_the_averaged_weights(tiny_run):
     engine = loop.build(tiny_run(seed=1))
     other = loop.build(tiny_run(seed=2))
     assert fixed_set.evaluation_reward(engine) == fixed_set.evaluation_reward(

@@ -19,6 +19,7 @@ from leapalign.errors import UserError
 from leapalign.flow.rollout import rollout
 from leapalign.models.base import Conditioning
 from leapalign.models.diffusers_reference import pipeline_latents
+from leapalign.models.pipeline import PipelineModel
 from leapalign.storage.atomic import SCRATCH
 from leapalign.training.batches import micro_batches, noise_generators
 
@@ -53,7 +54,7 @@ def at_first_save(engine: Engine) -> None:
     """Compare the saved model, loaded again, with the trained one, if it is small enough to be in memory twice."""
     run, policy = engine.run, engine.model.policy
     size = sum(p.numel() * p.element_size() for p in policy.parameters())
-    if not hasattr(run.model, "path") or size > RELOADED_BYTES:
+    if not isinstance(engine.model, PipelineModel) or size > RELOADED_BYTES:  # only a pipeline can be loaded again
         return
     model = engine.whole_model(frozen=True)
     if model is None:
