@@ -41,7 +41,7 @@ class GuidedSD3:
 
     name: ClassVar[str] = "guided-sd3"
 
-    def load(self, device: str, dtype: str, tuning: Any, loading: Any) -> Guided:
+    def load(self, device: str, dtype: str, tuning: Any, loading: Any = None) -> Guided:
         policy = copy.deepcopy(_transformer()).requires_grad_(True)
         if isinstance(tuning, LoRA):
             policy.requires_grad_(False)
