@@ -1,4 +1,4 @@
-"""Saving beside the training: tensors are copied to CPU memory at once, and a thread writes them.
+"""Asynchronous checkpoints: tensors are copied to CPU memory at once, and a thread writes them.
 
 One checkpoint is written at a time. When the next save comes before the last has ended, it waits for it: none is left
 out, and one copy of the run in CPU memory is enough. What goes wrong in the thread is raised in the run before its next
@@ -26,7 +26,7 @@ SLOW_DISK = 100e6  # bytes a second, until a save has been measured
 
 
 class Saver:
-    """Use it as a context: leaving it waits for the last save, except when a second Ctrl-C wants to leave at once."""
+    """Writes snapshots in a thread. A context: leaving it waits for the last save, except after a second Ctrl-C."""
 
     def __init__(self, *, asynchronous: bool, parameters: Named) -> None:
         self._copies = Copies() if asynchronous else None
@@ -39,7 +39,7 @@ class Saver:
         self.step = -1  # of the last save
 
     def save(self, snapshot: Snapshot, sync: Callable[[], None]) -> None:
-        """Save, or begin to; `sync` puts the metrics on the disk before the checkpoint is."""
+        """Save, or start to save; `sync` puts the metrics on the disk before the checkpoint is complete."""
         self.wait()
         self.step, self._bytes, self._part = snapshot.step, snapshot.bytes, snapshot.part
         if self._copies is None:
@@ -51,17 +51,17 @@ class Saver:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise what went wrong in a save that has ended."""
+        """Raise the error of a save that has ended."""
         if self._thread and not self._thread.is_alive():
             self.wait()
 
     def wait(self) -> None:
-        """Until the save that is being written has ended; raises what went wrong in it."""
+        """Wait for the save in progress and raise its error."""
         self._join()
         self._raise()
 
     def seconds_needed(self) -> float:
-        """What the next save may take, with what is left of the present one."""
+        """Upper estimate of the next save's seconds, including the rest of the save in progress."""
         once = self._written if self._written is not None else self._bytes / SLOW_DISK
         return once * (2 if self._thread and self._thread.is_alive() else 1)
 
@@ -98,13 +98,13 @@ class Saver:
 
 
 class Copies:
-    """CPU copies of tensors in memory that is used again for the next save; pinned where they come from CUDA."""
+    """CPU copies of tensors, in memory that the next save reuses; pinned for tensors on CUDA."""
 
     def __init__(self) -> None:
         self._memory: dict[tuple[str, str], Tensor] = {}
 
     def of(self, groups: dict[str, Named]) -> dict[str, Named]:
-        """The same names with copies; complete when this returns."""
+        """Copy all tensors, by the same names; the copies are complete on return."""
         copied: dict[str, Named] = {
             group: {name: self._copy(group, name, tensor) for name, tensor in named.items()}
             for group, named in groups.items()

@@ -1,7 +1,7 @@
 """Checkpoints: everything that the next step depends on, complete or absent, in safetensors and JSON only.
 
     RUN/checkpoints/step-000050/  weights.safetensors  ema.safetensors  optimizer.safetensors  run.json  state.json
-                                  or, of sharded weights, files of each rank's parts (`parts`)
+                                  or, of sharded weights, files of each rank's shards (`sharded`)
     RUN/checkpoints/newest.json   the name of the newest one, so that a deleted one is missed
 
 Frozen weights are not copied: the run's model is loaded again. There is no random state and no place in the prompts to
@@ -9,7 +9,7 @@ keep, because all randomness and the order of the prompts are functions of (seed
 rate is one of the step. state.json holds the step, counters, elapsed time, how far metrics.jsonl was, versions, the
 configuration's hash, the sha256 of every other file and its own.
 
-`layout` in state.json says how tensors are stored: "whole" is a file a group, "sharded" files of each rank's parts. A
+`layout` in state.json says how tensors are stored: "whole" is a file a group, "sharded" files of each rank's shards. A
 checkpoint of any layout and number of ranks resumes on any other.
 """
 
@@ -46,7 +46,7 @@ _RECORDS = {"run.json", "state.json"}
 
 @dataclass
 class Progress:
-    """How far a run is."""
+    """How far a run has come: counters that its next step continues."""
 
     step: int = 0  # updates done, skipped ones included
     samples: int = 0  # training prompts read by these updates: where the next update reads on
@@ -59,13 +59,13 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """What a checkpoint will hold, taken at one moment."""
+    """The contents of a checkpoint, taken at one moment."""
 
     run: Run
     progress: dict[str, Any]
     tensors: dict[str, Named]  # by group
     inputs: dict[str, Any] = field(default_factory=dict)  # what the run depends on, as inputs.py records it
-    part: Part | None = None  # which of a sharded checkpoint's they are; None: these are all
+    part: Part | None = None  # the shards of a sharded checkpoint that these are; None: all of the checkpoint
 
     @property
     def step(self) -> int:
@@ -78,11 +78,11 @@ class Snapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """One whose bytes are those that were written."""
+    """A checkpoint on disk whose checksums match."""
 
     folder: Path
     state: dict[str, Any]
-    record: dict[str, Any]  # its run.json
+    record: dict[str, Any]  # the content of its run.json
 
 
 def take(
@@ -94,7 +94,7 @@ def take(
     writers: Writers | None = None,
     inputs: dict[str, Any] | None = None,
 ) -> Snapshot:
-    """The run as it is now (with `writers`, this rank's part of it): views, to be copied before they are written later.
+    """Take a snapshot of the run (with `writers`, of this rank's shards): views, to be copied before a later write.
 
     `average`: the averaged weights, by the parameters' names.
     """
@@ -141,14 +141,14 @@ def _write(target: Path, snapshot: Snapshot, before_rename: Callable[[], None]) 
 
 
 def find(run: Run, name: str = "") -> Checkpoint | None:
-    """As `read`, by the process that works on the run: what a killed process left half-written is removed."""
+    """Like `read`, for the process that holds the run's lock: removes half-written folders first."""
     if _folder(run).is_dir():
         clear_scratch(_folder(run))
     return read(run, name)
 
 
 def read(run: Run, name: str = "") -> Checkpoint | None:
-    """The newest checkpoint, or the named one, once every byte has been compared; None where the run has none.
+    """Return the newest checkpoint, or the named one, after comparing all checksums; None if the run has none.
 
     Raises UserError for a damaged, deleted or unknown one, with the newest good one among the others.
     """
@@ -167,24 +167,24 @@ def read(run: Run, name: str = "") -> Checkpoint | None:
 
 
 def progress_of(origin: Checkpoint | None) -> Progress:
-    """How far the run of a checkpoint is; without a checkpoint, the progress of a run's first step."""
+    """The progress that a checkpoint records; without a checkpoint, that of a run before its first step."""
     return Progress(**{f.name: origin.state[f.name] for f in fields(Progress)}) if origin else Progress()
 
 
 def restore(origin: Checkpoint | None, parameters: Named, average: Named, optimizer: torch.optim.Optimizer) -> Progress:
-    """Put a checkpoint, if there is one, into the given tensors and the optimiser; returns its progress."""
+    """Load a checkpoint, if given, into the tensors and the optimiser; return its progress."""
     if origin:
         formats.read(origin.folder, origin.state["layout"], parameters, average, optimizer)
     return progress_of(origin)
 
 
 def restore_weights(origin: Checkpoint, parameters: Named) -> None:
-    """Put a checkpoint's trained weights, not their average, into these parameters. Raises UserError if they differ."""
+    """Load a checkpoint's trained weights, not averaged, into these parameters. Raises UserError if names differ."""
     formats.read_weights(origin.folder, origin.state["layout"], parameters)
 
 
 def set_aside(run: Run, origin: Checkpoint) -> list[Path]:
-    """Give the checkpoints after `origin` other names, with the metrics as they were: their steps are made again."""
+    """Rename the checkpoints after `origin`, and keep the present metrics beside them: their steps are repeated."""
     later = [path for path in complete(run) if _step(path) > _step(origin.folder)]
     moved = []
     for path in reversed(later):
@@ -198,17 +198,17 @@ def set_aside(run: Run, origin: Checkpoint) -> list[Path]:
 
 
 def complete(run: Run) -> list[Path]:
-    """Checkpoints, oldest first: a folder has this name only once it is complete."""
+    """Folders of all complete checkpoints, oldest first; a folder gets such a name only when it is complete."""
     return sorted((p for p in _folder(run).glob("step-*") if _NAME.fullmatch(p.name)), key=_step)
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that the numbers come from."""
+    """Versions of the packages that the numbers depend on."""
     return {package: version(package) for package in PACKAGES}
 
 
 def _verified(folder: Path) -> Checkpoint:
-    """Raises what a damaged file makes its readers raise."""
+    """Open a checkpoint and compare its checksums. Raises one of `UNREADABLE` if it is damaged."""
     state = json.loads((folder / "state.json").read_text())
     own = state.pop("self")
     if own != _digest(state):
@@ -223,7 +223,7 @@ def _verified(folder: Path) -> Checkpoint:
         if sha256(folder / name) != digest:
             raise ValueError(f"{name} has other bytes than were written")
     for file in sorted(folder.glob("*.safetensors")):
-        _check_sound(file)  # a sum says that nothing was changed later, not that it was sound
+        _check_sound(file)  # a checksum shows later changes, not that the file was sound when it was written
     _check_progress(state, _step(folder))
     record = json.loads((folder / "run.json").read_text())
     if not isinstance(record, dict):
@@ -232,7 +232,7 @@ def _verified(folder: Path) -> Checkpoint:
 
 
 def _check_progress(state: dict[str, Any], step: int) -> None:
-    """As `Progress` counts, and of the step that the folder is named after."""
+    """Check the counters' types and ranges, and that the step is the one in the folder's name. Raises ValueError."""
     for each in fields(Progress):
         value, known = state[each.name], getattr(Progress(), each.name)
         kinds = (int, float) if isinstance(known, float) else (type(known),)
@@ -264,7 +264,7 @@ def _way_out(run: Run, bad: Path | None) -> str:
 
 
 def _refuse_deleted(run: Run, name: str, names: list[str]) -> None:
-    """Going on silently from an older one, or from the start, would throw the later metrics away."""
+    """Raise UserError if the newest checkpoint was deleted: resuming from an older one would discard later metrics."""
     marker = _folder(run) / NEWEST
     if (Path(run.out) / "run.json").exists() and not marker.parent.is_dir():  # they are made together
         raise UserError(f"{marker.parent}: this folder was there and is gone; {_way_out(run, None)}")

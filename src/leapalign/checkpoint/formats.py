@@ -1,6 +1,6 @@
-"""How a checkpoint stores tensors: "whole", a safetensors file a group, or "sharded", files of each rank's parts.
+"""How a checkpoint stores tensors: "whole", a safetensors file a group, or "sharded", files of each rank's shards.
 
-One process, and ranks that hold whole weights, write the first; ranks with sharded weights the second (`parts`). Both
+One process, and ranks that hold whole weights, write the first; ranks with sharded weights the second (`sharded`). Both
 are read into whole and into sharded tensors.
 """
 
@@ -35,7 +35,7 @@ def optimizer_tensors(parameters: Named, optimizer: torch.optim.Optimizer) -> Na
 
 
 def write(folder: Path, groups: Mapping[str, Named], part: Part | None) -> dict[str, str]:
-    """Write the tensors, and wait for the other ranks' parts where this is one; file -> sha256."""
+    """Write the tensors; for a sharded checkpoint, wait for the other ranks' shards. Returns file -> sha256."""
     if part:
         sharded.write(folder, groups, part)
         return sharded.collect(folder, part.writers)
@@ -45,14 +45,14 @@ def write(folder: Path, groups: Mapping[str, Named], part: Part | None) -> dict[
 
 
 def record(groups: Mapping[str, Named], part: Part | None) -> dict[str, Any]:
-    """What state.json says of it."""
+    """The entries of state.json that describe the layout."""
     if part is None:
         return {"layout": "whole"}
     return {"layout": "sharded", "ranks": part.writers.ranks, "groups": sum(bool(named) for named in groups.values())}
 
 
 def tensor_files(state: Mapping[str, Any]) -> set[str]:
-    """The files that there must be for the tensors of a checkpoint. ValueError where its layout is unknown."""
+    """Names of the tensor files that a checkpoint must have. Raises ValueError for an unknown layout."""
     if state["layout"] not in LAYOUTS:
         raise ValueError(f"its layout is {state['layout']!r}, and this version reads {', '.join(LAYOUTS)}")
     if state["layout"] == "sharded":
@@ -61,7 +61,7 @@ def tensor_files(state: Mapping[str, Any]) -> set[str]:
 
 
 def read(folder: Path, layout: str, parameters: Named, average: Named, optimizer: torch.optim.Optimizer) -> None:
-    """Fill parameters, average and optimiser from a checkpoint. Raises UserError where it is another model's."""
+    """Load parameters, average and optimiser from a checkpoint. Raises UserError if it is of another model."""
     saved = _saved(folder, layout)
     _check_shapes(folder, saved["weights"], parameters)
     _check_shapes(folder, saved["ema"], average)
@@ -74,7 +74,7 @@ def read(folder: Path, layout: str, parameters: Named, average: Named, optimizer
 
 
 def read_weights(folder: Path, layout: str, parameters: Named) -> None:
-    """Fill the parameters alone, as they were in training (not averaged). Raises UserError as `read` does."""
+    """Load the trained parameters alone, not averaged. Raises UserError if they are of another model."""
     saved = _saved(folder, layout, ("weights",))
     _check_shapes(folder, saved["weights"], parameters)
     _fill(folder, layout, {"weights": parameters}, saved)
@@ -94,7 +94,7 @@ def _fill(folder: Path, layout: str, groups: Mapping[str, Named], saved: Mapping
 
 
 def _moments(saved: Named, parameters: Named) -> dict[str, Tensor]:
-    """Places for AdamW's state, spread as the weights are; torch keeps the count of steps on the CPU."""
+    """Empty tensors for AdamW's state, sharded like the weights; torch keeps the step count on the CPU."""
     places = {}
     for full_name, value in saved.items():
         name, _, key = full_name.rpartition(".")
@@ -113,7 +113,7 @@ def _check_shapes(folder: Path, saved: Named, expected: Named) -> None:
 
 
 def _check_moments(folder: Path, saved: Named, parameters: Named) -> None:
-    """AdamW's: two of a parameter's own shape, and a count."""
+    """Check AdamW's state: two moments of each parameter's shape and a step count. Raises UserError."""
     for full_name, tensor in saved.items():
         name, _, key = full_name.rpartition(".")
         shape = parameters[name].shape if name in parameters else None

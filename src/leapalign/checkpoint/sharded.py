@@ -1,9 +1,9 @@
-"""A sharded checkpoint: every rank writes its own parts, as safetensors, through torch's distributed checkpoint (DCP).
+"""A sharded checkpoint: every rank writes its own shards, as safetensors, through torch's distributed checkpoint (DCP).
 
     step-000050/  shard-00001-model-00001-of-00003.safetensors  ...  run.json  state.json
 
 `shard` is the rank + 1, `model` the group (weights, ema, optimizer); a file says at which offsets of the whole tensors
-its parts lie. Readers take from all files what they need, so another number of ranks, or one, may go on.
+its shards lie. Readers take from all files what they need, so another number of ranks, or one, may go on.
 
 Of DCP only the pieces that exchange nothing are used. A rank's plan follows from its own tensors, and the ranks find
 each other through the folder: each writes its files and then a note with their sha256; rank 0 waits for all notes,
@@ -45,24 +45,24 @@ FILE = "shard-{shard:05d}-model-{group:05d}-of-{groups:05d}.safetensors"  # name
 
 @dataclass(frozen=True, kw_only=True)
 class Writers:
-    """The ranks that write a run's checkpoints together, seen from one of them."""
+    """The ranks that write a run's checkpoints together, and this process's place among them."""
 
     rank: int
     ranks: tuple[int, ...]
-    token: str  # of this start of the run: what an earlier one may still be writing has another place
+    token: str  # new at each start of the run: an earlier process may still be writing to its own folder
     ending: threading.Event = field(default_factory=threading.Event)  # the run ends by an error
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What one rank writes of one checkpoint."""
+    """The shards of one checkpoint that one rank writes."""
 
     writers: Writers
     plan: SavePlan  # its pieces: name of the tensor, offsets, sizes
 
 
 class _Planner(DefaultSavePlanner):
-    """DCP's, reading pieces from where they are now: in copies, while the run's tensors have gone on."""
+    """DCP's planner, reading shards from copies, because the run's own tensors have changed since."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -73,7 +73,7 @@ class _Planner(DefaultSavePlanner):
 
 
 def writers_of(parameters: Named, world: World) -> Writers | None:
-    """The ranks that hold the first copy of the sharded weights; None where they are whole on every rank.
+    """Find the ranks that hold the first copy of the sharded weights; None if every rank has whole weights.
 
     Every rank must call it.
     """
@@ -85,7 +85,7 @@ def writers_of(parameters: Named, world: World) -> Writers | None:
 
 
 def part_of(groups: Mapping[str, Named], writers: Writers) -> Part:
-    """This rank's pieces. Tensors that are whole on every rank are written by the first."""
+    """Plan this rank's shards. The first rank writes tensors that are whole on every rank."""
     first = writers.rank == writers.ranks[0]
     mine = {name: t for name, t in _named(groups) if first or isinstance(t, DTensor)}
     planner = _Planner({})
@@ -94,7 +94,7 @@ def part_of(groups: Mapping[str, Named], writers: Writers) -> Part:
 
 
 def write(folder: Path, groups: Mapping[str, Named], part: Part) -> None:
-    """This rank's files, fsynced, and then its note in the folder; on failure the note says so."""
+    """Write this rank's files, fsynced, and then a note with their hashes, or with the error, into the folder."""
     rank = part.writers.rank
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -109,7 +109,7 @@ def write(folder: Path, groups: Mapping[str, Named], part: Part) -> None:
 
 
 def collect(folder: Path, writers: Writers) -> dict[str, str]:
-    """Wait until every rank has written; file -> sha256. Raises RunStopped where one has failed, or nothing moves."""
+    """Wait until every rank has written; return file -> sha256. Raises RunStopped if a rank fails or stalls."""
     files: dict[str, str] = {}
     waiting, seen, since = list(writers.ranks), -1, time.monotonic()
     while waiting:
@@ -131,13 +131,13 @@ def collect(folder: Path, writers: Writers) -> dict[str, str]:
 
 
 def file_names(ranks: Iterable[int], groups: int) -> set[str]:
-    """All files of a checkpoint that these ranks wrote."""
+    """Names of the files of a checkpoint that these ranks wrote."""
     numbers = range(1, groups + 1)
     return {FILE.format(shard=rank + 1, group=group, groups=groups) for rank in ranks for group in numbers}
 
 
 def listed(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """Group -> name -> what is saved, as tensors without memory."""
+    """Group -> name -> saved tensor, on the meta device."""
     groups: dict[str, dict[str, Tensor]] = {}
     infos: dict[str, Any] = _reader(folder).read_metadata().state_dict_metadata
     for full_name, info in infos.items():
@@ -148,7 +148,7 @@ def listed(folder: Path) -> dict[str, dict[str, Tensor]]:
 
 @torch.no_grad()
 def read(folder: Path, groups: Mapping[str, Named]) -> None:
-    """Fill these tensors: of a sharded one this rank's part is read, and nothing else."""
+    """Load these tensors; of a sharded tensor only this rank's shard is read."""
     state: dict[str, Any] = dict(_named(groups))
     reader, planner = _reader(folder), DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     metadata = reader.read_metadata()

@@ -1,4 +1,4 @@
-"""Files that are complete or absent: written beside their place, fsynced, renamed into it; and what disks refuse."""
+"""Files that are complete or absent: written beside their place, fsynced, renamed into it; and errors of the disk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DISK_PROBLEMS = {
 
 @contextmanager
 def complete_folder(target: Path, shared: str = "") -> Iterator[Path]:
-    """Fill the folder that is handed out; when the block ends well, `target` is that folder, in one rename.
+    """Yield a scratch folder to fill; when the block ends without error, it becomes `target` in one rename.
 
     An older `target` is moved away first and then removed. When the block fails, its half is removed: it may be what
     fills the disk. With `shared`, other processes fill `scratch_folder(target, shared)` as well, and may have begun.
@@ -53,12 +53,12 @@ def complete_folder(target: Path, shared: str = "") -> Iterator[Path]:
 
 
 def scratch_folder(target: Path, shared: str = "") -> Path:
-    """Where it is filled; `shared` is the same word in all processes that do."""
+    """The scratch folder of `target`; `shared` is the same word in all processes that fill it together."""
     return target.with_name(f"{SCRATCH}{target.name}{'-' if shared else ''}{shared}")
 
 
 def remove_folder(target: Path) -> None:
-    """Rename, then delete: a process killed in between leaves no half-deleted folder under a good name."""
+    """Rename a folder, then delete it: a kill in between leaves no half-deleted folder under a good name."""
     if target.exists():
         old = target.with_name(f"{SCRATCH}old-{target.name}")
         shutil.rmtree(old, ignore_errors=True)
@@ -82,7 +82,7 @@ def write_text(target: Path, text: str) -> None:
 
 
 def refuse_links_out(out: Path) -> None:
-    """A run's folder may come from somebody else: a link in it must not lead what is written to another place."""
+    """Raise UserError for a link in a run's folder that leads outside: the folder may come from somebody else."""
     for path in (*out.glob("*"), *(out / "checkpoints").glob("*")):
         if path.is_symlink() and not path.resolve().is_relative_to(out.resolve()):
             raise UserError(
@@ -92,7 +92,7 @@ def refuse_links_out(out: Path) -> None:
 
 
 def refuse_other_kinds(out: Path, files: Sequence[str], folders: Sequence[str]) -> None:
-    """What a run will write must find a file where it wants a file, and a folder where it wants a folder."""
+    """Raise UserError where a folder has the name of a file that a run writes, or a file that of a folder."""
     for name in files:
         if (out / name).is_dir():
             raise UserError(f"{out / name} is a folder, and a run writes a file there; move it away")
@@ -103,7 +103,7 @@ def refuse_other_kinds(out: Path, files: Sequence[str], folders: Sequence[str]) 
 
 @contextmanager
 def disk_errors(out: Path, way_out: str) -> Iterator[None]:
-    """Inside, a disk that takes no more is a UserError: what, where, how much is free, and `way_out`."""
+    """Turn errors of the disk (full, read-only, ...) into a UserError with the place, the free space and `way_out`."""
     from safetensors import SafetensorError
 
     try:
@@ -117,7 +117,7 @@ def disk_errors(out: Path, way_out: str) -> Iterator[None]:
 
 
 def _errno(error: Exception) -> int | None:
-    """safetensors writes in Rust and has the number in its text only."""
+    """The error's errno; safetensors writes in Rust and has the number only in its text."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"(?:code: |os error )(\d+)", str(error))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """One process's part of a run."""
+    """The state of a run in one process, from its first step to its last."""
 
     engine: Engine
     progress: Progress
@@ -37,7 +37,7 @@ class Session:
     inputs: dict[str, Any]  # what the run depends on, for checkpoints
 
     def save(self) -> None:
-        """Save, or begin to; the first time in a process, what is saved is checked.
+        """Save, or start to save; the first save of a process is checked.
 
         Rank 0 writes; of sharded weights each rank that holds the first copy of a part.
         """
@@ -83,7 +83,7 @@ class Session:
 
 
 def open_folder(run: Run, resume: bool) -> Path:
-    """The run's folder: its own one, or a new or empty one. UserError."""
+    """Return the run's folder: its own if it is resumed, else a new or empty one. Raises UserError."""
     out = Path(run.out)
     if resume:
         refuse_links_out(out)

@@ -1,4 +1,4 @@
-"""summary.json: what a finished run came to, for scripts and for the report."""
+"""summary.json: the result of a finished run, for scripts and the report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from leapalign.training.tracking import read_metrics
 
 
 def summarize(run: Run, progress: Progress) -> dict[str, Any]:
-    """Write and return it. `reward` is r(x_0) on the fixed evaluation set, before and after; null where it was off."""
+    """Write and return the summary. `reward`: r(x_0) on the fixed evaluation set before and after; null if off."""
     out = Path(run.out)
     evaluations = [m["evaluation_reward"] for m in read_metrics(out) if "evaluation_reward" in m]
     summary = {
