@@ -155,6 +155,7 @@ def model_of(bench: Bench, family: str, dtype: str) -> PipelineModel:
         folder=PipelineFolder(Path("scaled-down"), {}),
         prompts=absent,
         load_encoder=absent,
+        readers=absent,
         decoder=Decoder(vae.eval().requires_grad_(False), 1.0, 0.0, 1),
         latent_shape=SHAPES[family].latent(bench),
         guidance=Guidance(1.0, True, ""),
@@ -175,7 +176,7 @@ def run_of(bench: Bench, method: str, dtype: Any) -> Run:
     """Only its method, sizes and steps matter here."""
     return Run(
         name=method,
-        model=None,
+        model=flux.Flux(path="scaled-down"),
         method=METHODS[method],
         rewards=(RewardTerm(reward=PickScore(), threshold=1.0),),
         prompts=PromptFile(path="unused"),

@@ -74,11 +74,18 @@ def test_a_local_folder_of_the_other_families(run, family, tmp_path, capsys):
     assert plan["memory"]["transformer"] == tensor_bytes(engine.model.policy.parameters())
     assert plan["parameters"]["trained"] == sum(p.numel() for p in engine.model.policy.parameters())
     assert plan["memory"]["VAE (float32)"] == tensor_bytes(engine.model.decoder.vae.parameters())
-    row = next(iter(engine.model.prompts._rows.values()))
-    each = tensor_bytes([row.tokens]) + (row.mask.numel() if row.mask is not None else 0)
-    length = model.max_sequence_length / row.tokens.shape[1]  # planned as the longest that a text may be
-    assert plan["prompts"]["bytes_each"] == length * each and (length > 1) == (row.mask is not None)
+    rows = list(engine.model.prompts._rows.values())
+    sizes = [tensor_bytes([row.tokens]) + (row.mask.numel() if row.mask is not None else 0) for row in rows]
+    assert plan["prompts"]["bytes_each"] == max(sizes)  # of the longest prompt here, counted by the tokenizer
+    assert not any("planned at its longest" in note for note in plan["notes"])
     assert not any("compared with its published files" in note for note in plan["notes"])
+
+
+def test_prompts_without_their_tokenizer_are_planned_at_their_longest(run):
+    model = ZImage(path="Tongyi-MAI/Z-Image-Turbo", guidance_scale=0.0, height=64, width=64, max_sequence_length=96)
+    plan = make_plan(replace(run, model=model))
+    assert plan.prompts["bytes_each"] == 96 * (2560 * 2 + 1)  # bfloat16
+    assert any("each prompt is planned at its longest, 96 tokens: the tokenizer is not here" in n for n in plan.notes)
 
 
 def test_the_disk_is_that_of_a_finished_run(run):

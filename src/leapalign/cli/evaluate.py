@@ -132,8 +132,10 @@ def _draw_and_judge(
 ) -> Evaluation:
     from leapalign.evaluation.evaluate import evaluate
     from leapalign.lookup.detectors import find_detector
+    from leapalign.models.pipeline import tell_longer_prompts
 
     model = subject.source.load(device, flags.dtype)
+    tell_longer_prompts(model, [prompt.text for prompt in prompts])
     detector = find_detector(prompts, subject.source.model.height, subject.source.model.width)
     try:
         with disk_errors(subject.folder or Path(gettempdir()), "give another --out, or TMPDIR where there is none"):

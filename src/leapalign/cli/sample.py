@@ -56,6 +56,7 @@ def _sample(flags: SampleFlags) -> list[dict[str, Any]]:
     from leapalign.distributed.world import resolve_device
     from leapalign.evaluation.image_folder import image_paths, refuse_existing
     from leapalign.evaluation.sampling import Sampling, draw_files
+    from leapalign.models.pipeline import tell_longer_prompts
 
     prompts = [Prompt(text=check_text(text, "--prompt")) for text in flags.prompt]
     sampling = Sampling(num_steps=flags.steps or STEPS, images_per_prompt=flags.num, batch_size=1, seed=flags.seed)
@@ -65,6 +66,7 @@ def _sample(flags: SampleFlags) -> list[dict[str, Any]]:
     source = source.changed(size=flags.size, guidance_scale=flags.guidance)
     model = source.load(resolve_device(flags.device), flags.dtype)
     sampling = replace(sampling, num_steps=flags.steps or source.num_steps)
+    tell_longer_prompts(model, flags.prompt)
     with disk_errors(flags.out, "give another --out"):
         for path in paths:
             path.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from leapalign.flow.rollout import Velocity
     from leapalign.models.published import Published
+    from leapalign.models.text_readers import TextReader
     from leapalign.storage.pipeline_folder import Loading, PipelineFolder
     from leapalign.tuning.base import Tuning
     from leapalign.tuning.targets import LoraTargets
@@ -147,6 +148,10 @@ class Family(ModelConfig, Protocol):
 
     def text_shape(self, folder: PipelineFolder, transformer: Any) -> TextShape:
         """The size of a prompt's embeds. `transformer`: the configuration of the folder's transformer."""
+        ...
+
+    def text_readers(self, folder: PipelineFolder) -> tuple[TextReader, ...]:
+        """The folder's tokenizers, and how many tokens of a prompt each text encoder reads."""
         ...
 
     def call_arguments(self, num_steps: int) -> dict[str, Any]:

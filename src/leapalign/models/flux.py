@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from leapalign.errors import UserError
 from leapalign.models import published as known
 from leapalign.models.base import Text, TextShape
+from leapalign.models.text_readers import TextReader
+from leapalign.storage.components import load_component
 from leapalign.storage.pipeline_folder import FROM_FILES, Loading, open_folder
 from leapalign.tuning import targets
 from leapalign.tuning.full import FULL
@@ -125,6 +127,14 @@ class Flux:
             tokens=(self.max_sequence_length, transformer.joint_attention_dim), pooled=transformer.pooled_projection_dim
         )
 
+    def text_readers(self, folder: PipelineFolder) -> tuple[TextReader, ...]:
+        """The tokenizers, and how many tokens each text encoder reads."""
+        clip, t5 = (load_component(folder, name) for name in ("tokenizer", "tokenizer_2"))
+        return (
+            TextReader(name="text_encoder", tokenizer=clip, limit=clip.model_max_length),
+            TextReader(name="text_encoder_2", tokenizer=t5, limit=self.max_sequence_length),
+        )
+
     def call_arguments(self, num_steps: int) -> dict[str, Any]:
         """Arguments of the pipeline's own call for the same image."""
         return {
@@ -156,6 +166,7 @@ class Flux:
             decoder=decoder,
             latent_shape=shape,
             guidance=pipe.Guidance(self.true_cfg_scale, self.cfg_grad == "both", self.negative_prompt),
+            readers=self.text_readers,
             encoder=lambda folder: _text_encoder(folder, policy, self.max_sequence_length, opened.dtype),
             text_components=TEXT_COMPONENTS,
             text_settings={"max_sequence_length": self.max_sequence_length},
@@ -194,8 +205,6 @@ def sigma_grid(scheduler: Any, num_steps: int, latent_shape: tuple[int, int, int
 def _text_encoder(folder: PipelineFolder, policy: Any, length: int, dtype: Any) -> Any:
     """Loads the text encoders; returns prompts -> Text, by the pipeline's own `encode_prompt`."""
     from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
-
-    from leapalign.storage.components import load_component
 
     device = policy.device
     components = {name: load_component(folder, name, dtype) for name in TEXT_COMPONENTS}

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from leapalign.errors import UserError
 from leapalign.models import published as known
 from leapalign.models.base import Text, TextShape
+from leapalign.models.text_readers import TextReader, chat_format
+from leapalign.storage.components import load_component
 from leapalign.storage.pipeline_folder import FROM_FILES, Loading, open_folder
 from leapalign.tuning import targets
 from leapalign.tuning.full import FULL
@@ -107,6 +109,12 @@ class Flux2Klein:
         """Several layers of a language model side by side, always filled up."""
         return TextShape(tokens=(self.max_sequence_length, transformer.joint_attention_dim))
 
+    def text_readers(self, folder: PipelineFolder) -> tuple[TextReader, ...]:
+        """The tokenizers, and how many tokens each text encoder reads."""
+        tokenizer = load_component(folder, "tokenizer")
+        text = chat_format(tokenizer, thinking=False)
+        return (TextReader(name="text_encoder", tokenizer=tokenizer, limit=self.max_sequence_length, text=text),)
+
     def call_arguments(self, num_steps: int) -> dict[str, Any]:
         """Arguments of the pipeline's own call for the same image."""
         return {
@@ -139,6 +147,7 @@ class Flux2Klein:
             decoder=decoder,
             latent_shape=shape,
             guidance=pipe.Guidance(_scale(self, folder), self.cfg_grad == "both", self.negative_prompt),
+            readers=self.text_readers,
             encoder=lambda folder: _text_encoder(self, folder, device, opened.dtype),
             text_components=TEXT_COMPONENTS,
             text_settings={"max_sequence_length": self.max_sequence_length, "text_layers": self.text_layers},
@@ -218,7 +227,6 @@ def _text_encoder(config: Flux2Klein, folder: PipelineFolder, device: str, dtype
     from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline
 
     from leapalign.models import pipeline as pipe
-    from leapalign.storage.components import load_component
 
     tokenizer = pipe.load_chat_tokenizer(folder)
     encoder = load_component(folder, "text_encoder", dtype).to(device)

@@ -17,6 +17,7 @@ from leapalign.models.decode import Decoder
 from leapalign.models.guidance import Guidance, GuidedVelocity, in_precision
 from leapalign.models.prompt_embeds.cache import Encoder, PromptCache
 from leapalign.models.prompt_embeds.store import PromptStore
+from leapalign.models.text_readers import TextReader, tell_longer, told_already
 from leapalign.storage.components import load_component
 from leapalign.storage.pipeline_folder import FROM_FILES, Loading, PipelineFolder, save_with
 from leapalign.tuning.adapter import merged, switched_off
@@ -37,6 +38,7 @@ class PipelineModel:
     folder: PipelineFolder  # where every component that is not trained is copied from
     prompts: PromptCache
     load_encoder: Callable[[Loading], Encoder]  # the text encoders, loaded in that way
+    readers: Callable[[PipelineFolder], tuple[TextReader, ...]]  # what the text encoders read of a prompt
     decoder: Decoder
     latent_shape: tuple[int, int, int]  # channels, height, width
     guidance: Guidance
@@ -57,6 +59,12 @@ class PipelineModel:
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         self.prompts.fill(self.with_negative(prompts))
         return Conditioning(self.prompts(prompts), self.prompts(self._negative) if self._negative else None)
+
+    def tell_longer(self, prompts: Sequence[str]) -> None:
+        """Print one line on stderr for each text encoder that does not read the end of some of these prompts."""
+        remedy = "copy the folder again, completely"
+        with opening(f"{self.folder.path}: its tokenizers do not count a prompt's tokens", remedy):
+            tell_longer(self.readers(self.folder), prompts)
 
     def with_negative(self, prompts: Sequence[str]) -> list[str]:
         """The prompts, and the negative prompt where the guidance uses it."""
@@ -98,6 +106,12 @@ class PipelineModel:
             yield
 
 
+def tell_longer_prompts(model: Any, prompts: Sequence[str]) -> None:
+    """Print one line on stderr for each text encoder of a pipeline that does not read the end of some prompts."""
+    if isinstance(model, PipelineModel):  # another model encodes its prompts in its own way
+        model.tell_longer(prompts)
+
+
 @dataclass(frozen=True)
 class Opened:
     """What every family has of its folder, before it looks at sizes."""
@@ -127,6 +141,7 @@ def put_together(
     decoder: Decoder,
     latent_shape: tuple[int, int, int],
     guidance: Guidance,
+    readers: Callable[[PipelineFolder], tuple[TextReader, ...]],
     encoder: Callable[[PipelineFolder], Encoder],
     text_components: tuple[str, ...],
     text_settings: dict[str, Any],
@@ -135,19 +150,26 @@ def put_together(
 ) -> PipelineModel:
     """The model. `predict(policy, x, time, text)` takes time in the scheduler's units.
 
-    `encoder` loads the folder's text encoders; `text_components` and `text_settings` are all that decides an embedding.
+    `readers` count a prompt's tokens, `encoder` loads the folder's text encoders; `text_components` and `text_settings`
+    are all that decides an embedding.
     """
 
     def load_encoder(loading: Loading) -> Encoder:
         remedy = "tokenizers and text encoders are not of one model: copy the folder again"
         loaded = encoder(replace(opened.folder, loading=loading))
-        return first_time(loaded, f"{opened.folder.path}: the text encoders do not run", remedy)
+
+        def encode(prompts: list[str]) -> Text:
+            with told_already():
+                return loaded(prompts)
+
+        return first_time(encode, f"{opened.folder.path}: the text encoders do not run", remedy)
 
     return PipelineModel(
         policy=opened.policy,
         folder=opened.folder,
         prompts=_prompt_cache(lambda: load_encoder(FROM_FILES), opened, text_components, text_settings),
         load_encoder=load_encoder,
+        readers=readers,
         decoder=decoder,
         latent_shape=latent_shape,
         guidance=guidance,

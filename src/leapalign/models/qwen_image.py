@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from leapalign.errors import UserError
 from leapalign.models import published as known
 from leapalign.models.base import Text, TextShape
+from leapalign.models.text_readers import TextReader
+from leapalign.storage.components import load_component
 from leapalign.storage.pipeline_folder import FROM_FILES, Loading, open_folder
 from leapalign.tuning import targets
 from leapalign.tuning.full import FULL
@@ -106,6 +108,23 @@ class QwenImage:
         """The longest prompt's hidden states."""
         return TextShape(tokens=(self.max_sequence_length, transformer.joint_attention_dim), masked=True)
 
+    def text_readers(self, folder: PipelineFolder) -> tuple[TextReader, ...]:
+        """The tokenizers, and how many tokens each text encoder reads."""
+        from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
+
+        tokenizer = load_component(folder, "tokenizer")
+        absent: dict[str, Any] = dict.fromkeys(("transformer", "vae", "scheduler", "text_encoder"))
+        chat: Any = QwenImagePipeline(tokenizer=tokenizer, **absent)  # for its format alone
+        return (
+            TextReader(
+                name="text_encoder",
+                tokenizer=tokenizer,
+                limit=self.max_sequence_length,
+                text=chat.prompt_template_encode.format,
+                dropped=chat.prompt_template_encode_start_idx,
+            ),
+        )
+
     def call_arguments(self, num_steps: int) -> dict[str, Any]:
         """Arguments of the pipeline's own call for the same image."""
         return {
@@ -139,6 +158,7 @@ class QwenImage:
             guidance=pipe.Guidance(
                 self.guidance_scale, self.cfg_grad == "both", self.negative_prompt, combine=renormalised
             ),
+            readers=self.text_readers,
             encoder=lambda folder: _text_encoder(folder, device, self.max_sequence_length, opened.dtype),
             text_components=TEXT_COMPONENTS,
             text_settings={"max_sequence_length": self.max_sequence_length},
@@ -215,7 +235,6 @@ def _text_encoder(folder: PipelineFolder, device: str, length: int, dtype: Any) 
     from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
 
     from leapalign.models import pipeline as pipe
-    from leapalign.storage.components import load_component
 
     components = {name: load_component(folder, name, dtype) for name in TEXT_COMPONENTS}
     components["text_encoder"].to(device)

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from leapalign.errors import UserError
 from leapalign.models import published as known
 from leapalign.models.base import Text, TextShape
+from leapalign.models.text_readers import TextReader
+from leapalign.storage.components import load_component
 from leapalign.storage.pipeline_folder import FROM_FILES, Loading, open_folder
 from leapalign.tuning import targets
 from leapalign.tuning.full import FULL
@@ -125,6 +127,18 @@ class SD3:
         length = clip.get("max_position_embeddings", 77) + self.max_sequence_length
         return TextShape(tokens=(length, transformer.joint_attention_dim), pooled=transformer.pooled_projection_dim)
 
+    def text_readers(self, folder: PipelineFolder) -> tuple[TextReader, ...]:
+        """The tokenizers, and how many tokens each text encoder reads."""
+        clip, clip_2, t5 = (load_component(folder, name) for name in TEXT_COMPONENTS if name.startswith("tokenizer"))
+        limit = clip.model_max_length  # the pipeline takes the first one's for both
+        readers = (
+            TextReader(name="text_encoder", tokenizer=clip, limit=limit),
+            TextReader(name="text_encoder_2", tokenizer=clip_2, limit=limit),
+        )
+        with_t5 = t5 is not None and "text_encoder_3" in folder.components
+        third = (TextReader(name="text_encoder_3", tokenizer=t5, limit=self.max_sequence_length),) if with_t5 else ()
+        return readers + third
+
     def call_arguments(self, num_steps: int) -> dict[str, Any]:
         """Arguments of the pipeline's own call for the same image."""
         arguments: dict[str, Any] = {
@@ -153,6 +167,7 @@ class SD3:
             decoder=decoder,
             latent_shape=shape,
             guidance=pipe.Guidance(self.guidance_scale, self.cfg_grad == "both", self.negative_prompt),
+            readers=self.text_readers,
             encoder=lambda folder: _text_encoder(folder, policy, self.max_sequence_length, opened.dtype),
             text_components=TEXT_COMPONENTS,
             text_settings={
@@ -215,8 +230,6 @@ def _check_sequence_length(length: int, with_t5: bool) -> None:
 def _text_encoder(folder: PipelineFolder, policy: Any, length: int, dtype: Any) -> Any:
     """Loads the text encoders; returns prompts -> Text, by the pipeline's own `encode_prompt`."""
     from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
-
-    from leapalign.storage.components import load_component
 
     device = policy.device
     components = {name: load_component(folder, name, dtype) for name in TEXT_COMPONENTS}

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from leapalign.errors import UserError
 from leapalign.models import published as known
 from leapalign.models.base import Text, TextShape
+from leapalign.models.text_readers import TextReader, chat_format
+from leapalign.storage.components import load_component
 from leapalign.storage.pipeline_folder import FROM_FILES, Loading, open_folder
 from leapalign.tuning import targets
 from leapalign.tuning.full import FULL
@@ -90,6 +92,12 @@ class ZImage:
         """The longest prompt's hidden states."""
         return TextShape(tokens=(self.max_sequence_length, transformer.cap_feat_dim), masked=True)
 
+    def text_readers(self, folder: PipelineFolder) -> tuple[TextReader, ...]:
+        """The tokenizers, and how many tokens each text encoder reads."""
+        tokenizer = load_component(folder, "tokenizer")
+        text = chat_format(tokenizer, thinking=True)
+        return (TextReader(name="text_encoder", tokenizer=tokenizer, limit=self.max_sequence_length, text=text),)
+
     def call_arguments(self, num_steps: int) -> dict[str, Any]:
         """Arguments of the pipeline's own call for the same image."""
         return {
@@ -123,6 +131,7 @@ class ZImage:
             decoder=decoder,
             latent_shape=shape,
             guidance=guidance(self, opened.train_steps),
+            readers=self.text_readers,
             encoder=lambda folder: _text_encoder(folder, device, self.max_sequence_length, opened.dtype),
             text_components=TEXT_COMPONENTS,
             text_settings={"max_sequence_length": self.max_sequence_length},
@@ -201,7 +210,6 @@ def _text_encoder(folder: PipelineFolder, device: str, length: int, dtype: Any) 
     from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 
     from leapalign.models import pipeline as pipe
-    from leapalign.storage.components import load_component
 
     components = {
         "tokenizer": pipe.load_chat_tokenizer(folder),

@@ -24,11 +24,11 @@ from leapalign.models.prompt_embeds.location import cache_plan, limit
 from leapalign.models.prompt_embeds.store import WORTHWHILE
 from leapalign.planning.activations import GRAPHS, Forwards, GraphBytes, count_forwards, forward_bytes, graph_bytes
 from leapalign.planning.components import Planned, family_of, plan_components, quantization_of
-from leapalign.planning.downloads import Download, hub_file, pipeline_components
+from leapalign.planning.downloads import Download, pipeline_components
 from leapalign.planning.memory import always, phases, policy_bytes, reward_bytes, trained_bytes
+from leapalign.planning.prompts import PlannedPrompts, plan_prompts, planned_shape
 from leapalign.planning.sharding import first_rank, world_of
 from leapalign.planning.sources import locate
-from leapalign.prompts.base import PublishedPrompts
 from leapalign.run import Run
 
 
@@ -71,14 +71,14 @@ def make_plan(run: Run, ranks: int = 1, ranks_per_machine: int = 8) -> Plan:
     _check_out(Path(run.out))
     device, notes = planned_device(run.device)
     forwards = count_forwards(run)
-    prompts, prompt_downloads, prompt_notes = plan_prompts(run)
+    prompts = plan_prompts(run)
     family = family_of(run)
     with locate(family.path, family.published) as source:
         planned = plan_components(run, source)
         quantised, memory = bool(quantization_of(run)), _capacity(device)
         rank, said = first_rank(run, planned.model.policy, quantised, device, memory, ranks, ranks_per_machine)
         planned = replace(planned, rank=rank)
-        return _assemble(planned, device, forwards, prompts, prompt_downloads, [*notes, *prompt_notes, *said])
+        return _assemble(planned, device, forwards, prompts, [*notes, *prompts.notes, *said])
 
 
 def _check_out(out: Path) -> None:
@@ -99,28 +99,13 @@ def planned_device(name: str) -> tuple[str, list[str]]:
     return name, []
 
 
-def plan_prompts(run: Run) -> tuple[int, list[Download], list[str]]:
-    """How many are encoded, and what must be fetched first. UserError for a file that cannot be read."""
-    from leapalign.training.batches import prompts_used
-
-    download = None
-    if isinstance(run.prompts, PublishedPrompts) and not run.prompts.path:
-        source = run.prompts.source
-        download = hub_file(source.repo, source.file, source.bytes, "dataset")
-    if download and not download.cached:
-        most = run.steps * run.batch_size + run.evaluation_size
-        return most, [download], ["the prompts are not here yet: their number is the most that the run can reach"]
-    return len(prompts_used(run, run.prompts.load())), [download] if download else [], []
-
-
 # Putting it together
 
 
-def _assemble(
-    planned: Planned, device: str, forwards: Forwards, prompts: int, prompt_downloads: list[Download], notes: list[str]
-) -> Plan:
+def _assemble(planned: Planned, device: str, forwards: Forwards, prompts: PlannedPrompts, notes: list[str]) -> Plan:
     run, model, dtype = planned.run, planned.model, parse_dtype(planned.run.dtype)
-    shape = planned.family.text_shape(planned.folder, model.policy.config)
+    shape, said = planned_shape(planned, prompts)
+    notes = [*notes, *said]
     negative = shape.empty(1, dtype, planned.mode) if model.guidance.active else None
     conditioning = Conditioning(shape.empty(run.micro_batch_size, dtype, planned.mode), negative)
     forward = forward_bytes(run, model, conditioning, planned.mode)
@@ -141,8 +126,13 @@ def _assemble(
         graphs={run.graph: graph},
         graph=run.graph,
         phases=in_phases,
-        prompts={"number": prompts, "bytes_each": each, "bytes": prompts * each, "limit": _cache_limit(planned)},
-        downloads=(*_model_downloads(planned), *(d for r in planned.rewards for d in r.downloads), *prompt_downloads),
+        prompts={
+            "number": prompts.number,
+            "bytes_each": each,
+            "bytes": prompts.number * each,
+            "limit": _cache_limit(planned),
+        },
+        downloads=(*_model_downloads(planned), *(d for r in planned.rewards for d in r.downloads), *prompts.downloads),
         disk=_disk(planned),
         notes=(),
     )

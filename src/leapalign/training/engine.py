@@ -28,6 +28,7 @@ from leapalign.flow.rollout import Velocity
 from leapalign.methods.objective import Hinge
 from leapalign.models.base import Model
 from leapalign.models.decode import with_pixel_gradient
+from leapalign.models.pipeline import tell_longer_prompts
 from leapalign.prompts import Prompt
 from leapalign.rewards import adapt
 from leapalign.rewards.base import Reward
@@ -118,6 +119,9 @@ def build(run: Run, world: World = ALONE, begin: Start = BEGINNING) -> Engine:
         trained_parameters(model.policy)
     shards = broadcast.spread(run, model.policy, world, device)
     texts = batches.prompts_used(run, prompts, begin)
+    with world.agreed():
+        if world.main:
+            tell_longer_prompts(model, texts)
     prepare(run, model, texts, world, device)
     with world.agreed():
         rewards = {name: load_reward(term, device, run.dtype) for name, term in zip(names, run.rewards)}

@@ -1,0 +1,55 @@
+"""The prompts of a run: how many are encoded, what must be fetched first, and the size of their embeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from leapalign.models.base import TextShape
+from leapalign.planning.components import Planned
+from leapalign.planning.downloads import Download, hub_file
+from leapalign.prompts.base import PublishedPrompts
+from leapalign.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedPrompts:
+    """The prompts that a run encodes; without texts where they are not here yet."""
+
+    number: int  # the most that the run can reach, where the texts are not here
+    texts: tuple[str, ...] = ()
+    downloads: tuple[Download, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def plan_prompts(run: Run) -> PlannedPrompts:
+    """Count the prompts that the run encodes. Raises UserError for a file that cannot be read."""
+    from leapalign.training.batches import prompts_used
+
+    downloads: tuple[Download, ...] = ()
+    if isinstance(run.prompts, PublishedPrompts) and not run.prompts.path:
+        source = run.prompts.source
+        downloads = (hub_file(source.repo, source.file, source.bytes, "dataset"),)
+    if not all(download.cached for download in downloads):
+        most = run.steps * run.batch_size + run.evaluation_size
+        note = "the prompts are not here yet: their number is the most that the run can reach"
+        return PlannedPrompts(number=most, downloads=downloads, notes=(note,))
+    texts = tuple(prompts_used(run, run.prompts.load()))
+    return PlannedPrompts(number=len(texts), texts=texts, downloads=downloads)
+
+
+def planned_shape(planned: Planned, prompts: PlannedPrompts) -> tuple[TextShape, list[str]]:
+    """The size of a prompt's embeds, and a note where it is not the real one.
+
+    Of prompts that keep their own lengths it is that of the longest: counted where prompts and tokenizer are here.
+    """
+    shape = planned.family.text_shape(planned.folder, planned.model.policy.config)
+    if not shape.masked:
+        return shape, []
+    here = [(planned.folder.path / name).is_dir() for name in planned.folder.components if name.startswith("tokenizer")]
+    length, width = shape.tokens
+    if planned.source.shipped or not all(here) or not prompts.texts:
+        missing = "the prompts are" if not prompts.texts else "the tokenizer is"
+        return shape, [f"each prompt is planned at its longest, {length} tokens: {missing} not here to be counted"]
+    texts = planned.model.with_negative(prompts.texts)
+    longest = max(reader.longest(texts) for reader in planned.family.text_readers(planned.folder))
+    return replace(shape, tokens=(longest, width)), []
