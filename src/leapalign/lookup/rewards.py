@@ -13,8 +13,10 @@ from leapalign.codec import decode, suggestion
 from leapalign.errors import UserError
 from leapalign.lookup.recipes import load_file, read_run
 from leapalign.rewards import BUILT_IN
+from leapalign.rewards.adapt import described
 from leapalign.rewards.base import DescribedReward, RewardConfig
 from leapalign.rewards.custom import Custom
+from leapalign.storage.embedded import PREFIX
 
 
 def reward_config(word: str) -> RewardConfig:
@@ -83,7 +85,8 @@ def rewards_of(source: str, plugins: dict[str, ModuleType]) -> dict[str, Any]:
         own = dict(zip(reward_names(run), (term.reward for term in run.rewards)))
     elif source.startswith("embedded:"):
         own = {"pickscore": PickScore(path="embedded:reward")}
-    if any(getattr(reward, "path", "").startswith("embedded:") for reward in own.values()):
+    sources = [source for reward in own.values() for source in described(reward).sources()]
+    if any(source.path.startswith(PREFIX) for source in sources):
         own |= {"held_out_reward": PickScore(path="embedded:judge")}
     return own
 
