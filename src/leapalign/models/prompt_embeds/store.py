@@ -117,7 +117,7 @@ class PromptStore:
             wrong = "its sha256 is not the recorded one" if noted["sha256"] != _digest(tensors) else ""
             wrong = wrong or ("it holds another prompt" if noted["prompt"] != prompt else "")
         except (ValueError, KeyError, TypeError, SafetensorError) as error:
-            wrong = f"it cannot be read ({error})"
+            tensors, wrong = {}, f"it cannot be read ({error})"
         if wrong:
             _report(file, wrong)
             return None
