@@ -86,7 +86,7 @@ def test_the_page_shows_the_numbers(html: str) -> None:
         "37.5 ± 17.1",
         "87.5 ± 11.7",
         "seed 11",
-        "10 pictures",
+        "10 images",
         "leapalign demo --seed 11",
         "two cores &amp; a",
     ):
@@ -100,7 +100,7 @@ def test_the_page_escapes_what_it_is_given(html: str) -> None:
 
 
 def test_verdicts_stand_under_their_pictures(html: str) -> None:
-    """Shown are pictures 0, 2, 4 and 8; before the first three were right, after the first seven."""
+    """Shown are images 0, 2, 4 and 8; before the first three were right, after the first seven."""
     assert html.count("✓") == 2 + 3 and html.count("✗ missing") == 2 + 1
 
 

@@ -37,9 +37,9 @@ USAGE = """usage: leapalign COMMAND ...
   train RECIPE [--flags]   train; RECIPE is a name (leapalign list recipes), file.py:name, or a run.json
                            with --dry-run: memory, downloads and disk that it would need, and nothing else
   resume RUN               go on with an interrupted run, from its last checkpoint
-  sample WHAT              pictures from a run, a pipeline folder or an embedded model
+  sample WHAT              images from a run, a pipeline folder or an embedded model
   evaluate WHAT            GenEval tasks and rewards of a run or a pipeline folder
-  score IMAGES             rewards of picture files
+  score IMAGES             rewards of image files
   export RUN               a run's weights for other programs: pipeline or LoRA file
   verify WHAT              whether a model's or a reward's files are good, and what to expect of it
   cache                    the prompts encoded on disk: how many, and --clear
@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
     except (MemoryError, RuntimeError) as error:  # of commands that do not train: a run says more (memory_errors.py)
         if not is_out_of_memory(error):
             raise
-        stopped = f"out of memory ({reason(error)}); use fewer or smaller pictures at a time"
+        stopped = f"out of memory ({reason(error)}); use fewer or smaller images at a time"
         print(readable(f"leapalign: stopped: {stopped}"), file=sys.stderr)
         return 1
     except BrokenPipeError:  # `leapalign ... | head`: nobody reads on

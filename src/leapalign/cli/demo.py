@@ -15,7 +15,7 @@ from leapalign.cli.answer import answer
 
 @dataclass(frozen=True, kw_only=True)
 class DemoFlags:
-    """Evaluate the embedded model, align it with LeapAlign, evaluate it again, and write a page with pictures."""
+    """Evaluate the embedded model, align it with LeapAlign, evaluate it again, and write a page with images."""
 
     out: str = ""
     """The run's folder; empty = runs/demo- and the time."""
@@ -23,7 +23,7 @@ class DemoFlags:
     steps: int = 0
     """Updates; 0 = as in the recipe."""
     quick: bool = False
-    """A few steps and pictures: to see that everything works, not to see the effect."""
+    """A few steps and images: to see that everything works, not to see the effect."""
     device: str = "auto"
     json: bool = False
     """Print summary.json on stdout, and the rest on stderr."""

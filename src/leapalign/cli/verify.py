@@ -30,7 +30,7 @@ class VerifyFlags:
     prompt: str = "a photo of a red circle"
     """What both samplers draw."""
     steps: int = 4
-    """Sampling steps of that picture."""
+    """Sampling steps of that image."""
     size: int = 0
     """Its height and width in pixels; 0 = the run's, or the pipeline's usual size up to 512."""
     seed: int = 0

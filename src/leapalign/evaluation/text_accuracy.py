@@ -1,4 +1,4 @@
-"""Is the quoted text in the picture? RapidOCR reads it, and the reading is compared by edit distance.
+"""Is the quoted text in the image? RapidOCR reads it, and the reading is compared by edit distance.
 
 RapidOCR runs PaddleOCR's networks (PP-OCRv6 small, in the wheel, offline) by onnxruntime: a detector of text boxes and
 a recogniser that has nothing in common with that of `leapalign.rewards.ocr`, so it can judge what that one trained.
@@ -36,7 +36,7 @@ class TextAccuracy:
     ignore_case: bool = True
     """As usual in the literature. The reward `ocr` tells capitals apart."""
     detect: bool = True
-    """False: the whole picture is one line of text, which the recogniser sees without the detector."""
+    """False: the whole image is one line of text, which the recogniser sees without the detector."""
 
     def load(self, device: str = "cpu", dtype: str = "float32") -> TextJudge:
         """onnxruntime chooses neither device nor dtype here: it runs on the CPU, in float32."""

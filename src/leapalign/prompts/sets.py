@@ -1,6 +1,6 @@
 """Published prompt sets: fetched by the hub's client when first used, never shipped (licences: docs/prompts.md).
 
-Only the small file with the texts is fetched, never the pictures. `path` names a copy of that file on disk instead.
+Only the small file with the texts is fetched, never the images. `path` names a copy of that file on disk instead.
 
 A choice of some prompts (a training sample, a test split) is made by the sha256 of seed and text: it depends neither on
 the order of the file nor on the version of any random generator. Equal texts count once, blank ones not at all.

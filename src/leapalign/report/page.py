@@ -1,4 +1,4 @@
-"""report.html: one self-contained page about a run: numbers with errors, curves, tables, pictures, how to repeat it."""
+"""report.html: one self-contained page about a run: numbers with errors, curves, tables, images, how to repeat it."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Page:
     metrics: Sequence[dict[str, Any]]  # metrics.jsonl
     comparison: dict[str, Any]
     rewards: dict[str, str]  # names in the comparison -> words for the page
-    pairs: dict[str, list[Pair]]  # task -> pictures
+    pairs: dict[str, list[Pair]]  # task -> images
     commands: Sequence[str]
     facts: dict[str, str]  # machine, versions, times
 
 
 def pairs_of(before: Evaluation, after: Evaluation, per_task: int) -> dict[str, list[Pair]]:
-    """Pictures of each task, at even distances through its distinct prompts: nothing is picked by its result."""
+    """Images of each task, at even distances through its distinct prompts: nothing is picked by its result."""
     groups: dict[str, list[Pair]] = {}
     for tag in dict.fromkeys(before.tags):
         rows = {before.prompts[row].text: row for row, t in reversed(list(enumerate(before.tags))) if t == tag}

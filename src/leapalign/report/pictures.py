@@ -1,4 +1,4 @@
-"""Pictures for eyes: enlarged without smoothing, in grids, and with a detector's verdicts drawn on them."""
+"""Images for eyes: enlarged without smoothing, in grids, and with a detector's verdicts drawn on them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def grid(images: Sequence[Tensor], columns: int, scale: int, gap: int = 4) -> Im
 
 
 def draw_verdicts(evaluation: Evaluation, rows: Sequence[int], columns: int = 10, scale: int = 5) -> Image.Image:
-    """The pictures `rows` with their prompt, every detection's box, name and score, and the verdict."""
+    """The images `rows` with their prompt, every detection's box, name and score, and the verdict."""
     font = _font(10)
     height, width = evaluation.images[rows[0]].shape[-2:]
     cell = (max(width * scale, 190) + 8, height * scale + 46)

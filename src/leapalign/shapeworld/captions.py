@@ -117,7 +117,7 @@ def scene_of(caption: Metadata, rng: np.random.Generator) -> Scene:
 
 
 def near_misses(caption: Metadata) -> list[Metadata]:
-    """Captions of nearly the same words that are false of every `scene_of(caption)`: the reward's hard negatives."""
+    """Captions of nearly the same words false of every `scene_of(caption)`: adversarial negatives of the build."""
     include, tag = caption["include"], caption["tag"]
     shapes = [item["class"] for item in include]
     others = [s for s in SHAPES if s not in shapes]

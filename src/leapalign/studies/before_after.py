@@ -1,6 +1,6 @@
 """The demo: evaluate the embedded base, align it with LeapAlign, evaluate again, and leave a page to look at.
 
-Nothing is chosen by its result: prompts, noises and the pictures shown are fixed by the seed before training, and every
+Nothing is chosen by its result: prompts, noises and the images shown are fixed by the seed before training, and every
 number comes with its standard error. Base and tuned model are both opened from their folders, as a user would.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from leapalign.report.page import Page
 from leapalign.run import Run
 
-PER_TASK = 60  # pictures a task, before and again after: overall to about ± 0.025
+PER_TASK = 60  # images a task, before and again after: overall to about ± 0.025
 QUICK_PER_TASK, QUICK_STEPS = 4, 4
 REWARD, HELD_OUT = "reward", "held_out_reward"  # names in summary.json
 WORDS = {REWARD: "Reward, the one trained on", HELD_OUT: "Held-out reward, never trained on"}
@@ -103,7 +103,7 @@ def evaluate_model(study: Study, load: Callable[[str, str], Any], words: str) ->
     from leapalign.rewards.adapt import load_reward
 
     run, begun = study.run, time.monotonic()
-    _say(f"evaluating {words}: {len(study.prompts)} pictures")
+    _say(f"evaluating {words}: {len(study.prompts)} images")
     device = resolve_device(run.device)
     configs = {REWARD: run.rewards[0].reward, HELD_OUT: study.held_out}
     rewards = {name: load_reward(config, device, run.dtype) for name, config in configs.items()}

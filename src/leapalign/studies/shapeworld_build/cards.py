@@ -42,7 +42,7 @@ WHAT = {
         "The held-out `CLIPModel` (40 × 40 pixels): another seed, size and patch than the reward, never trained on.",
     ),
 }
-CLEAN = "Data: scenes drawn on the fly by `leapalign.shapeworld`, true captions, near misses as hard negatives."
+CLEAN = "Data: scenes drawn on the fly by `leapalign.shapeworld`, true captions, near misses as adversarial negatives."
 HARD = (
     "\nThen {steps} steps more, with badly drawn pictures as negatives and with pictures moved up the loss's\n"
     "gradient, so that a generator cannot please it with textures."

@@ -1,4 +1,4 @@
-"""The embedded reward and the held-out judge: small CLIP models trained on true captions with hard negatives.
+"""The embedded reward and the held-out judge: small CLIP models trained on true captions with adversarial negatives.
 
 A CLIP trained on random batches is blind to left and right, above and below, and to which colour belongs to which
 shape. So half of a batch are near misses of the other half, scene and caption, and each image is also told from near
