@@ -4,7 +4,7 @@
 
 Two captions that differ in one relation (or in whose colour is whose) are given at the same noisy latents. The
 difference of the two predicted images, projected on the difference of the two captions' mean true images, is 0 for a
-model that does not read the relation and 1 for one that draws it in every picture. Where it is 0 no reward's gradient
+model that does not read the relation and 1 for one that draws it in every image. Where it is 0 no reward's gradient
 can make the model follow the relation, since no weight leads from the words to the place.
 """
 

@@ -1,4 +1,4 @@
-"""Fuzz: wrong command lines, run.json, prompts, folders, checkpoints, pictures and safetensors, and how each one ends.
+"""Fuzz: wrong command lines, run.json, prompts, folders, checkpoints, images and safetensors, and how each one ends.
 
     python benches/fuzzing.py > fuzz.json
     python benches/fuzzing.py --seed 7 --inputs 500 --processes 0

@@ -6,10 +6,10 @@
 
 Training, evaluation and tables are the demo's own (leapalign.studies.before_after). All seeds are evaluated over the
 same prompts and noises, which no training seed touches; the base is therefore evaluated once. Standard errors:
-`over_pictures` of one
-run's paired differences (their mean over the seeds, since the seeds share pictures), `over_seeds` of the seeds' means.
+`over_images` of one run's paired differences (their mean over the seeds, since the seeds share images), `over_seeds` of
+the seeds' means.
 With `--guidance`, base and tuned models are drawn at each scale over the same noises too, and each run is compared with
-the base at the scale where its overall is highest, chosen on these very pictures: as trained (in the base's favour) and
+the base at the scale where its overall is highest, chosen on these very images: as trained (in the base's favour) and
 at its own best scale (in no one's).
 A finished run that lies under --out already is evaluated, not trained again.
 Equal updates are not equal compute: ReFL and DRTune stop their rollouts early. `training_seconds` says what each cost.
@@ -49,7 +49,7 @@ class Methods:
     recipes: tuple[str, ...] = ("shapeworld-leapalign",)
     seeds: tuple[int, ...] = (0, 1, 2)
     per_task: int = 300
-    """Pictures a task, before and after."""
+    """Images a task, before and after."""
     out: Path = Path("runs/methods")
     """New folder; a run each under it."""
     steps: int = 0
@@ -78,7 +78,7 @@ class Drawn:
         return self.known[key]
 
     def best(self, study: Study, model: Any, scales: Sequence[float]) -> tuple[float, Evaluation]:
-        """The scale at which the overall is highest, and the pictures there."""
+        """The scale at which the overall is highest, and the images there."""
         found = {scale: self.at(study, model, scale) for scale in scales}
         best = max(found, key=lambda scale: overall(found[scale]))
         return best, found[best]
@@ -165,7 +165,7 @@ def averages(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _average(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     changes = [row["difference"] for row in rows]
     found: dict[str, Any] = {key: mean(row[key] for row in rows) for key in ("before", "after", "difference")}
-    found["over_pictures"] = mean(row["difference_standard_error"] for row in rows)
+    found["over_images"] = mean(row["difference_standard_error"] for row in rows)
     found["over_seeds"] = stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else None
     if name in TARGETS:
         found["reached"] = found["difference"] >= TARGETS[name] and found["difference"] > 0

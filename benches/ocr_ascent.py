@@ -1,16 +1,16 @@
-"""From an empty picture to a word, by the OCR reward's gradient alone: does another recogniser read it too?
+"""From an empty image to a word, by the OCR reward's gradient alone: does another recogniser read it too?
 
-    python benches/ocr_ascent.py > ocr_ascent.json                      # pictures in runs/ocr_ascent
+    python benches/ocr_ascent.py > ocr_ascent.json                      # images in runs/ocr_ascent
     python benches/ocr_ascent.py --words Hello --grains 1 --copies 1 --noise 0 --shift 0 --zoom 0 --rotation 0
 
-The picture is sigmoid(z), grey; z is the sum of coarse pictures, one for each of `grains`, with one number for
+The image is sigmoid(z), grey; z is the sum of coarse images, one for each of `grains`, with one number for
 grain x grain pixels, enlarged bicubically. All start at 0: plain grey. Adam, its rate falling along half a cosine,
-ascends the mean score of `copies` pictures, each shifted, zoomed and rotated at random, noisy, and seen at a random
+ascends the mean score of `copies` images, each shifted, zoomed and rotated at random, noisy, and seen at a random
 lower resolution, less `smoothness` times the mean absolute difference of neighbouring pixels. Nothing here knows a
 letter but the recogniser.
 
-A row says what each recogniser reads in the plain 8-bit picture, as the PNG has it: `ocr` is the one that was climbed
-(EasyOCR's english_g2); `judge` is RapidOCR's recogniser on the whole picture, `judge_detects` behind its text detector.
+A row says what each recogniser reads in the plain 8-bit image, as the PNG has it: `ocr` is the one that was climbed
+(EasyOCR's english_g2); `judge` is RapidOCR's recogniser on the whole image, `judge_detects` behind its text detector.
 Needs leapalign[ocr].
 """
 
@@ -38,7 +38,7 @@ from leapalign.rewards.ocr.model import OCRReward
 
 @dataclass(frozen=True, kw_only=True)
 class Ascent:
-    """Ascend the OCR reward from grey; JSON on stdout, pictures under --out."""
+    """Ascend the OCR reward from grey; JSON on stdout, images under --out."""
 
     words: tuple[str, ...] = ("Hello", "reward", "LEAP", "open")
     seeds: tuple[int, ...] = (0,)
@@ -50,7 +50,7 @@ class Ascent:
     grains: tuple[int, ...] = (4, 8, 16)
     """Pixels a parameter, of each layer; divisors of height and width."""
     copies: int = 4
-    """Augmented pictures a step."""
+    """Augmented images a step."""
     noise: float = 0.1
     """Standard deviation of the pixels' noise; in [0, 1] units."""
     shift: float = 0.03
@@ -75,7 +75,7 @@ class Readers:
     detecting: TextJudge = field(default_factory=lambda: TextAccuracy(ignore_case=False).load())
 
     def row(self, image: Tensor, prompt: str) -> dict[str, Any]:
-        """Readings and scores of the 8-bit picture."""
+        """Readings and scores of the 8-bit image."""
         image = torch.from_numpy(to_levels(image[0])).permute(2, 0, 1)[None] / 255
         return {
             "ocr_score": float(self.ocr(image, [prompt])),
@@ -110,7 +110,7 @@ def ascend(word: str, seed: int, settings: Ascent, readers: Readers) -> list[dic
 
 
 def draw(z: Sequence[Tensor], settings: Ascent) -> Tensor:
-    """Layers [1, 1, h, w] to a grey picture [1, 3, H, W] in [0, 1]."""
+    """Layers [1, 1, h, w] to a grey image [1, 3, H, W] in [0, 1]."""
     size = (settings.height, settings.width)
     layers = torch.stack([F.interpolate(layer, size=size, mode="bicubic", align_corners=False) for layer in z])
     return layers.sum(0).sigmoid().expand(-1, 3, -1, -1)
@@ -121,7 +121,7 @@ def roughness(image: Tensor) -> Tensor:
 
 
 def augmented(image: Tensor, settings: Ascent, random: torch.Generator) -> Tensor:
-    """`copies` pictures [N, 3, H, W] in [0, 1]; what moves in from outside repeats the edge."""
+    """`copies` images [N, 3, H, W] in [0, 1]; what moves in from outside repeats the edge."""
 
     def uniform(bound: float, *shape: int) -> Tensor:
         return bound * (2 * torch.rand(*shape, generator=random) - 1)
@@ -142,7 +142,7 @@ def augmented(image: Tensor, settings: Ascent, random: torch.Generator) -> Tenso
 
 def kept(image: Tensor, name: str, settings: Ascent) -> dict[str, Any]:
     to_pil(image[0]).save(settings.out / name)
-    return {"picture": str(settings.out / name)}
+    return {"image": str(settings.out / name)}
 
 
 def measure(settings: Ascent) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""Published rewards at their full size: parameters, bytes, and what the score and gradient of one picture cost.
+"""Published rewards at their full size: parameters, bytes, and what the score and gradient of one image cost.
 
     python benches/rewards.py                           # sizes alone: nothing is allocated (meta device)
     python benches/rewards.py --run hpsv2 > hpsv2.json  # time and memory of that one too, random weights in float32
 
-No weights are read: sizes do not depend on them, nor do time and memory. `--run` scores one random picture with one
-random row of token ids, as long as the reward reads, and takes the gradient at the picture. It counts
+No weights are read: sizes do not depend on them, nor do time and memory. `--run` scores one random image with one
+random row of token ids, as long as the reward reads, and takes the gradient at the image. It counts
 - `seconds`: of the score (text included, which is cached in a training for CLIPs) and of the gradient, after a warm-up;
 - `cpu_seconds`: the same of the processor, all threads together: what stays the same beside other processes;
 - `peak`: the most bytes alive among the tensors made in each phase, weights left out (see memory.py);
@@ -36,12 +36,12 @@ from leapalign.rewards.hpsv3.sizes import hpsv3
 
 @dataclass(frozen=True, kw_only=True)
 class Rewards:
-    """Sizes of the published rewards, and the cost of one picture, as JSON on stdout."""
+    """Sizes of the published rewards, and the cost of one image, as JSON on stdout."""
 
     run: str = ""
     """Name of the reward to run, e.g. hpsv2; empty: sizes alone."""
     pixels: int = 512
-    """Height and width of the picture before the reward's own resize."""
+    """Height and width of the image before the reward's own resize."""
     repeats: int = 1
     device: str = "cpu"
     most_bytes: int = 24 * 2**30
@@ -84,7 +84,7 @@ def randomised(architecture: Weightless, device: str) -> Any:
 
 
 def cost(architecture: Weightless, bench: Rewards) -> dict[str, Any]:
-    """Seconds and bytes of the score and gradient of one picture."""
+    """Seconds and bytes of the score and gradient of one image."""
     reward = randomised(architecture, bench.device)
     weights = (*reward.model.parameters(), *reward.model.buffers())
     images = torch.rand(1, 3, bench.pixels, bench.pixels, device=bench.device, requires_grad=True)
@@ -131,7 +131,7 @@ def main(bench: Rewards) -> dict[str, Any]:
                 f"--run {bench.run}: its weights need {needed} bytes in float32, more than --most-bytes "
                 f"{bench.most_bytes}; run it on a larger machine and raise the number"
             )
-        table[bench.run]["one_picture"] = cost(ARCHITECTURES[bench.run], bench)
+        table[bench.run]["one_image"] = cost(ARCHITECTURES[bench.run], bench)
     return {"rewards": table, **facts(bench)}
 
 

@@ -70,11 +70,11 @@ def test_cost_of_a_tiny_reward(bench, monkeypatch):
     tiny = cosine("tiny", lambda: config)
     monkeypatch.setitem(bench.ARCHITECTURES, "tiny", tiny)
     found = bench.main(bench.Rewards(run="tiny", pixels=40, repeats=2))["rewards"]
-    cost = found["tiny"]["one_picture"]
+    cost = found["tiny"]["one_image"]
     assert found["tiny"]["bytes_float32"] <= cost["weights"] <= cost["resident"]
     assert all(cost[what][phase] > 0 for what in ("seconds", "cpu_seconds", "peak") for phase in ("score", "gradient"))
-    assert cost["peak"]["gradient"] >= 4 * 3 * 40 * 40, "the gradient at the picture is among them"
-    assert "one_picture" not in found["hpsv2"]
+    assert cost["peak"]["gradient"] >= 4 * 3 * 40 * 40, "the gradient at the image is among them"
+    assert "one_image" not in found["hpsv2"]
 
 
 def test_what_cannot_be_run_is_named(bench):
