@@ -48,8 +48,8 @@ def _set_words(generator: torch.Generator, words: tuple[int, ...]) -> None:
     import torch
 
     record = generator.get_state()
-    place = slice(24, 24 + 8 * WORDS)  # a word of the state takes 64 bits there
-    if record.numel() != 5056 or not bool((record[place].view(torch.int64) >> 32 == 0).all()):
+    state = record.numpy()[24 : 24 + 8 * WORDS].view("uint64")  # a word takes 64 bits here; shares the record's memory
+    if record.numel() != 5056 or (state >> 32).any():
         raise RuntimeError(f"torch {torch.__version__} records its CPU generator in another form; report this")
-    record[place] = torch.tensor(words, dtype=torch.int64).view(torch.uint8)
+    state[:] = words
     generator.set_state(record)
