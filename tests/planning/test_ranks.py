@@ -17,6 +17,7 @@ from leapalign.cli import main
 from leapalign.codec import dumps
 from leapalign.distributed.world import World
 from leapalign.errors import UserError
+from leapalign.methods import ReFL
 from leapalign.planning import plan as planning
 from leapalign.planning import sharding
 from leapalign.planning.plan import make_plan
@@ -96,7 +97,9 @@ def test_auto_is_decided_as_in_training(run, monkeypatch):
     lanes, notes = shared(run, 0)
     assert lanes == 1 and any("as on GPUs of 80 GB" in note for note in notes)
     lanes, notes = shared(replace(run, samples_per_draw=1), 10**6)
-    assert lanes == 1 and any("samples_per_draw 1 is no multiple of the 2 samples" in note for note in notes)
+    assert lanes == 2 and any(note.startswith("sharding auto: full, because") for note in notes)
+    lanes, notes = shared(replace(run, samples_per_draw=1, method=ReFL()), 10**6)
+    assert lanes == 1 and any("samples_per_draw 1 is not a multiple of the 2 samples" in note for note in notes)
     lanes, _ = shared(replace(run, tuning=LoRA(rank=2, quantization="int8"), dtype="bfloat16"), 10**6)
     assert lanes == 1
 
@@ -106,7 +109,11 @@ def test_auto_is_decided_as_in_training(run, monkeypatch):
     [
         ({}, 3, "batch_size 4 is not made of rounds of 3 ranks"),
         ({}, 0, "ranks 0, ranks_per_machine 8: both must be at least 1"),
-        ({"sharding": "full", "samples_per_draw": 1}, 2, "samples_per_draw 1 is not a multiple of the 2 samples"),
+        (
+            {"sharding": "full", "samples_per_draw": 1, "method": ReFL()},
+            2,
+            "samples_per_draw 1 is not a multiple of the 2 samples",
+        ),
         ({"sharding": "hybrid", "shard_ranks": 3}, 4, "shard_ranks 3 does not divide 4 ranks"),
         ({"shard_rewards": ("hpsv3",)}, 2, "there is no reward 'hpsv3'"),
         ({"sharding": "full", "tuning": LoRA(rank=2, quantization="int8"), "dtype": "bfloat16"}, 2, "quantised base"),

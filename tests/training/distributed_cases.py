@@ -119,6 +119,11 @@ def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]
     named["full, gathered"] = lambda: compared(replace(full, gather_in_rollout=True), world)
     for graph in ("inputs", "blocks"):
         named[f"full, {graph}"] = lambda g=graph: compared(replace(full, graph=g), world, 1)
+    own = replace(full, samples_per_draw=1, num_sampling_steps=4)  # another (k, j) on each rank
+    for graph in GRAPHS:
+        named[f"full, own draws, {graph}"] = lambda g=graph: compared(replace(own, graph=g), world, 3)
+    for method in (DRaFT(num_last_steps=2), DRaFTLV()):
+        named[f"full, own draws, {method.name}"] = lambda m=method: compared(replace(own, method=m), world)
     named["whole at a time"] = lambda: {g: whole_at_a_time(replace(full, graph=g), world) for g in GRAPHS}
     named["hybrid"] = lambda: compared(replace(real, sharding="hybrid", shard_ranks=max(1, world.size // 2)), world)
     halves = {"shard_ranks": max(1, world.size // 2), "async_checkpoints": False}

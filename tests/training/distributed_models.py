@@ -40,6 +40,7 @@ class GuidedSD3:
     """diffusers' SD3 transformer with two blocks, in float64, under true guidance; no VAE and no text encoders."""
 
     name: ClassVar[str] = "guided-sd3"
+    same_forwards: ClassVar[bool] = True
 
     def load(self, device: str, dtype: str, tuning: Any, loading: Any = None) -> Guided:
         policy = copy.deepcopy(_transformer()).requires_grad_(True)

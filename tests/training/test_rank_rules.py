@@ -15,17 +15,20 @@ from torch.distributed.fsdp import FSDPModule
 import lora_families
 import tiny_pipelines
 from leapalign.distributed import fsdp_frozen
-from leapalign.distributed.fsdp import is_sharded, shard
+from leapalign.distributed.choice import check_fits, choose
+from leapalign.distributed.fsdp import shard
 from leapalign.distributed.world import (
     VARIABLES,
     World,
     check_geometry,
     fingerprint,
     joined,
-    one_draw_a_round,
+    unequal_forwards,
     world_device,
 )
 from leapalign.errors import UserError
+from leapalign.methods import AlignProp, DRaFT, DRaFTLV, DRTune, LeapAlign, ReFL
+from leapalign.models.z_image import ZImage
 from leapalign.run import Run
 from leapalign.storage.pipeline_folder import Loading
 from leapalign.training import batches, loop
@@ -41,15 +44,32 @@ def test_a_batch_that_does_not_fit_names_the_nearest_that_do(tiny_run: Callable[
         check_geometry(run, World(size=5))
 
 
-def test_sharded_ranks_need_one_draw_at_a_time(tiny_run: Callable[..., Run]) -> None:
-    run = tiny_run(batch_size=24, micro_batch_size=2, samples_per_draw=6, sharding="full")
+def test_sharded_ranks_need_one_draw_at_a_time_where_forwards_depend_on_it(tiny_run: Callable[..., Run]) -> None:
+    run = tiny_run(batch_size=24, micro_batch_size=2, samples_per_draw=6, sharding="full", method=ReFL())
     with pytest.raises(UserError, match="use samples_per_draw 4 or 8, 0 for the whole batch, or sharding replicate"):
         check_geometry(run, World(size=2))
     check_geometry(replace(run, sharding="replicate"), World(size=2))
     check_geometry(run, World(size=3))
-    assert one_draw_a_round(run, World(size=3)) and not one_draw_a_round(run, World(size=2))
+    assert not unequal_forwards(run, World(size=3)) and unequal_forwards(run, World(size=2))
     with pytest.raises(UserError, match="shard_ranks 3 does not divide 4 ranks; use 2 or 4"):
         check_geometry(replace(run, samples_per_draw=0, sharding="hybrid", shard_ranks=3), World(size=4))
+
+
+def test_draws_of_their_own_are_refused_only_where_ranks_would_gather_differently(tiny_run, tmp_path):
+    """LeapAlign and DRaFT make the same forwards for every draw; other causes than the method count as well."""
+    two = World(size=2)
+    fitting = {LeapAlign(): True, DRaFT(): True, DRaFTLV(): True, DRTune(): False, AlignProp(): False}
+    for method, fits in fitting.items():
+        run = tiny_run(batch_size=4, micro_batch_size=1, samples_per_draw=1, method=method, sharding="full")
+        assert bool(unequal_forwards(run, two)) is not fits
+    run = replace(run, method=LeapAlign())
+    check_geometry(run, two)
+    with pytest.raises(UserError, match="gather_in_rollout gathers by the draw, and samples_per_draw 1"):
+        check_geometry(replace(run, gather_in_rollout=True), two)
+    model = ZImage(path="z", cfg_truncation=0.5)
+    with pytest.raises(UserError, match="the forwards of z-image depend on the step"):
+        check_geometry(replace(run, model=model), two)
+    check_geometry(replace(run, model=ZImage(path="z")), two)
 
 
 def test_nothing_is_loaded_before_the_geometry_is_checked(tiny_run, monkeypatch):
@@ -130,19 +150,49 @@ def test_frozen_networks_that_cannot_be_sharded_are_refused(tiny_run: Callable[.
         fsdp_frozen.prepare(run, run.model.load("cpu", "float32"), ["red"], two_ranks, "cpu")
 
 
-def test_a_large_policy_on_cuda_is_sharded_by_itself(tiny_run, monkeypatch):
-    """20 bytes a trained weight against 40 % of a device's memory; draws that differ between ranks forbid it."""
-    policy = torch.nn.Linear(999, 1000)  # 10 ** 6 weights
-    small, large = (SimpleNamespace(total_memory=memory) for memory in (49_000_000, 51_000_000))
+def gpu_of(monkeypatch: pytest.MonkeyPatch, memory: int) -> str:
+    """The name of a CUDA device with this many bytes."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory))
+    return "cuda:0"
+
+
+def test_auto_shards_a_large_policy_on_cuda_and_says_why(tiny_run, monkeypatch):
+    """20 bytes a trained weight against 40 % of a device's memory, where the draws allow it."""
+    policy, two = torch.nn.Linear(999, 1000), World(size=2)  # 10 ** 6 weights
     run = tiny_run(batch_size=8, micro_batch_size=2)
-    for properties, expected in ((small, True), (large, False)):
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, p=properties: p)
-        assert is_sharded(run, policy, World(size=2), "cuda:0") is expected
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: small)
-    assert not is_sharded(replace(run, samples_per_draw=2), policy, World(size=2), "cuda:0")
-    assert not is_sharded(run, policy, World(), "cuda:0") and not is_sharded(
-        replace(run, sharding="replicate"), policy, World(size=2), "cuda:0"
+    small = choose(run, policy, two, gpu_of(monkeypatch, 51_000_000))
+    assert not small.sharded and small.why == (
+        "sharding auto: replicate, because weights, gradients, optimiser and average take 0.02 GB of 0.051 GB of memory"
     )
+    large = choose(run, policy, two, gpu_of(monkeypatch, 49_000_000))
+    assert large.sharded and large.why.startswith("sharding auto: full, because replicated weights")
+    own = replace(run, samples_per_draw=2)
+    assert choose(own, policy, two, "cuda:0").sharded  # LeapAlign's forwards do not depend on the draw
+    refl = choose(replace(own, method=ReFL()), policy, two, "cuda:0")
+    assert not refl.sharded and "replicate, because the forwards of refl depend on the draw" in refl.why
+    assert choose(run, policy, two, "cpu").why == "sharding auto: replicate, because the ranks compute on CPUs"
+    assert choose(run, policy, World(), "cuda:0") == choose(replace(run, sharding="replicate"), policy, two, "cuda:0")
+
+
+def test_what_cannot_fit_is_refused_before_prompts_are_encoded(tiny_run, monkeypatch):
+    """20 MB of a policy whose weights are trained, on devices of 6 MB."""
+    policy, device = torch.nn.Linear(999, 1000), gpu_of(monkeypatch, 6_000_000)
+    run = tiny_run(batch_size=24, micro_batch_size=2, samples_per_draw=2)
+    for world, ways in ((World(), "use 4 ranks or more with --sharding full, or"), (World(size=4), "")):
+        with pytest.raises(UserError, match=f"cuda:0 has 0.006 GB of memory; weights.*{ways}"):
+            check_fits(replace(run, sharding="replicate"), policy, world, device)
+    with pytest.raises(UserError, match=r"0\.02 GB on each rank; use --sharding full, or a recipe that trains a LoRA"):
+        check_fits(replace(run, sharding="replicate"), policy, World(size=4), device)
+    with pytest.raises(UserError, match=r"use --sharding full \(the forwards of refl depend on the draw"):
+        check_fits(replace(run, method=ReFL()), policy, World(size=4), device)
+    hybrid = replace(run, sharding="hybrid", shard_ranks=2)
+    with pytest.raises(UserError, match=r"0\.01 GB on each rank; use --sharding full, or --shard-ranks 4 or more"):
+        check_fits(hybrid, policy, World(size=4), device)
+    check_fits(run, policy, World(size=4), device)
+    check_fits(replace(run, sharding="replicate"), policy, World(), "cpu")
+    policy.bias.requires_grad_(False)
+    with pytest.raises(UserError, match="on each rank; use a recipe that trains a LoRA, or a smaller model"):
+        check_fits(run, policy, World(size=4), device)  # trained weights beside frozen ones are not sharded
 
 
 @pytest.mark.parametrize("family", lora_families.FAMILIES)

@@ -21,6 +21,10 @@ class TinyModel:
 
     double: bool = False
 
+    @property
+    def same_forwards(self) -> bool:
+        return True
+
     def load(self, device: str, dtype: str, tuning: object = None, loading: object = None) -> Tiny:
         return Tiny(self.double)
 

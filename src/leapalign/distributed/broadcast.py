@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from leapalign.distributed.fsdp import Shards, may_shard, shard
+from leapalign.distributed.choice import may_shard
+from leapalign.distributed.fsdp import Shards, shard
 from leapalign.distributed.tensors import like
 from leapalign.distributed.world import World
 from leapalign.errors import UserError

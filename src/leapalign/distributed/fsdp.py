@@ -21,15 +21,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from leapalign.distributed.choice import QUANTISED, choose, is_quantised, shared_by
 from leapalign.distributed.tensors import whole
-from leapalign.distributed.world import World, one_draw_a_round
+from leapalign.distributed.world import World
 from leapalign.errors import UserError
 from leapalign.flow.rollout import Velocity
 from leapalign.run import Run
-
-ROOM = 0.4  # of a device's memory for what a rank keeps for the whole run; beyond it, `auto` shards
-QUANTISED = "a quantised base cannot be sharded; use --sharding replicate, or --tuning.quantization none"
-KEPT = 20  # bytes a trained weight: float32 weight, gradient, two moments, average
 
 
 class Recomputation:
@@ -107,9 +104,9 @@ class Shards:
 
 def shard(run: Run, policy: nn.Module, world: World, device: str) -> Shards | None:
     """Spread the policy over the ranks' devices, where the run asks for it. UserError where it cannot be."""
-    if not is_sharded(run, policy, world, device):
+    if not choose(run, policy, world, device).sharded:
         return None
-    if getattr(policy, "hf_quantizer", None) is not None:
+    if is_quantised(policy):
         raise UserError(QUANTISED)
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise UserError(f"sharded weights need a newer torch than {torch.__version__}; use --sharding replicate")
@@ -129,26 +126,6 @@ def shard(run: Run, policy: nn.Module, world: World, device: str) -> Shards | No
     return Shards(policy=policy, shell=shell, **settings)  # type: ignore[arg-type]
 
 
-def may_shard(run: Run, world: World, device: str) -> bool:
-    """Before the policy is there: whether it is sharded, or its size decides."""
-    if world.size == 1 or run.sharding == "replicate":
-        return False
-    return run.sharding != "auto" or (device.startswith("cuda") and one_draw_a_round(run, world))
-
-
-def is_sharded(run: Run, policy: nn.Module, world: World, device: str, memory: int = 0) -> bool:
-    """`auto` shards on CUDA what would fill more than ROOM of a device, if the draws allow it.
-
-    `memory`: the device's bytes; 0 = ask it.
-    """
-    if not may_shard(run, world, device) or run.sharding != "auto":
-        return may_shard(run, world, device)
-    if getattr(policy, "hf_quantizer", None) is not None:
-        return False
-    kept = sum(p.numel() * (KEPT if p.requires_grad else p.element_size()) for p in policy.parameters())
-    return kept > ROOM * (memory or torch.cuda.get_device_properties(device).total_memory)
-
-
 def repeated_blocks(policy: nn.Module) -> list[nn.Module]:
     """The repeated blocks: the elements of the policy's own lists of modules."""
     return [block for child in policy.children() if isinstance(child, nn.ModuleList) for block in child]
@@ -164,14 +141,6 @@ def mesh_of(run: Run, world: World, device: str) -> DeviceMesh:
     if run.sharding != "hybrid":
         return init_device_mesh(device, (world.size,), mesh_dim_names=("shard",))
     return init_device_mesh(device, (world.size // inner, inner), mesh_dim_names=("replicate", "shard"))
-
-
-def shared_by(run: Run, world: World) -> int:
-    """How many ranks share one copy of what is sharded. UserError where they do not divide the world."""
-    inner = (run.shard_ranks or world.local_size) if run.sharding == "hybrid" else world.size
-    if world.size % inner:
-        raise UserError(f"{world.size} ranks are not made of machines of {inner}; give shard_ranks")
-    return inner
 
 
 def _shell(policy: nn.Module) -> nn.Module:

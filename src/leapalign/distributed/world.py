@@ -283,12 +283,11 @@ def check_geometry(run: Run, world: World) -> None:
             f"batch_size {batch} is not made of rounds of {ranks} ranks with micro-batches of {micro}; "
             f"use {', or '.join(ways)}"
         )
-    if run.sharding in ("full", "hybrid") and not one_draw_a_round(run, world):
+    if run.sharding in ("full", "hybrid") and (why := unequal_forwards(run, world)):
         unit = micro * ranks
         raise UserError(
-            f"samples_per_draw {run.samples_per_draw} is not a multiple of the {unit} samples that {ranks} ranks work "
-            f"on at a time, and ranks with sharded weights must make the same forwards; use samples_per_draw "
-            f"{nearest_multiples(run.samples_per_draw, unit)}, 0 for the whole batch, or sharding replicate"
+            f"sharding {run.sharding}: {why}; use samples_per_draw {nearest_multiples(run.samples_per_draw, unit)}, 0 "
+            "for the whole batch, or sharding replicate"
         )
     if run.shard_ranks and ranks > 1 and (run.shard_ranks > ranks or ranks % run.shard_ranks):
         fits = [n for n in range(1, ranks + 1) if ranks % n == 0]
@@ -297,6 +296,21 @@ def check_geometry(run: Run, world: World) -> None:
         )
 
 
-def one_draw_a_round(run: Run, world: World) -> bool:
-    """Whether all ranks have the same structural draw at a time, and so the same forwards and backwards."""
-    return run.samples_per_draw % (run.micro_batch_size * world.size) == 0
+def unequal_forwards(run: Run, world: World) -> str:
+    """Why the ranks of a round would make different numbers of forwards or backwards; empty where they would not.
+
+    Ranks with sharded weights gather each block together, so every rank must run it as often as the others.
+    """
+    unit = run.micro_batch_size * world.size
+    if run.samples_per_draw % unit == 0:
+        return ""
+    causes = {
+        f"the forwards of {run.method.name} depend on the draw": not run.method.same_forwards,
+        f"the forwards of {run.model.name} depend on the step": not run.model.same_forwards,
+        "gather_in_rollout gathers by the draw": run.gather_in_rollout,
+    }
+    why = " and ".join(cause for cause, applies in causes.items() if applies)
+    return why and (
+        f"{why}, and samples_per_draw {run.samples_per_draw} is not a multiple of the {unit} samples that "
+        f"{world.size} ranks work on at a time"
+    )

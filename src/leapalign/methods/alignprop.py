@@ -30,6 +30,7 @@ class AlignProp:
     """Randomly truncated backpropagation through the sampling chain."""
 
     name: ClassVar[str] = "alignprop"
+    same_forwards: ClassVar[bool] = False
 
     def draw(self, num_steps: int, rng: torch.Generator, noise: Noise) -> AlignPropDraws:
         """depth ~ U{0..T}."""

@@ -32,6 +32,9 @@ class Method(Protocol[Draws]):
 
     __dataclass_fields__: ClassVar[dict[str, Any]]  # so that dataclasses.replace() takes one
     name: ClassVar[str]
+    same_forwards: ClassVar[bool]
+    """Whether all draws make equally many forwards, with graph and without: ranks with sharded weights, which gather
+    together, may then have different draws."""
 
     def draw(self, num_steps: int, rng: torch.Generator, noise: Noise) -> Draws: ...
 

@@ -26,6 +26,7 @@ class DRaFT:
     """Direct reward fine-tuning, truncated to the last K steps."""
 
     name: ClassVar[str] = "draft-k"
+    same_forwards: ClassVar[bool] = True
 
     num_last_steps: int = 1  # K
     """Steps at the image end that are differentiated; memory grows with it."""

@@ -30,6 +30,7 @@ class DRaFTLV:
     """DRaFT with less variance: several differentiated last steps a sample."""
 
     name: ClassVar[str] = "draft-lv"
+    same_forwards: ClassVar[bool] = True
 
     num_copies: int = 2  # n
     """Re-noised copies of each sample beside the sample itself."""

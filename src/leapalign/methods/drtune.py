@@ -40,6 +40,7 @@ class DRTune:
     """Deep reward tuning: K differentiated steps with stopped inputs, and an early stop."""
 
     name: ClassVar[str] = "drtune"
+    same_forwards: ClassVar[bool] = False
 
     num_training_steps: int = 2  # K
     """Differentiated steps, floor(T/K) apart."""

@@ -79,6 +79,7 @@ class LeapAlign:
     """LeapAlign with n leaps and the switches of the paper's ablations (Fig. 4, App. C). Defaults are the paper's."""
 
     name: ClassVar[str] = "leapalign"
+    same_forwards: ClassVar[bool] = True
 
     num_leaps: int = 2
     """Leaps of the shortened trajectory (Fig. 4b)."""

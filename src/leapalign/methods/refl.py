@@ -29,6 +29,7 @@ class ReFL:
     """Reward feedback learning: one differentiated step, drawn among the last ones."""
 
     name: ClassVar[str] = "refl"
+    same_forwards: ClassVar[bool] = False
 
     early_stop: float = 11 / 25  # m / T
     """Share of the T steps, counted from the image, among which the early stop is drawn."""

@@ -127,6 +127,11 @@ class ModelConfig(Protocol):
         """The same settings on another pipeline folder, with that folder's own transformer."""
         ...
 
+    @property
+    def same_forwards(self) -> bool:
+        """Whether every velocity is made of equally many forwards, whatever the step."""
+        ...
+
     def load(self, device: str, dtype: str, tuning: Tuning = ..., loading: Loading = ...) -> Model:
         """Open the folder. Raises UserError on a folder or a setting that cannot work.
 

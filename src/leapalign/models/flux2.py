@@ -125,6 +125,11 @@ class Flux2Klein:
             "text_encoder_out_layers": self.text_layers,
         }
 
+    @property
+    def same_forwards(self) -> bool:
+        """The guidance is on in every step or in none."""
+        return True
+
     def load(self, device: str, dtype: str, tuning: Tuning = FULL, loading: Loading = FROM_FILES) -> PipelineModel:
         """Open the folder. Raises UserError on a folder, size, length or layer that cannot work."""
         from leapalign.models import pipeline as pipe

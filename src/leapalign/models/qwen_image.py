@@ -135,6 +135,11 @@ class QwenImage:
             "max_sequence_length": self.max_sequence_length,
         }
 
+    @property
+    def same_forwards(self) -> bool:
+        """The guidance is on in every step or in none."""
+        return True
+
     def load(self, device: str, dtype: str, tuning: Tuning = FULL, loading: Loading = FROM_FILES) -> PipelineModel:
         """Open the folder. Raises UserError on a folder, size or length that cannot work."""
         from leapalign.models import pipeline as pipe

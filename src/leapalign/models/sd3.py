@@ -150,6 +150,11 @@ class SD3:
         }
         return arguments if self.shift == "twice" else arguments | {"sigmas": even_sigmas(num_steps)}
 
+    @property
+    def same_forwards(self) -> bool:
+        """The guidance is on in every step or in none."""
+        return True
+
     def load(self, device: str, dtype: str, tuning: Tuning = FULL, loading: Loading = FROM_FILES) -> PipelineModel:
         """Open the folder. Raises UserError on a folder, size or length that cannot work."""
         from leapalign.models import pipeline as pipe

@@ -110,6 +110,11 @@ class ZImage:
             "max_sequence_length": self.max_sequence_length,
         }
 
+    @property
+    def same_forwards(self) -> bool:
+        """Guidance that ends at some step has one forward instead of two from there on."""
+        return self.cfg_truncation >= 1
+
     def load(self, device: str, dtype: str, tuning: Tuning = FULL, loading: Loading = FROM_FILES) -> PipelineModel:
         """Open the folder. Raises UserError on a folder, size, length or guidance that cannot work."""
         from leapalign.models import pipeline as pipe

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from leapalign.distributed.fsdp import QUANTISED, is_sharded, repeated_blocks, shared_by
-from leapalign.distributed.world import World, check_geometry, one_draw_a_round
+from leapalign.distributed.choice import QUANTISED, choose, shared_by
+from leapalign.distributed.fsdp import repeated_blocks
+from leapalign.distributed.world import World, check_geometry
 from leapalign.errors import UserError
 from leapalign.run import Run
 
@@ -90,13 +91,9 @@ def first_rank(
     world, notes = world_of(run, ranks, per_machine), []
     if run.sharding == "auto" and device.startswith("cuda") and not memory:
         notes.append(f"sharding auto is decided here as on GPUs of {USUAL_GPU / 1e9:.0f} GB")
-    if run.sharding == "auto" and not one_draw_a_round(run, world):
-        unit = run.micro_batch_size * ranks
-        notes.append(
-            f"sharding auto leaves the weights whole: samples_per_draw {run.samples_per_draw} is no multiple of the "
-            f"{unit} samples that {ranks} ranks work on at a time (samples_per_draw {unit}, or 0, is)"
-        )
-    sharded = is_sharded(run, policy, world, device, memory or USUAL_GPU)
+    choice = choose(run, policy, world, device, memory or USUAL_GPU)
+    notes += [choice.why] if choice.why else []
+    sharded = choice.sharded
     if sharded and quantised:
         if run.sharding != "auto":
             raise UserError(QUANTISED)

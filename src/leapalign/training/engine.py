@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from leapalign.checkpoint.inputs import inputs_of
 from leapalign.distributed import broadcast
+from leapalign.distributed.choice import check_fits, choose
 from leapalign.distributed.fsdp import Shards
 from leapalign.distributed.fsdp_frozen import check_names, prepare, shard_rewards
 from leapalign.distributed.tensors import Named
@@ -56,6 +57,7 @@ class Engine:
     sigmas: Tensor  # [T + 1], ascending, on the model's device
     world: World
     shards: Shards | None  # None: every rank has the whole policy
+    notes: tuple[str, ...] = ()  # sentences for the user, about what was decided while the run was loaded
 
     @property
     def rewards_in_step(self) -> bool:
@@ -117,6 +119,8 @@ def build(run: Run, world: World = ALONE, begin: Start = BEGINNING) -> Engine:
         if run.graph == "blocks":
             _checkpoint_blocks(model.policy)
         trained_parameters(model.policy)
+    choice = choose(run, model.policy, world, device)
+    check_fits(run, model.policy, world, device)
     shards = broadcast.spread(run, model.policy, world, device)
     texts = batches.prompts_used(run, prompts, begin)
     with world.agreed():
@@ -133,6 +137,7 @@ def build(run: Run, world: World = ALONE, begin: Start = BEGINNING) -> Engine:
         run=run,
         world=world,
         shards=shards,
+        notes=(choice.why,) if choice.why else (),
         model=model,
         rewards=rewards,
         terms={

@@ -84,6 +84,8 @@ def train(
         engine, progress = _load(run, world, origin)
         inputs = _inputs(engine, origin, allow_changes)
         with _begin(run, world, origin, progress, inputs) as tracker:
+            for note in engine.notes:
+                tracker.note(note)
             _train_steps(engine, progress, tracker, stop, inputs, on_step)
         saved = _save_tuned(engine, out)
         summary = summarize(run, progress) if world.main else {}

@@ -1,0 +1,121 @@
+"""Whether a run's policy is sharded over its ranks, why, and whether what a rank keeps of it fits its device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from leapalign.distributed.world import World, unequal_forwards
+from leapalign.errors import UserError
+from leapalign.models.prompt_embeds.location import gigabytes
+from leapalign.run import Run
+
+ROOM = 0.4  # share of a device's memory for what a rank keeps for the whole run; beyond it, `auto` shards
+QUANTISED = "a quantised base cannot be sharded; use --sharding replicate, or --tuning.quantization none"
+KEPT = 20  # bytes of a trained weight: float32 weight, gradient, two moments, average
+
+
+def may_shard(run: Run, world: World, device: str) -> bool:
+    """Before the policy is there: whether it is sharded, or its size decides."""
+    if world.size == 1 or run.sharding == "replicate":
+        return False
+    return run.sharding != "auto" or (device.startswith("cuda") and not unequal_forwards(run, world))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Whether the policy is sharded; of `auto` also why, as a sentence for the user."""
+
+    sharded: bool
+    why: str = ""
+
+
+def choose(run: Run, policy: nn.Module, world: World, device: str, memory: int = 0) -> Choice:
+    """What `run.sharding` means for this policy on these ranks.
+
+    `auto` shards on CUDA if a rank would otherwise keep more than ROOM of its device, and if the draws allow it.
+    `memory`: bytes of the device; 0 = ask it.
+    """
+    if run.sharding != "auto" or world.size == 1:
+        return Choice(may_shard(run, world, device))
+    if not device.startswith("cuda"):
+        return _replicate("the ranks compute on CPUs")
+    if why := unequal_forwards(run, world):
+        return _replicate(f"{why} (samples_per_draw {run.micro_batch_size * world.size}, or 0, would be)")
+    if is_quantised(policy):
+        return _replicate("a quantised base cannot be sharded")
+    kept, there = kept_bytes(policy), memory or memory_of(device)
+    share = f"{gigabytes(kept)} of {gigabytes(there)} of memory"
+    if kept <= ROOM * there:
+        return _replicate(f"weights, gradients, optimiser and average take {share}")
+    return Choice(True, f"sharding auto: full, because replicated weights, optimiser and average would take {share}")
+
+
+def _replicate(why: str) -> Choice:
+    return Choice(False, f"sharding auto: replicate, because {why}")
+
+
+def check_fits(run: Run, policy: nn.Module, world: World, device: str, memory: int = 0) -> None:
+    """Raise UserError where what a rank keeps of the policy for the whole run is more than its device has.
+
+    `memory`: bytes of the device; 0 = ask it. Nothing is checked on CPUs.
+    """
+    if not device.startswith("cuda"):
+        return
+    there, sharded = memory or memory_of(device), choose(run, policy, world, device, memory).sharded
+    kept = kept_bytes(policy, shared_by(run, world) if sharded else 1)
+    if kept > there:
+        raise UserError(
+            f"{device} has {gigabytes(there)} of memory; weights, gradients, optimiser and average of the model take "
+            f"{gigabytes(kept)} on each rank; use {', or '.join(_ways_to_fit(run, policy, world, sharded, there))}"
+        )
+
+
+def _ways_to_fit(run: Run, policy: nn.Module, world: World, sharded: bool, memory: int) -> list[str]:
+    others = ["a recipe that trains a LoRA", "a smaller model"]
+    trained, frozen = _trained_and_frozen(policy)
+    if is_quantised(policy) or (frozen and trained >= memory):
+        return others
+    needed = -(-frozen // (memory - trained)) if frozen else -(-trained // memory)
+    if world.size < needed:
+        return [f"{needed} ranks or more with --sharding full", *others]
+    if sharded:
+        return [f"--sharding full, or --shard-ranks {needed} or more", *others]
+    obstacle = unequal_forwards(run, world)
+    return [f"--sharding full ({obstacle}: mend that first)" if obstacle else "--sharding full", *others]
+
+
+def kept_bytes(policy: nn.Module, among: int = 1) -> int:
+    """Bytes that a rank keeps of the policy for the whole run: weights, gradients, moments and average.
+
+    `among`: ranks that share one copy. Beside frozen weights (LoRA) the trained ones stay whole on every rank.
+    """
+    trained, frozen = _trained_and_frozen(policy)
+    return trained + frozen // among if frozen else trained // among
+
+
+def _trained_and_frozen(policy: nn.Module) -> tuple[int, int]:
+    """Bytes that the trained weights take with all that belongs to them, and those of the frozen weights."""
+    weights = list(policy.parameters())
+    trained = KEPT * sum(p.numel() for p in weights if p.requires_grad)
+    return trained, sum(p.numel() * p.element_size() for p in weights if not p.requires_grad)
+
+
+def is_quantised(policy: nn.Module) -> bool:
+    """Whether the weights were quantised while they were read (diffusers leaves the quantiser on the model)."""
+    return getattr(policy, "hf_quantizer", None) is not None
+
+
+def memory_of(device: str) -> int:
+    """Bytes of a CUDA device's memory."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def shared_by(run: Run, world: World) -> int:
+    """How many ranks share one copy of what is sharded. UserError where they do not divide the world."""
+    inner = (run.shard_ranks or world.local_size) if run.sharding == "hybrid" else world.size
+    if world.size % inner:
+        raise UserError(f"{world.size} ranks are not made of machines of {inner}; give shard_ranks")
+    return inner
