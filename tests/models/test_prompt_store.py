@@ -104,8 +104,8 @@ def test_key_is_made_of_everything_that_decides_an_embedding(
 ) -> None:
     def key(folder: str | Path, dtype: str = "float32", **changes: Any) -> Path:
         model = SD3(path=str(folder), **{**SIZE, **changes}).load("cpu", dtype)
-        assert model.prompts._store
-        return model.prompts._store.home
+        assert model.prompts.store
+        return model.prompts.store.home
 
     base = key(sd3_folder)
     copy = Path(shutil.copytree(sd3_folder, tmp_path / "copy"))
@@ -118,7 +118,7 @@ def test_key_is_made_of_everything_that_decides_an_embedding(
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
     assert key(copy) != base
     flux = Flux(path=flux_folder, **SIZE).load("cpu", "float32")
-    assert flux.prompts._store and flux.prompts._store.home != base
+    assert flux.prompts.store and flux.prompts.store.home != base
 
 
 def test_hub_snapshot_and_its_copy_share_entries(sd3_folder: str, tmp_path: Path, place: Path) -> None:

@@ -13,7 +13,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,18 @@ from leapalign.checkpoint import checkpoints, sharded
 from leapalign.checkpoint.async_writer import Copies
 from leapalign.checkpoint.checkpoints import Progress
 from leapalign.distributed import broadcast, fsdp_frozen
+from leapalign.distributed import prompts as rank_prompts
 from leapalign.distributed.tensors import whole
 from leapalign.distributed.world import World, joined
 from leapalign.errors import NotFinite, RunInterrupted, RunStopped, UserError
 from leapalign.lookup.recipes import load_file
 from leapalign.methods import AlignProp, DRaFT, DRaFTLV, DRTune, LeapAlign, ReFL
+from leapalign.models.prompt_embeds import store as prompt_store
+from leapalign.models.prompt_embeds.cache import PromptCache
+from leapalign.models.prompt_embeds.store import PromptStore
 from leapalign.models.sd3 import SD3
 from leapalign.run import RewardTerm, Run
+from leapalign.storage.pipeline_folder import FROM_FILES
 from leapalign.training import batches, direct, fixed_set, loop
 from leapalign.tuning.full import FULL
 from leapalign.tuning.lora import LoRA
@@ -143,6 +149,9 @@ def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]
     both = replace(judged, rewards=units, sharding="full", shard_rewards=large[1:2])
     named["full, sharded rewards"] = lambda: compared(both, world)
     named["sharded text encoders"] = lambda: encoded(folder, world)
+    for way in ("shared", "apart", "memory", "sharded"):
+        named[f"prompts, {way}"] = lambda w=way: encoded_once(folder, world, w)
+    named["prompts, a rank that fails"] = lambda: encoder_fails(folder, world)
     for way in ("full", "hybrid", "auto"):
         named[f"read by rank 0, {way}"] = lambda w=way: read_by_rank_0(folder, world, FULL, "float32", w)
     named["read by rank 0, lora"] = lambda: read_by_rank_0(folder, world, LoRA(rank=2), "bfloat16", "full")
@@ -350,10 +359,10 @@ def encoded(folder: Path, world: World) -> dict[str, Any]:
     model, alone = config.load("cpu", "float32"), config.load("cpu", "float32")
     if world.main:
         model.prepare(PROMPTS[:2])
-    held, spread = [], fsdp_frozen.shard_blocks
-    fsdp_frozen.shard_blocks = lambda blocks, mesh: (spread(blocks, mesh), held.append(blocks))
-    fsdp_frozen.prepare(replace(tiny(), shard_text_encoders=True), model, PROMPTS, world, "cpu")
-    fsdp_frozen.shard_blocks = spread
+    held, spread = [], rank_prompts.shard_blocks
+    rank_prompts.shard_blocks = lambda blocks, mesh: (spread(blocks, mesh), held.append(blocks))
+    rank_prompts.prepare(replace(tiny(), shard_text_encoders=True), model, [PROMPTS] * world.size, world, "cpu")
+    rank_prompts.shard_blocks = spread
     alone.prepare(PROMPTS)
     ours, theirs = model.encode(PROMPTS).prompts, alone.encode(PROMPTS).prompts
     assert ours.pooled is not None and theirs.pooled is not None
@@ -362,6 +371,89 @@ def encoded(folder: Path, world: World) -> dict[str, Any]:
         model.encode(["a prompt that was not foreseen"])  # by rank 0 alone: its encoders are whole
     blocks = {str(i): [share(block) for block in encoder] for i, encoder in enumerate(held)}
     return {"equal": all(world.gather(equal)), "blocks": blocks}
+
+
+def encoded_once(folder: Path, world: World, way: str) -> dict[str, Any]:
+    """Real text encoders and an update: on all ranks, by rank the prompts encoded and written; against one process.
+
+    `way`: one cache on disk for all ranks, one each, none, or one for all that sharded text encoders fill.
+    """
+    each = f"-{world.rank}" if way == "apart" else ""
+    os.environ["LEAPALIGN_CACHE"] = str(folder / f"cache-{way}{each}")
+    os.environ["LEAPALIGN_CACHE_GB"] = "0" if way == "memory" else "1"
+    texts = folder / "many.txt"
+    if world.main:
+        texts.write_text("\n".join(f"{number} red circles" for number in range(80)))
+    dist.barrier()
+    run = replace(tiny(), model=sd3_with_t5(folder, world), batch_size=40, micro_batch_size=10, steps=1)
+    run = replace(run, prompts=replace(run.prompts, path=str(texts)), evaluation_size=2, num_sampling_steps=2)
+    run = replace(run, shard_text_encoders=way == "sharded", sharding="replicate")
+    log: dict[str, list[str]] = {"encoded": [], "written": []}
+    with patched(prompt_store, "WORTHWHILE", 0), noted(log):
+        engine = loop.build(run, world)
+        counts = world.gather({name: len(set(prompts)) for name, prompts in log.items()})
+        once = len(log["encoded"]) == len(set(log["encoded"])) and len(log["written"]) == len(set(log["written"]))
+        metrics = direct.update(engine, 0)
+        later = world.gather(len(log["encoded"]) - counts[world.rank]["encoded"])
+    os.environ["LEAPALIGN_CACHE_GB"] = "0"
+    expected = direct.update(loop.build(replace(run, shard_text_encoders=False), World()), 0)
+    files = len(list((folder / f"cache-{way}{each}").glob("*/*.safetensors")))
+    return {
+        "needed": world.gather(len(batches.prompts_used(run, engine.prompts, rank=world.rank, ranks=world.size))),
+        "all": len(batches.prompts_used(run, engine.prompts)),
+        "counts": counts,
+        "once": all(world.gather(once)),
+        "later": later,
+        "files": world.gather(files),
+        "departs": max(abs(metrics[name] - expected[name]) for name in ("loss", "reward", "grad_norm")),
+    }
+
+
+def encoder_fails(folder: Path, world: World) -> dict[str, Any]:
+    """The last rank's text encoders fail in their second call."""
+    os.environ["LEAPALIGN_CACHE_GB"] = "0"
+    model, calls = sd3_with_t5(folder, world).load("cpu", "float32"), []
+
+    def fails(prompts: list[str]) -> Any:
+        calls.append(prompts)
+        if len(calls) == 2 and world.rank == world.size - 1:
+            raise UserError("the text encoders are gone")
+        return model.load_encoder(FROM_FILES)(prompts)
+
+    model.prompts._load_encoder = lambda: fails
+    try:
+        reached = [[f"{rank} {number}" for number in range(40)] for rank in range(world.size)]
+        rank_prompts.prepare(tiny(), model, reached, world, "cpu")
+    except UserError as error:
+        return {"says": world.gather(str(error)), "calls": world.gather(len(calls))}
+    return {"says": [], "calls": []}
+
+
+@contextmanager
+def patched(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextmanager
+def noted(log: dict[str, list[str]]) -> Iterator[None]:
+    """Inside, the prompts that this process encodes, and those whose entries it writes, are appended."""
+    encode, write = PromptCache._encode, PromptStore.write
+
+    def encoding(cache: PromptCache, prompts: list[str], *rest: Any, **named: Any) -> None:
+        log["encoded"] += prompts
+        encode(cache, prompts, *rest, **named)
+
+    def writing(store: PromptStore, prompt: str, row: Any) -> None:
+        log["written"].append(prompt)
+        write(store, prompt, row)
+
+    with patched(PromptCache, "_encode", encoding), patched(PromptStore, "write", writing):
+        yield
 
 
 def _between(run: Run) -> float:

@@ -81,6 +81,7 @@ def check(answers: dict[str, Any], ranks: int) -> None:
         assert len(blocks) >= 1 and all(0.9 / ranks < share < 1.2 / ranks for share in blocks)
     assert answers["sharded rewards"]["whole"].keys() == {"pickscore", "imagereward", "hpsv3"}
     assert max(answers["sharded rewards"]["whole"].values()) < 0.99
+    check_prompts(answers, ranks)
     for way in ("full", "hybrid", "auto", "lora"):
         answer = answers[f"read by rank 0, {way}"]
         assert answer["equal"] and answer["empty"] == [False] + [True] * (ranks - 1), (way, answer)
@@ -90,6 +91,31 @@ def check(answers: dict[str, Any], ranks: int) -> None:
     signalled = answers["a signal to the last rank"]
     assert signalled["status"] == [138] * ranks and signalled["saved"] and signalled["said by"] == 1
     assert answers["saved"]["equal"] and answers["saved"]["share"] < 1.2 / ranks
+
+
+def check_prompts(answers: dict[str, Any], ranks: int) -> None:
+    """Each prompt is encoded and written once where ranks share a cache; else each rank encodes what it needs."""
+    for way in ("shared", "apart", "memory", "sharded"):
+        answer = answers[f"prompts, {way}"]
+        needed, negative = answer["needed"], 1
+        assert answer["once"] and answer["later"] == [0] * ranks, (way, answer)
+        assert answer["departs"] < 1e-5, (way, answer)
+        encoded, written = ([counts[kind] for counts in answer["counts"]] for kind in ("encoded", "written"))
+        total = answer["all"] + negative
+        if way in ("shared", "sharded"):
+            assert sum(written) == total and answer["files"] == [total] * ranks, (way, answer)
+            assert max(written) <= -(-total // ranks), (way, answer)
+        if way == "sharded":
+            assert encoded == [total] * ranks, answer
+        else:
+            share = written if way == "shared" else [count + negative for count in needed]
+            assert encoded == share, (way, answer)
+        if way == "apart":
+            assert answer["files"] == written == encoded, answer
+        if way == "memory":
+            assert written == answer["files"] == [0] * ranks, answer
+    failed = answers["prompts, a rank that fails"]
+    assert failed["says"] == ["the text encoders are gone"] * ranks and failed["calls"] == [2] * ranks
 
 
 def test_two_ranks_equal_one(two: dict[str, Any]) -> None:

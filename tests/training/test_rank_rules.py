@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 
 import lora_families
 import tiny_pipelines
-from leapalign.distributed import fsdp_frozen
+from leapalign.distributed import fsdp_frozen, prompts
 from leapalign.distributed.choice import check_fits, choose
 from leapalign.distributed.fsdp import shard
 from leapalign.distributed.world import (
@@ -29,6 +29,7 @@ from leapalign.distributed.world import (
 from leapalign.errors import UserError
 from leapalign.methods import AlignProp, DRaFT, DRaFTLV, DRTune, LeapAlign, ReFL
 from leapalign.models.z_image import ZImage
+from leapalign.prompts import Prompt
 from leapalign.run import Run
 from leapalign.storage.pipeline_folder import Loading
 from leapalign.training import batches, loop
@@ -83,11 +84,29 @@ def test_nothing_is_loaded_before_the_geometry_is_checked(tiny_run, monkeypatch)
 
 def test_ranks_share_out_the_batch_and_change_no_sample(tiny_run: Callable[..., Run]) -> None:
     run = tiny_run(batch_size=12, micro_batch_size=2)
-    prompts = run.prompts.load()
-    one = list(batches.micro_batches(run, prompts, 5))
-    three = [list(batches.micro_batches(run, prompts, 5, rank, 3)) for rank in range(3)]
+    texts = run.prompts.load()
+    one = list(batches.micro_batches(run, texts, 5))
+    three = [list(batches.micro_batches(run, texts, 5, rank, 3)) for rank in range(3)]
     assert [micro for micros in zip(*three) for micro in micros] == one
     assert [micro.samples.start for micro in three[1]] == [2, 8]
+
+
+def test_a_rank_encodes_the_prompts_of_its_samples_and_those_that_all_score(tiny_run: Callable[..., Run]) -> None:
+    """Of more prompts than the run reaches; beside its own: the evaluation's, and the first sample's (self-checks)."""
+    run = tiny_run(batch_size=12, micro_batch_size=2, steps=3, evaluation_size=2)
+    texts = [Prompt(text=str(number)) for number in range(100)]
+    evaluation = set(batches.evaluation_prompts(run, texts))
+    first = next(batches.micro_batches(run, texts, 0)).prompts[0]
+    for rank in range(3):
+        micros = [micro for step in range(3) for micro in batches.micro_batches(run, texts, step, rank, 3)]
+        own = {prompt for micro in micros for prompt in micro.prompts}
+        assert len(own) == 12 and set(batches.prompts_used(run, texts, rank=rank, ranks=3)) == own | evaluation | {
+            first
+        }
+    assert len(batches.prompts_used(replace(run, evaluation_size=1), texts)) <= 37
+    assert sorted(batches.prompts_used(replace(run, steps=10**9), texts, rank=2, ranks=3)) == sorted(
+        map(str, range(100))
+    )
 
 
 @pytest.mark.parametrize(
@@ -147,7 +166,7 @@ def test_frozen_networks_that_cannot_be_sharded_are_refused(tiny_run: Callable[.
     with pytest.raises(UserError, match="blocks that share weights"):
         fsdp_frozen.shard_rewards(run, {name: SimpleNamespace(model=tied)}, two_ranks, "cpu")  # type: ignore[dict-item]
     with pytest.raises(UserError, match="TinyModel encodes its prompts in a way of its own"):
-        fsdp_frozen.prepare(run, run.model.load("cpu", "float32"), ["red"], two_ranks, "cpu")
+        prompts.prepare(run, run.model.load("cpu", "float32"), [["red"], ["red"]], two_ranks, "cpu")
 
 
 def gpu_of(monkeypatch: pytest.MonkeyPatch, memory: int) -> str:

@@ -67,12 +67,19 @@ def _epoch_order(seed: int, epoch: int, count: int, purpose: str) -> tuple[int, 
     return tuple(torch.randperm(count, generator=rng).tolist())
 
 
-def prompts_used(run: Run, prompts: Sequence[Prompt], begin: Start = BEGINNING) -> list[str]:
-    """All texts that the run encodes, in a fixed order: the training prompts it reaches, and the evaluation set."""
+def prompts_used(
+    run: Run, prompts: Sequence[Prompt], begin: Start = BEGINNING, rank: int = 0, ranks: int = 1
+) -> list[str]:
+    """All texts that this rank encodes, in a fixed order: sample 0 (self-checks), its samples, the evaluation set."""
+    training = {prompt_index(run.seed, 0, len(prompts)): None} if run.self_checks else {}
     first, last = (begin.place(step, run.batch_size) for step in (begin.step, max(begin.step, run.steps)))
-    places = range(first, min(last, first + 2 * len(prompts)))  # two epochs' length holds a whole epoch
-    training = (prompts[prompt_index(run.seed, place, len(prompts))].text for place in places)
-    return list(dict.fromkeys([*training, *evaluation_prompts(run, prompts)]))
+    for place in range(first, last):
+        if (place - first) % run.batch_size // run.micro_batch_size % ranks == rank:
+            training[prompt_index(run.seed, place, len(prompts))] = None
+        if len(training) == len(prompts):
+            break
+    texts = (prompts[index].text for index in training)
+    return list(dict.fromkeys([*texts, *evaluation_prompts(run, prompts)]))
 
 
 def evaluation_prompts(run: Run, prompts: Sequence[Prompt]) -> list[str]:

@@ -20,7 +20,8 @@ from leapalign.checkpoint.inputs import inputs_of
 from leapalign.distributed import broadcast
 from leapalign.distributed.choice import check_fits, choose
 from leapalign.distributed.fsdp import Shards
-from leapalign.distributed.fsdp_frozen import check_names, prepare, shard_rewards
+from leapalign.distributed.fsdp_frozen import check_names, shard_rewards
+from leapalign.distributed.prompts import prepare
 from leapalign.distributed.tensors import Named
 from leapalign.distributed.world import World, resolve_device, world_device
 from leapalign.errors import UserError
@@ -120,13 +121,15 @@ def build(run: Run, world: World = ALONE, begin: Start = BEGINNING) -> Engine:
             _checkpoint_blocks(model.policy)
         trained_parameters(model.policy)
     choice = choose(run, model.policy, world, device)
-    check_fits(run, model.policy, world, device)
+    with world.agreed():
+        check_fits(run, model.policy, world, device)
     shards = broadcast.spread(run, model.policy, world, device)
-    texts = batches.prompts_used(run, prompts, begin)
+    reached = [batches.prompts_used(run, prompts, begin, rank, world.size) for rank in range(world.size)]
+    texts = [text for texts in reached for text in texts]
     with world.agreed():
         if world.main:
             tell_longer_prompts(model, texts)
-    prepare(run, model, texts, world, device)
+    prepare(run, model, reached, world, device)
     with world.agreed():
         rewards = {name: load_reward(term, device, run.dtype) for name, term in zip(names, run.rewards)}
     if world.main:

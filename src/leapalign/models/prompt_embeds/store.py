@@ -131,6 +131,13 @@ class PromptStore:
         with _writing(self.root):
             _replace(self.file(prompt), save(tensors, {"sha256": _digest(tensors), "prompt": prompt}))
 
+    def mark(self) -> Path:
+        """Create an empty file of a new name in the store, by which other processes can tell that they share it."""
+        with _writing(self.root):
+            handle, name = tempfile.mkstemp(dir=self.home, prefix=SCRATCH)
+            os.close(handle)
+        return Path(name)
+
     def make_room(self, count: int, bytes_each: int) -> None:
         """For so many entries more, by removing those of other runs that were used least recently. Raises UserError."""
         present = sum(file.stat().st_size for file in self.needed if file.is_file())
