@@ -132,12 +132,12 @@ def test_hub_snapshot_and_its_copy_share_entries(sd3_folder: str, tmp_path: Path
 def test_hash_of_a_local_file_is_remembered_until_it_changes(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from leapalign.storage import atomic
+    from leapalign.storage import files
 
     (tmp_path / "a").write_bytes(b"one")
     first = file_hash(tmp_path / "a", place)
     with monkeypatch.context() as patch:
-        patch.setattr(atomic, "sha256", lambda _: never())
+        patch.setattr(files, "sha256", lambda _: never())
         assert file_hash(tmp_path / "a", place) == first
     (tmp_path / "a").write_bytes(b"another")
     assert file_hash(tmp_path / "a", place) != first
