@@ -76,7 +76,7 @@ def test_draws_of_their_own_are_refused_only_where_ranks_would_gather_differentl
 def test_nothing_is_loaded_before_the_geometry_is_checked(tiny_run, monkeypatch):
     for name, value in zip(VARIABLES, ("0", "3", "0", "3", "localhost", "1")):
         monkeypatch.setenv(name, value)
-    run = tiny_run(batch_size=4, micro_batch_size=2, model=None)
+    run = tiny_run(batch_size=4, micro_batch_size=2, model=ZImage(path="no-such-folder"))
     with pytest.raises(UserError, match="rounds of 3 ranks"):
         loop.train(run)
     assert not Path(run.out).exists()
@@ -151,11 +151,11 @@ def test_frozen_networks_that_cannot_be_sharded_are_refused(tiny_run: Callable[.
     """Unknown names and devices before anything is loaded; the rest before anything is sharded."""
     two_ranks, name = World(size=2, local_size=2), "tiny-reward"
     with pytest.raises(UserError, match="there is no reward 'hpsv3'; the run has tiny-reward"):
-        loop.build(tiny_run(model=None, shard_rewards=("hpsv3",)))
+        loop.build(tiny_run(model=ZImage(path="no-such-folder"), shard_rewards=("hpsv3",)))
     run = tiny_run(shard_rewards=(name,), shard_text_encoders=True)
     elsewhere = (replace(run.rewards[0], device="cpu"),)
     with pytest.raises(UserError, match=r"tiny-reward has a device of its own \(cpu\)"):
-        loop.build(replace(run, model=None, rewards=elsewhere))
+        loop.build(replace(run, model=ZImage(path="no-such-folder"), rewards=elsewhere))
     with pytest.raises(UserError, match="tiny-reward has no network"):
         fsdp_frozen.shard_rewards(run, {name: lambda images, prompts: images.mean()}, two_ranks, "cpu")
     plain = SimpleNamespace(model=torch.nn.Sequential(torch.nn.Linear(2, 2)))
