@@ -30,6 +30,7 @@ from leapalign.errors import UserError
 from leapalign.methods import AlignProp, DRaFT, DRaFTLV, DRTune, LeapAlign, ReFL
 from leapalign.models.z_image import ZImage
 from leapalign.prompts import Prompt
+from leapalign.rewards.adapt import complete
 from leapalign.run import Run
 from leapalign.storage.pipeline_folder import Loading
 from leapalign.training import batches, loop
@@ -157,14 +158,15 @@ def test_frozen_networks_that_cannot_be_sharded_are_refused(tiny_run: Callable[.
     with pytest.raises(UserError, match=r"tiny-reward has a device of its own \(cpu\)"):
         loop.build(replace(run, model=ZImage(path="no-such-folder"), rewards=elsewhere))
     with pytest.raises(UserError, match="tiny-reward has no network"):
-        fsdp_frozen.shard_rewards(run, {name: lambda images, prompts: images.mean()}, two_ranks, "cpu")
-    plain = SimpleNamespace(model=torch.nn.Sequential(torch.nn.Linear(2, 2)))
+        fsdp_frozen.shard_rewards(run, {name: complete(name, lambda images, prompts: images.mean())}, two_ranks, "cpu")
+    plain: Any = SimpleNamespace(network=lambda: torch.nn.Sequential(torch.nn.Linear(2, 2)))
     with pytest.raises(UserError, match="tiny-reward has no repeated blocks"):
-        fsdp_frozen.shard_rewards(run, {name: plain}, two_ranks, "cpu")  # type: ignore[dict-item]
+        fsdp_frozen.shard_rewards(run, {name: plain}, two_ranks, "cpu")
     layer = torch.nn.Linear(2, 2)
     tied = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([layer, torch.nn.Sequential(layer)])})
+    reward_of_tied: Any = SimpleNamespace(network=lambda: tied)
     with pytest.raises(UserError, match="blocks that share weights"):
-        fsdp_frozen.shard_rewards(run, {name: SimpleNamespace(model=tied)}, two_ranks, "cpu")  # type: ignore[dict-item]
+        fsdp_frozen.shard_rewards(run, {name: reward_of_tied}, two_ranks, "cpu")
     with pytest.raises(UserError, match="TinyModel encodes its prompts in a way of its own"):
         prompts.prepare(run, run.model.load("cpu", "float32"), [["red"], ["red"]], two_ranks, "cpu")
 
