@@ -97,11 +97,13 @@ def test_another_batch_size_reads_on_where_the_run_was(tiny_run, monkeypatch):
 
 def test_a_resumed_run_encodes_the_prompts_that_it_reaches(tiny_run):
     """Also where it starts in the middle of an epoch and ends in the next one."""
-    run = tiny_run(steps=10, batch_size=2, micro_batch_size=1, evaluation_size=1)
+    run = tiny_run(steps=10, batch_size=2, micro_batch_size=1, evaluation_size=1, self_checks=False)
     prompts = run.prompts.load()
     texts = batches.prompts_used(run, prompts, Start(step=9, samples=9))
     reached = {prompts[batches.prompt_index(run.seed, place, len(prompts))].text for place in (9, 10)}
     assert reached <= set(texts) and len(texts) <= 3
+    checked = batches.prompts_used(replace(run, self_checks=True), prompts, Start(step=9, samples=9))
+    assert checked[0] == prompts[batches.prompt_index(run.seed, 0, len(prompts))].text
     assert set(batches.prompts_used(run, prompts, Start(step=0, samples=3))) == {prompt.text for prompt in prompts}
 
 
