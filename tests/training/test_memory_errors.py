@@ -13,6 +13,7 @@ from leapalign.cli import main
 from leapalign.codec import dumps
 from leapalign.distributed.world import World
 from leapalign.errors import RunStopped, UserError
+from leapalign.methods import ReFL
 from leapalign.models.sd3 import SD3
 from leapalign.run import RewardTerm
 from leapalign.training import loop, out_of_memory
@@ -98,7 +99,9 @@ def test_several_ranks_are_told_of_sharding_first(tiny_run):
     run = tiny_run(batch_size=16, micro_batch_size=2)
     assert flags(run, ranks)[0] == flags(run, replace(ranks, loading=True))[0] == "--sharding full"
     assert "each of the 4 ranks keeps 1/4 of weights" in out_of_memory.settings(run, ranks)[0]
-    assert flags(replace(run, samples_per_draw=2), ranks)[0] == "--sharding full --samples-per-draw 8"
+    own = replace(run, samples_per_draw=2)
+    assert flags(own, ranks)[0] == "--sharding full"
+    assert flags(replace(own, method=ReFL()), ranks)[0] == "--sharding full --samples-per-draw 8"
     sharded = replace(ranks, sharded=True)
     assert not any("sharding" in flag or "gather" in flag for flag in flags(run, sharded))
     assert flags(replace(run, gather_in_rollout=True), sharded)[0] == "--no-gather-in-rollout"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from leapalign.distributed.tensors import local
-from leapalign.distributed.world import World, one_draw_a_round
+from leapalign.distributed.world import World, unequal_forwards
 from leapalign.errors import RunStopped, UserError, is_out_of_memory
 from leapalign.models.base import ImageSettings
 from leapalign.run import Run
@@ -65,7 +65,7 @@ def _of_sharding(run: Run, setup: Setup) -> list[str]:
         return ["--no-gather-in-rollout: weights are gathered block by block, also between forwards without graph"]
     if ranks == 1 or setup.sharded:
         return []
-    draws = "" if one_draw_a_round(run, setup.world) else f" --samples-per-draw {run.micro_batch_size * ranks}"
+    draws = f" --samples-per-draw {run.micro_batch_size * ranks}" if unequal_forwards(run, setup.world) else ""
     return [
         f"--sharding full{draws}: each of the {ranks} ranks keeps 1/{ranks} of weights, gradients, moments, average"
     ]
