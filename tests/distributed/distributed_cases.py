@@ -1,6 +1,6 @@
 """What torchrun starts once for a number of ranks: every case, its worst deviation from one process, as JSON.
 
-    torchrun --nproc-per-node 2 tests/training/distributed_cases.py FOLDER [PART OF A NAME]
+    torchrun --nproc-per-node 2 tests/distributed/distributed_cases.py FOLDER [PART OF A NAME]
 
 Each rank also computes the same in a world of one process. float64, so that only the order of sums is left.
 """
@@ -50,7 +50,7 @@ from leapalign.training import batches, direct, fixed_set, loop
 from leapalign.tuning.full import FULL
 from leapalign.tuning.lora import LoRA
 
-TINY = load_file(str(Path(__file__).with_name("tiny_recipe.py")))
+TINY = load_file(str(Path(__file__).parents[1] / "training" / "tiny_recipe.py"))
 PROMPTS, Tiny, TinyModel, TinyReward, tiny = (
     getattr(TINY, name) for name in ("PROMPTS", "Tiny", "TinyModel", "TinyReward", "tiny")
 )

@@ -27,7 +27,7 @@ from leapalign.tuning.targets import find_targets
 from tiny_checkpoints import write_tiny_imagereward
 from tiny_qwen import write_tiny_hpsv3
 
-Tiny = load_file(str(Path(__file__).with_name("tiny_recipe.py"))).Tiny
+Tiny = load_file(str(Path(__file__).parents[1] / "training" / "tiny_recipe.py")).Tiny
 
 
 @lru_cache

@@ -1,0 +1,3 @@
+"""The tiny run of tiny_run_fixtures.py as fixtures."""
+
+from tiny_run_fixtures import *  # noqa: F403
