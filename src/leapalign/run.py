@@ -6,13 +6,15 @@ base.py. The type checker sees the protocols; at runtime the fields are `Any`, a
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-from leapalign.codec import check_fields
+from leapalign.codec import check_fields, with_new_names
 from leapalign.errors import UserError
 from leapalign.tuning.full import FULL
 
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     AnyMethod = Method[Any]
 else:  # what the codec and the command line resolve the annotations to
     AnyMethod = ModelConfig = Prompts = RewardConfig = Tuning = Any
+
+
+R = TypeVar("R", bound="Run")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,19 @@ class RewardTerm:
         check_fields(self)
 
 
+def _takes_former_names(cls: type[R]) -> type[R]:
+    """Let the constructor take a field by its former name too, as run.json and the command line do."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def construct(self: R, **values: Any) -> None:
+        init(self, **with_new_names(values, cls.renamed_fields))
+
+    setattr(cls, "__init__", construct)  # noqa: B010  (pyright refuses the assignment)
+    return cls
+
+
+@_takes_former_names
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """What to train, on what, how and how long. The defaults are the paper's (Sec. 6.1) where it states them."""
@@ -90,6 +108,13 @@ class Run:
     evaluate_every: int = 10  # steps between two scores of the averaged weights on fixed prompts and noise; 0 = never
     evaluation_size: int = 32  # samples of that fixed set
     evaluation_seed: int = 0  # of that fixed set: not of the run, so that runs compare
+
+    renamed_fields: ClassVar[Mapping[str, str]] = {  # former name -> name; both are read
+        "probe_every": "evaluate_every",
+        "probe_size": "evaluation_size",
+        "probe_seed": "evaluation_seed",
+        "max_bad_batches": "max_nonfinite_batches",
+    }
 
     def __post_init__(self) -> None:
         check_fields(self)

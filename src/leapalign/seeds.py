@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 WORDS = 624  # of mt19937's state
+SCHEME = 2  # how (seed, step, sample, purpose) become numbers; 1 seeded torch's generator with 32 bits
 
 
 def derived_seed(seed: int, *, step: int, sample: int, purpose: str) -> int:

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from leapalign import seeds
 from leapalign.checkpoint import formats, sharded
 from leapalign.checkpoint.sharded import Part, Writers, part_of
 from leapalign.codec import encode
@@ -133,6 +134,7 @@ def _write(target: Path, snapshot: Snapshot, before_rename: Callable[[], None]) 
             **snapshot.inputs,
             **formats.record(snapshot.tensors, part),
             "config": config_hash(record),
+            "seeds": seeds.SCHEME,
             "versions": versions(),
             "files": files | {"run.json": sha256(folder / "run.json")},
         }
@@ -224,11 +226,20 @@ def _verified(folder: Path) -> Checkpoint:
             raise ValueError(f"{name} has other bytes than were written")
     for file in sorted(folder.glob("*.safetensors")):
         _check_sound(file)  # a checksum shows later changes, not that the file was sound when it was written
-    _check_progress(state, _step(folder))
     record = json.loads((folder / "run.json").read_text())
     if not isinstance(record, dict):
         raise ValueError("run.json is no object")
+    state = _completed(state, record)
+    _check_progress(state, _step(folder))
     return Checkpoint(folder=folder, state=state, record=record)
+
+
+def _completed(state: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """Add the counters that an older version did not write: samples, and non-finite batches under their name."""
+    if "samples" in state:
+        return state
+    former = {"samples": state["step"] * record["batch_size"], "nonfinite_batches": state.get("bad_batches", 0)}
+    return former | state
 
 
 def _check_progress(state: dict[str, Any], step: int) -> None:

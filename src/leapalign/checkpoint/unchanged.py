@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from leapalign import seeds
 from leapalign.checkpoint.checkpoints import Checkpoint
 from leapalign.checkpoint.inputs import anchored, differing, inputs_of
 from leapalign.codec import classes_in, decode, encode
@@ -26,6 +27,10 @@ def check_unchanged(run: Run, origin: Checkpoint | None, allow: bool = False) ->
     if origin is None:
         return []
     changes = setting_changes(run, origin.record, origin.state.get("folder", ""))
+    if (scheme := origin.state.get("seeds", 1)) != seeds.SCHEME:
+        changes.append(
+            f"random numbers: version {scheme} of leapalign.seeds -> {seeds.SCHEME}; other noises from here on"
+        )
     if old := origin.state.get("inputs"):
         changes += differing(old, inputs_of(run, run.prompts.load(), old))
     return allowed(run, changes, allow)

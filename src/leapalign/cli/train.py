@@ -36,6 +36,7 @@ def train_command(argv: list[str]) -> None:
     from leapalign.lookup.recipes import load_recipe, plugins_in
 
     word, rest = _split_recipe(argv)
+    rest = [_with_new_name(flag) for flag in rest]
     recipe = load_recipe(word, plugins_in(rest))
     flags = tyro.cli(TrainFlags, default=TrainFlags(run=recipe), args=rest, prog=f"leapalign train {word}")
     if flags.dry_run:
@@ -47,6 +48,15 @@ def train_command(argv: list[str]) -> None:
         )
     else:
         _run(flags.run, as_json=flags.json)
+
+
+def _with_new_name(word: str) -> str:
+    """A flag by its former name, --probe-every or --probe-every=5, becomes the flag of today."""
+    from leapalign.run import Run
+
+    flag, equals, value = word.partition("=")
+    new = Run.renamed_fields.get(flag.removeprefix("--").replace("-", "_"), "")
+    return f"--{new.replace('_', '-')}{equals}{value}" if new and flag.startswith("--") else word
 
 
 def _plan(flags: TrainFlags) -> None:

@@ -6,7 +6,7 @@ is found only when the user gives that file again: a run.json never runs code by
 """
 
 from leapalign.codec.messages import suggestion
-from leapalign.codec.reading import Plugins, check_fields, decode, field_types, loads
+from leapalign.codec.reading import Plugins, check_fields, decode, field_types, loads, with_new_names
 from leapalign.codec.writing import classes_in, dumps, encode, type_name
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "loads",
     "suggestion",
     "type_name",
+    "with_new_names",
 ]

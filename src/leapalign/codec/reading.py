@@ -209,6 +209,7 @@ def _decode_dataclass(cls: Any, value: Any, known: Known, where: Where) -> Any:
     named = value.get("type", type_name(cls))
     if named != type_name(cls):
         raise UserError(f"{where}: expected type {type_name(cls)}, got {named!r}")
+    value = with_new_names(value, getattr(cls, "renamed_fields", {}))
     hints = field_types(cls)
     names = [f.name for f in dataclasses.fields(cls) if f.init]
     for key in value.keys() - {"type"}:
@@ -225,6 +226,11 @@ def _construct(cls: Any, items: dict[str, Any], where: Where) -> Any:
         return cls(**items)
     except (UserError, ValueError, TypeError) as error:  # a plug-in checks its own values
         raise UserError(f"{where}: {error}") from None
+
+
+def with_new_names(values: dict[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """Give values under a field's former name its new one. `renamed`: former -> new."""
+    return {renamed.get(name, name): value for name, value in values.items()}
 
 
 @cache
