@@ -23,6 +23,7 @@ from leapalign.planning.activations import GRAPHS, GraphBytes
 from leapalign.planning.plan import make_plan
 from leapalign.recipes import RECIPES
 from leapalign.training import direct, loop
+from leapalign.tuning.lora import LoRA
 from lora_families import FAMILIES
 from tiny_recipes import tiny, write_folders
 
@@ -228,6 +229,16 @@ def test_mistakes_are_found_early(run, change, message):
         changed = replace(run, **{key: replace(getattr(run, key), **value) if isinstance(value, dict) else value})
     with pytest.raises(UserError, match=message):
         make_plan(changed)
+
+
+def test_a_base_that_is_quantised_already(run, tmp_path):
+    copy = shutil.copytree(run.model.path, tmp_path / "copy")
+    file = copy / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "torchao"}}))
+    quantised = replace(run, model=replace(run.model, path=str(copy)))
+    with pytest.raises(UserError, match=r"copy \(torchao\): the base's transformer is quantised already"):
+        make_plan(quantised)
+    assert any("quantised already (by torchao)" in n for n in make_plan(replace(quantised, tuning=LoRA())).notes)
 
 
 def test_a_folder_without_weights_and_a_run_that_is_there(run, tmp_path):

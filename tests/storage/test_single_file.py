@@ -134,6 +134,22 @@ def test_families_without_a_converter_say_so(sd3_folder: str, tmp_path: Path) ->
         load_single_file(torch.nn.Linear, tmp_path / "a.safetensors", tmp_path, torch.float32)
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("transformer.blocks.0.to_q.lora_A.weight", "transformer.blocks.0.to_q.lora_B.weight"),  # diffusers
+        ("base_model.model.blocks.0.to_q.lora_A.weight", "base_model.model.blocks.0.to_q.lora_B.weight"),  # PEFT
+        ("lora_unet_blocks_0_q.lora_down.weight", "lora_unet_blocks_0_q.lora_up.weight", "lora_unet_blocks_0_q.alpha"),
+    ],
+)
+def test_a_lora_where_weights_belong_is_named(keys: tuple[str, ...], sd3_folder: str, tmp_path: Path) -> None:
+    file = tmp_path / "lora.safetensors"
+    save_file({key: torch.ones(2, 2) for key in keys}, file)
+    for path, given in ((sd3_folder, str(file)), (str(file), "")):
+        with pytest.raises(UserError, match=r"lora.safetensors is a LoRA, which holds no weights of a model"):
+            SD3(path=path, transformer_file=given, **SIZE).load("cpu", "float32")
+
+
 def test_tuned_pipeline_of_a_run_has_its_own_weights(sd3_folder: str) -> None:
     """A single file that stood for the base's weights must not stand for the tuned ones."""
     config = SD3(path=sd3_folder, transformer_file="base.safetensors", **SIZE)

@@ -96,3 +96,13 @@ def test_a_family_without_a_default_needs_names():
     with pytest.raises(UserError, match="the family of Sequential has no default"):
         find_targets(plain, ())
     assert find_targets(plain, ("0",)) == ["0"]
+
+
+def test_full_fine_tuning_of_a_quantised_base_is_refused():
+    from leapalign.tuning.full import FULL
+
+    plain = nn.Linear(2, 2)
+    FULL.initialise(plain, 0)
+    plain.hf_quantizer = object()  # as diffusers marks a model whose folder says how it is quantised
+    with pytest.raises(UserError, match="quantised already: full fine-tuning needs the unquantised model"):
+        FULL.initialise(plain, 0)

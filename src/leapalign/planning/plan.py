@@ -30,6 +30,8 @@ from leapalign.planning.prompts import PlannedPrompts, plan_prompts, planned_sha
 from leapalign.planning.sharding import first_rank, world_of
 from leapalign.planning.sources import locate
 from leapalign.run import Run
+from leapalign.storage.pipeline_folder import quantised_by
+from leapalign.tuning.full import QUANTISED, FullFineTuning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,8 +206,16 @@ def _disk(planned: Planned) -> dict[str, int]:
     }
 
 
+def _check_base(planned: Planned) -> list[str]:
+    """A note where the base's folder is quantised. Raises UserError where the run would train its weights."""
+    method = quantised_by(planned.folder)
+    if method and isinstance(planned.run.tuning, FullFineTuning):
+        raise UserError(f"{planned.folder.path} ({method}): {QUANTISED}")
+    return [f"the base is quantised already (by {method}): its memory is planned as if it were not"] if method else []
+
+
 def _notes(planned: Planned, plan: Plan) -> list[str]:
-    found = [f"{reward.name}: {reward.note}" for reward in planned.rewards if reward.note]
+    found = _check_base(planned) + [f"{reward.name}: {reward.note}" for reward in planned.rewards if reward.note]
     path, known = planned.source.hub_id, planned.source.facts
     if known and known.unchecked and planned.source.shipped:
         found.append(f"the numbers of {path} that ship could not be compared with its published files: sizes are about")

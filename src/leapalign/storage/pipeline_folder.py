@@ -19,7 +19,7 @@ from leapalign.storage.atomic import complete_folder
 from leapalign.storage.files import PICKLES, read_json
 from leapalign.storage.hub import is_hub_id, no_such_place, snapshot
 from leapalign.storage.safetensors_header import check_safetensors
-from leapalign.storage.single_file import check_file
+from leapalign.storage.single_file import check_file, refuse_lora
 
 INDEX = "model_index.json"
 TRANSFORMER = "transformer"
@@ -76,6 +76,13 @@ def open_folder(
     return PipelineFolder(folder, components, weights, loading)
 
 
+def quantised_by(folder: PipelineFolder) -> str:
+    """The library that quantised the folder's transformer before it was saved; empty if none did."""
+    config = folder.path / TRANSFORMER / "config.json"
+    settings = read_json(config).get("quantization_config") if config.is_file() else None
+    return str(settings.get("quant_method", "an unknown method")) if isinstance(settings, dict) else ""
+
+
 def components_of(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
     """component -> (library, class), of a model_index.json; components that are null there are left out."""
     components = {name: (p[0], p[1]) for name, p in index.items() if isinstance(p, list) and len(p) == 2 and p[1]}
@@ -108,6 +115,9 @@ def locate(path: str, *, with_transformer: bool = True) -> Path:
     if (resolved / INDEX).is_file():
         return resolved
     if resolved.is_file():
+        if resolved.suffix == ".safetensors":
+            check_safetensors(resolved)
+            refuse_lora(resolved)
         raise UserError(
             f"{resolved} is a file; a pipeline needs its folder or hub id as path, and transformer_file={resolved} for "
             "the transformer's weights alone"

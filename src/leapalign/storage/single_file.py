@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from leapalign.errors import UserError
-from leapalign.storage.safetensors_header import check_safetensors
+from leapalign.storage.safetensors_header import check_safetensors, read_header
 
+LORA_MARKS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.")
 # Components that checkpoints of a whole pipeline carry besides the transformer; they come from the folder.
 OTHER_COMPONENTS = ("first_stage_model.", "text_encoders.", "vae.", "conditioner.", "cond_stage_model.")
 
@@ -24,7 +25,18 @@ def check_file(path: str) -> Path:
     if file.suffix != ".safetensors":
         raise UserError(f"transformer_file {file}: only .safetensors is opened, pickled weights are not; convert it")
     check_safetensors(file)
+    refuse_lora(file)
     return file
+
+
+def refuse_lora(file: Path) -> None:
+    """Raise UserError if a safetensors file holds an adapter, in diffusers', PEFT's or kohya's layout."""
+    keys = read_header(file).keys() - {"__metadata__"}
+    if keys and all(key.endswith(".alpha") or any(mark in key for mark in LORA_MARKS) for key in keys):
+        raise UserError(
+            f"{file} is a LoRA, which holds no weights of a model; merge it into its base first (diffusers' "
+            "load_lora_weights, fuse_lora and save_pretrained) and give that folder"
+        )
 
 
 def load_single_file(kind: Any, file: Path, config_folder: Path, dtype: Any) -> Any:

@@ -147,8 +147,9 @@ def merged(policy: Any) -> Any:
         return policy
     if getattr(policy, "hf_quantizer", None) is not None:
         raise UserError(
-            "the adapter cannot be merged into a quantised base; `leapalign export RUN --format pipeline` merges it "
-            "into the weights of the base's folder"
+            "the adapter cannot be merged into a quantised base. If the run quantised it, `leapalign export RUN "
+            "--format pipeline` merges it into the weights of the base's folder; if that folder is quantised itself, "
+            "export --format lora and load it beside the base"
         )
     state = _plain_state(policy, layers)
     with init_empty_weights():

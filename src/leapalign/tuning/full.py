@@ -7,11 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from leapalign.errors import UserError
+
 if TYPE_CHECKING:
     import torch
 
     from leapalign.storage.pipeline_folder import PipelineFolder
     from leapalign.tuning.targets import LoraTargets
+
+
+QUANTISED = (
+    "the base's transformer is quantised already: full fine-tuning needs the unquantised model; a LoRA "
+    "(leapalign.tuning.lora.LoRA) trains beside a quantised one"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +39,9 @@ class FullFineTuning:
         return load_policy(folder, device, torch.float32).requires_grad_(True)
 
     def initialise(self, policy: Any, seed: int) -> None:
-        """Nothing: training begins at the folder's weights."""
+        """Change nothing: training begins at the folder's weights. Raises UserError if these are quantised."""
+        if getattr(policy, "hf_quantizer", None) is not None:
+            raise UserError(QUANTISED)
 
     def in_update(self, policy: Any, seed: int, step: int) -> AbstractContextManager[None]:
         """Nothing is random in a forward."""
