@@ -42,6 +42,12 @@ def test_told_is_what_is_not_read(
     told = [line.removeprefix("the model's ").partition(" tokens of a prompt: ")[0] for line in lines]
     assert told == EXPECTED[name]
     assert all(line.endswith("2 of 3 prompts are longer and are truncated") for line in lines)
+    model.encode([LONG + "star"])
+    assert "longer" not in capsys.readouterr().err  # once is enough
+    fresh: PipelineModel = FAMILIES[name].config(folder).load("cpu", "float32")
+    capsys.readouterr()
+    fresh.encode([LONG])
+    assert capsys.readouterr().err.count("1 of 1 prompts are longer") == len(EXPECTED[name])  # a library's user too
     star, square = (model.encode([LONG + word]).prompts for word in ("star", "square"))
     assert all(torch.equal(a, b) for a, b in zip(tensors(star), tensors(square)))
     assert "truncated" not in capsys.readouterr().err + caplog.text  # diffusers says it no more for every batch

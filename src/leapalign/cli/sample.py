@@ -66,7 +66,7 @@ def _sample(flags: SampleFlags) -> list[dict[str, Any]]:
     source = source.changed(size=flags.size, guidance_scale=flags.guidance)
     model = source.load(resolve_device(flags.device), flags.dtype)
     sampling = replace(sampling, num_steps=flags.steps or source.num_steps)
-    tell_longer_prompts(model, flags.prompt)
+    tell_longer_prompts(model, [prompt.text for prompt in prompts])
     with disk_errors(flags.out, "give another --out"):
         for path in paths:
             path.unlink(missing_ok=True)

@@ -111,7 +111,9 @@ class Flux2Klein:
 
     def text_readers(self, folder: PipelineFolder) -> tuple[TextReader, ...]:
         """The tokenizers, and how many tokens each text encoder reads."""
-        tokenizer = load_component(folder, "tokenizer")
+        from leapalign.models.pipeline import load_chat_tokenizer
+
+        tokenizer = load_chat_tokenizer(folder)
         text = chat_format(tokenizer, thinking=False)
         return (TextReader(name="text_encoder", tokenizer=tokenizer, limit=self.max_sequence_length, text=text),)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,7 @@ class PipelineModel:
     grid: Callable[[int], Tensor]  # the family's scheduler: T -> sigmas [T+1], descending as diffusers has them
     device: str
     dtype: torch.dtype
+    told: set[str] = field(default_factory=set)  # prompts whose lengths were counted
 
     def __post_init__(self) -> None:
         place, remedy = self.folder.path, "its configurations are not those of its weights: copy the folder again"
@@ -54,17 +55,26 @@ class PipelineModel:
         self._pixels = first_time(lambda latents: self.decoder(latents), f"{place}: the VAE does not run", remedy)
 
     def prepare(self, prompts: Sequence[str]) -> None:
+        self.tell_longer(prompts)
         self.prompts.prepare(self.with_negative(prompts))
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
+        self.tell_longer(prompts)
         self.prompts.fill(self.with_negative(prompts))
         return Conditioning(self.prompts(prompts), self.prompts(self._negative) if self._negative else None)
 
-    def tell_longer(self, prompts: Sequence[str]) -> None:
-        """Print one line on stderr for each text encoder that does not read the end of some of these prompts."""
+    def tell_longer(self, prompts: Sequence[str], *, show: bool = True) -> None:
+        """Print one line on stderr for each text encoder that does not read the end of some of these prompts.
+
+        Prompts are counted once; without `show` (another rank prints) they count as told.
+        """
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.told]
+        self.told.update(new)
+        if not new or not show:
+            return
         remedy = "copy the folder again, completely"
         with opening(f"{self.folder.path}: its tokenizers do not count a prompt's tokens", remedy):
-            tell_longer(self.readers(self.folder), prompts)
+            tell_longer(self.readers(self.folder), new)
 
     def with_negative(self, prompts: Sequence[str]) -> list[str]:
         """The prompts, and the negative prompt where the guidance uses it."""
@@ -106,10 +116,10 @@ class PipelineModel:
             yield
 
 
-def tell_longer_prompts(model: Any, prompts: Sequence[str]) -> None:
+def tell_longer_prompts(model: Any, prompts: Sequence[str], *, show: bool = True) -> None:
     """Print one line on stderr for each text encoder of a pipeline that does not read the end of some prompts."""
     if isinstance(model, PipelineModel):  # another model encodes its prompts in its own way
-        model.tell_longer(prompts)
+        model.tell_longer(prompts, show=show)
 
 
 @dataclass(frozen=True)

@@ -127,8 +127,7 @@ def build(run: Run, world: World = ALONE, begin: Start = BEGINNING) -> Engine:
     reached = [batches.prompts_used(run, prompts, begin, rank, world.size) for rank in range(world.size)]
     texts = [text for texts in reached for text in texts]
     with world.agreed():
-        if world.main:
-            tell_longer_prompts(model, texts)
+        tell_longer_prompts(model, texts, show=world.main)
     prepare(run, model, reached, world, device)
     with world.agreed():
         rewards = {name: load_reward(term, device, run.dtype) for name, term in zip(names, run.rewards)}
