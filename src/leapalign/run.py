@@ -102,6 +102,7 @@ class Run:
     self_checks: bool = True  # at start-up and at the first save; seconds
     sharding: Literal["auto", "replicate", "full", "hybrid"] = "auto"  # of the weights over ranks (docs/distributed.md)
     shard_ranks: int = 0  # hybrid: ranks that share one copy of the weights; 0 = those of a machine
+    gather_dtype: Literal["float32", "bfloat16"] = "float32"  # of trained weights when shards are gathered
     gather_in_rollout: bool = False  # sharded weights stay whole between forwards without graph: memory for traffic
     shard_rewards: tuple[str, ...] = ()  # names of rewards whose weights are spread over the ranks too: hpsv3, ...
     shard_text_encoders: bool = False  # spread them over the ranks while prompts are encoded
@@ -121,6 +122,11 @@ class Run:
         _check_counts(self)
         _check_reals(self)
         _check_geometry(self)
+        if self.gather_dtype == "bfloat16" and self.dtype == "float32":
+            raise UserError(
+                "gather_dtype bfloat16 with dtype float32: bfloat16 weights would meet float32 arithmetic; set dtype "
+                "to bfloat16, or leave gather_dtype at float32"
+            )
         if not self.rewards:
             raise UserError("rewards: a run needs at least one reward")
         if not self.out:

@@ -151,6 +151,7 @@ def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]
     named["sharded text encoders"] = lambda: encoded(folder, world)
     for way in ("shared", "apart", "memory", "sharded"):
         named[f"prompts, {way}"] = lambda w=way: encoded_once(folder, world, w)
+    named["gathered in bfloat16"] = lambda: gathered_in_bfloat16(folder, world)
     named["prompts, a rank that fails"] = lambda: encoder_fails(folder, world)
     for way in ("full", "hybrid", "auto"):
         named[f"read by rank 0, {way}"] = lambda w=way: read_by_rank_0(folder, world, FULL, "float32", w)
@@ -407,6 +408,22 @@ def encoded_once(folder: Path, world: World, way: str) -> dict[str, Any]:
         "files": world.gather(files),
         "departs": max(abs(metrics[name] - expected[name]) for name in ("loss", "reward", "grad_norm")),
     }
+
+
+def gathered_in_bfloat16(folder: Path, world: World) -> dict[str, Any]:
+    """Two updates by float32 gathers and by bfloat16 ones: losses, and the dtypes of weights in a block's forward."""
+    run = replace(tiny(), model=sd3_with_t5(folder, world), dtype="bfloat16", sharding="full", micro_batch_size=1)
+    run = replace(run, batch_size=2 * world.size, samples_per_draw=1, num_sampling_steps=3, evaluation_size=1)
+    found: dict[str, Any] = {}
+    for kind in ("float32", "bfloat16"):
+        engine, seen = loop.build(replace(run, gather_dtype=kind), world), set()
+        block = engine.model.policy.transformer_blocks[0]
+        block.attn.register_forward_pre_hook(lambda m, *_, s=seen: s.update(str(p.dtype) for p in m.parameters()))
+        losses = [direct.update(engine, step)["loss"] for step in range(2)]
+        held = [t for p in engine.parameters.values() for t in (p, p.grad) if t is not None]
+        kept = {str(t.dtype) for t in held}
+        found[kind] = {"losses": losses, "gathered": sorted(seen), "kept": sorted(kept)}
+    return found
 
 
 def encoder_fails(folder: Path, world: World) -> dict[str, Any]:

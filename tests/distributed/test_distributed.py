@@ -82,6 +82,10 @@ def check(answers: dict[str, Any], ranks: int) -> None:
     assert answers["sharded rewards"]["whole"].keys() == {"pickscore", "imagereward", "hpsv3"}
     assert max(answers["sharded rewards"]["whole"].values()) < 0.99
     check_prompts(answers, ranks)
+    exact, rounded = (answers["gathered in bfloat16"][kind] for kind in ("float32", "bfloat16"))
+    assert exact["gathered"] == ["torch.float32"] and rounded["gathered"] == ["torch.bfloat16"]
+    assert exact["kept"] == rounded["kept"] == ["torch.float32"]
+    assert rounded["losses"] != exact["losses"] and rounded["losses"] == pytest.approx(exact["losses"], rel=0.02)
     for way in ("full", "hybrid", "auto", "lora"):
         answer = answers[f"read by rank 0, {way}"]
         assert answer["equal"] and answer["empty"] == [False] + [True] * (ranks - 1), (way, answer)

@@ -31,7 +31,7 @@ from leapalign.methods import AlignProp, DRaFT, DRaFTLV, DRTune, LeapAlign, ReFL
 from leapalign.models.z_image import ZImage
 from leapalign.prompts import Prompt
 from leapalign.rewards.adapt import complete
-from leapalign.run import Run
+from leapalign.run import FREE_FIELDS, Run
 from leapalign.storage.pipeline_folder import Loading
 from leapalign.training import batches, loop
 
@@ -72,6 +72,13 @@ def test_draws_of_their_own_are_refused_only_where_ranks_would_gather_differentl
     with pytest.raises(UserError, match="the forwards of z-image depend on the step"):
         check_geometry(replace(run, model=model), two)
     check_geometry(replace(run, model=ZImage(path="z")), two)
+
+
+def test_rounded_gathers_need_bfloat16_arithmetic(tiny_run: Callable[..., Run]) -> None:
+    assert "gather_dtype" not in FREE_FIELDS  # it changes numbers
+    tiny_run(gather_dtype="bfloat16", dtype="bfloat16")
+    with pytest.raises(UserError, match="gather_dtype bfloat16 with dtype float32"):
+        tiny_run(gather_dtype="bfloat16")
 
 
 def test_nothing_is_loaded_before_the_geometry_is_checked(tiny_run, monkeypatch):

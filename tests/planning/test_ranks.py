@@ -69,6 +69,13 @@ def test_what_is_gathered_is_the_rest_and_blocks():
     assert rank.policy(net, trained=False) == 4 * (8 * 10 + 5 * 10 + 25)
     assert rank.policy(net, trained=True) == rank.largest(net) == 4 * 25
     assert rank.gathered(net) == (4 * 900, 4 * 900)
+    rounded = replace(rank, rounded=True)  # float32 weights arrive as bfloat16; gradients are summed in float32
+    assert rounded.gathered(net) == (2 * 900, 2 * 900) and rounded.received(net, 10, 0) == 0.75 * 10 * 2 * 500
+    net.requires_grad_(True)
+    assert rounded.gathered(net) == (2 * (25 + 3 * 300), 2 * (2 * 25 + 4 * 300) + 4 * 300)
+    assert rank.received(net, 3, 2) == 0.75 * (3 + 2) * 4 * 525 and rounded.received(net, 3, 2) == int(
+        0.75 * (6 + 8) * 525
+    )
     assert Rank().gathered(net) == (0, 0) and Rank().policy(net, trained=False) == 4 * (300 + 200 + 25)
     assert size(torch.zeros(2, 3), 4) == 12 and size(torch.zeros(()), 4) == 4
 
@@ -84,6 +91,7 @@ def test_phases_and_geometry_of_a_rank(run, monkeypatch):
     assert gathering.phases["backward"] == two.phases["backward"]
     text = make_plan(replace(run, sharding="full", shard_text_encoders=True), ranks=2).phases["encoding prompts"]
     assert text < two.phases["encoding prompts"] < alone.phases["encoding prompts"]
+    assert any("in 14 gathers of the weights" in note for note in two.notes), two.notes
     assert any(note.startswith("rank 0 reads the transformer whole: 0.0 GB") for note in two.notes)
 
 

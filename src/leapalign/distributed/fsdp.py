@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from leapalign.distributed.choice import QUANTISED, choose, is_quantised, shared_by
 from leapalign.distributed.tensors import whole
@@ -116,7 +116,9 @@ def shard(run: Run, policy: nn.Module, world: World, device: str) -> Shards | No
     whole_on_each = trained if len(trained) < len(list(policy.parameters())) else set()
     for module in (*repeated_blocks(policy), policy):
         # the root too: left gathered after a forward it would miss the next change of its weights
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole_on_each)
+        fully_shard(
+            module, mesh=mesh, reshard_after_forward=True, ignored_params=whole_on_each, mp_policy=_precision(run)
+        )
     recomputation = Recomputation()
     for module in _groups(policy):
         module.set_gradient_divide_factor(1.0)
@@ -124,6 +126,13 @@ def shard(run: Run, policy: nn.Module, world: World, device: str) -> Shards | No
         module.register_forward_hook(recomputation.hook)  # type: ignore[attr-defined]
     settings = {"gather_in_rollout": run.gather_in_rollout, "recomputation": recomputation}
     return Shards(policy=policy, shell=shell, **settings)  # type: ignore[arg-type]
+
+
+def _precision(run: Run) -> MixedPrecisionPolicy:
+    """Weights are gathered in `run.gather_dtype`, gradients summed over the ranks in float32."""
+    if run.gather_dtype == "float32":
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
 
 
 def repeated_blocks(policy: nn.Module) -> list[nn.Module]:

@@ -142,7 +142,21 @@ def _assemble(planned: Planned, device: str, forwards: Forwards, prompts: Planne
         others = {graph: with_graph(graph) for graph in _smaller_graphs(plan, model.policy)}
         notes = [*notes, _advice(plan, {graph: max(phases.values()) for graph, (_, phases) in others.items()})]
         plan = replace(plan, graphs=plan.graphs | {graph: found for graph, (found, _) in others.items()})
-    return replace(plan, notes=(*notes, *_notes(planned, plan)))
+    return replace(plan, notes=(*notes, *_traffic(planned, forwards), *_notes(planned, plan)))
+
+
+def _traffic(planned: Planned, forwards: Forwards) -> list[str]:
+    """What a rank of a sharded policy receives in an update: every forward and every backward gathers the weights."""
+    run, rank = planned.run, planned.rank
+    if not rank.sharded or run.gather_in_rollout:
+        return []
+    micros = run.batch_size // (run.micro_batch_size * rank.world.size) * planned.branches
+    backwards = micros * forwards.most_with_graph
+    again = backwards if run.graph == "inputs" else 0  # the forward is run again before its backward
+    gathers = round(micros * forwards.mean) + backwards + again
+    received = rank.received(planned.model.policy, gathers, backwards)
+    way_out = "" if rank.rounded or run.dtype == "float32" else "; --gather-dtype bfloat16 halves the gathers"
+    return [f"each rank receives about {_gb(received)} GB an update, in {gathers} gathers of the weights{way_out}"]
 
 
 def _fits(peak: int, device: str) -> bool:

@@ -21,7 +21,6 @@ from leapalign.errors import UserError
 from leapalign.run import Run
 
 GATHERED = 3  # of the largest block: it, the next one, and the buffer that this comes in
-GRADIENTS = 2  # of the largest block: its gradient, and what is shared out
 USUAL_GPU = 80 * 10**9  # bytes, where a plan is for GPUs that are not here
 
 
@@ -32,6 +31,7 @@ class Rank:
     world: World = field(default_factory=World)
     among: int = 1  # ranks that share one copy of what is sharded
     sharded: bool = False  # the policy
+    rounded: bool = False  # the policy's weights are gathered in bfloat16
 
     def policy(self, policy: nn.Module, *, trained: bool) -> int:
         """Bytes of the policy's weights here; `trained`: only of those, and so of their gradients or of one moment."""
@@ -49,12 +49,23 @@ class Rank:
         if not parts:
             return 0, 0
         blocks = [{p for p in block.parameters() if p in parts} for block in repeated_blocks(policy)]
-        largest = max(map(bytes_of, blocks), default=0)
+        largest, largest_summed = (max(map(size_of, blocks), default=0) for size_of in (self._in_gather, bytes_of))
         rest = [p for p in parts if not any(p in block for block in blocks)]
-        gradients = bytes_of(p for p in rest if p.requires_grad)
-        forward = bytes_of(rest) + GATHERED * largest
-        grows = any(p.requires_grad for p in parts)
-        return forward, forward + gradients + (GRADIENTS * largest if grows else 0)
+        forward = self._in_gather(rest) + GATHERED * largest
+        if not any(p.requires_grad for p in parts):
+            return forward, forward
+        return forward, forward + self._in_gather(p for p in rest if p.requires_grad) + largest + largest_summed
+
+    def received(self, policy: nn.Module, gathers: int, backwards: int) -> int:
+        """Bytes that this rank receives: the whole weights `gathers` times, its parts' gradients `backwards` times."""
+        parts = self._parts(policy)
+        others = (self.among - 1) / self.among
+        trained = bytes_of(p for p in parts if p.requires_grad)  # summed in float32
+        return int(others * (gathers * self._in_gather(parts) + backwards * trained))
+
+    def _in_gather(self, weights: Iterable[Tensor]) -> int:
+        """Bytes of weights as they are gathered."""
+        return sum(p.numel() * (min(2, p.element_size()) if self.rounded else p.element_size()) for p in weights)
 
     def frozen(self, network: nn.Module | None, blocks: Sequence[nn.Module]) -> int:
         """Bytes of a frozen network here, of which these blocks are sharded."""
@@ -101,7 +112,8 @@ def first_rank(
     if sharded:
         whole = bytes_of(policy.parameters()) / 1e9
         notes.append(f"rank 0 reads the transformer whole: {whole:.1f} GB of its machine's memory while it loads")
-    return Rank(world=world, among=shared_by(run, world), sharded=sharded), notes
+    rounded = run.gather_dtype == "bfloat16"
+    return Rank(world=world, among=shared_by(run, world), sharded=sharded, rounded=rounded), notes
 
 
 def world_of(run: Run, ranks: int, per_machine: int) -> World:
