@@ -27,7 +27,16 @@ from leapalign.models.sd3 import SD3
 from leapalign.models.z_image import ZImage
 from leapalign.verification.pipelines import Trial, check_pipeline
 
-HELPERS = {"base", "prompt_embeds", "decode", "guidance", "pipeline", "published", "diffusers_reference"}  # no family
+HELPERS = {
+    "base",
+    "prompt_embeds",
+    "decode",
+    "guidance",
+    "pipeline",
+    "published",
+    "text_readers",
+    "diffusers_reference",
+}
 PROMPTS = ["a red circle", "two blue star left of the green square above" + 3 * " and a photo of the square"]
 SIZE: dict[str, Any] = {"height": 16, "width": 24, "max_sequence_length": 5, "decode_chunk": 1}
 CHAT: dict[str, Any] = SIZE | {"max_sequence_length": 48}  # room for the second prompt in its chat format

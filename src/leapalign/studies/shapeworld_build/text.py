@@ -23,6 +23,7 @@ from transformers import (
     T5EncoderModel,
 )
 
+from leapalign.geneval.wording import plural
 from leapalign.shapeworld import captions as c
 from leapalign.shapeworld.world import COLORS, SHAPES
 
@@ -33,7 +34,7 @@ WIDTH = 64  # of each CLIP tower; T5 and the joint attention take their sum
 
 def words() -> list[str]:
     """Every word that a caption can hold."""
-    counted = [c.plural(s) for s in SHAPES]
+    counted = [plural(s) for s in SHAPES]
     relations = [word for relation in c.RELATIONS for word in relation.split()]
     return sorted({"a", "an", "photo", "of", "and", *COLORS, *SHAPES, *counted, *relations, *c.NUMBERS.values()})
 
