@@ -1,1 +1,1 @@
-"""What a run needs, before anything is downloaded or loaded: `leapalign train RECIPE --dry-run` (docs/planning.md)."""
+"""Plan a run without downloading or loading weights: `leapalign train RECIPE --dry-run` (docs/planning.md)."""

@@ -1,8 +1,8 @@
-"""Bytes of one micro-batch's graph, from the run's own method and model on tensors without memory.
+"""Measure the bytes of one micro-batch's graph: the run's own method and model compute on fake tensors.
 
-The method runs as in training; forwards without graph, which leave nothing behind, are skipped but for one. A policy of
-many equal blocks is measured with one of each kind and once more with a second: what is kept, and the peaks, grow by
-the same bytes with each further equal block, so the rest is a multiplication. benches/plan.py compares with a real run.
+The method runs as in training; forwards without a graph, which save nothing, are skipped except one. A policy of many
+equal blocks is measured with one block of each kind and again with two: saved bytes and peaks grow by the same amount
+with each further equal block, so the rest is a multiplication. benches/plan.py compares the result with a real run.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from leapalign.run import Run
 from leapalign.seeds import generator
 
 GRAPHS = ("all", "blocks", "inputs")
-TRIALS = 64  # draws that are looked at for the largest graph and the mean number of forwards
-ENOUGH = 1  # equal blocks that are measured in any case
+TRIALS = 64  # draws tried to find the largest graph and the mean number of forwards
+ENOUGH = 1  # blocks of each kind in the first measurement
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forwards:
-    """Calls of the velocity for one micro-batch."""
+    """Number of velocity calls for one micro-batch."""
 
     mean: float  # over draws
     most_with_graph: int
-    seed: int  # of a draw with so many
-    copies: int  # of the batch that the reward sees
+    seed: int  # of a draw with `most_with_graph` calls
+    copies: int  # copies of the batch that the reward scores
 
 
 @dataclass(frozen=True, kw_only=True)
 class GraphBytes:
-    """What one micro-batch needs, weights and their gradients left out."""
+    """Bytes that one micro-batch needs, without weights and their gradients."""
 
-    kept: int  # held for the backward when the rollout ends
-    rollout: int  # most alive at any moment of it
-    backward: int  # most alive in the backward through the model
+    kept: int  # saved for the backward at the end of the rollout
+    rollout: int  # peak of the rollout
+    backward: int  # peak of the backward through the model
 
     def plus(self, other: GraphBytes, times: int) -> GraphBytes:
         return GraphBytes(
@@ -54,11 +54,11 @@ class GraphBytes:
         )
 
 
-# Which forwards
+# Number of forwards
 
 
 def count_forwards(run: Run) -> Forwards:
-    """By trying the run's method on numbers: every choice is in its draws."""
+    """Count velocity calls by running the method on scalars with `TRIALS` draws, which make all its random choices."""
     trials = [_trial(run, seed) for seed in range(TRIALS)]
     seed = max(range(TRIALS), key=lambda i: (trials[i][1], trials[i][2]))
     return Forwards(
@@ -70,7 +70,7 @@ def count_forwards(run: Run) -> Forwards:
 
 
 def _trial(run: Run, seed: int) -> tuple[int, int, bool, int]:
-    """Calls, calls with graph, whether one without graph comes after all of these, copies."""
+    """Return (calls, calls with graph, whether a call without graph follows the last with graph, copies)."""
     calls: list[bool] = []
     weight = torch.ones((), requires_grad=True)
 
@@ -87,13 +87,13 @@ def draw(run: Run, seed: int, noise: Callable[[int], Tensor]) -> Any:
     return run.method.draw(run.num_sampling_steps, generator(seed, step=0, sample=0, purpose="plan"), noise)
 
 
-# How many bytes
+# Bytes
 
 
 def graph_bytes(
     run: Run, model: Any, conditioning: Conditioning, mode: FakeTensorMode, graph: str, seed: int
 ) -> GraphBytes:
-    """Of one micro-batch with this setting of the graph; the draws are those of `seed`."""
+    """Measure one micro-batch with this setting of the graph (one of `GRAPHS`) and the draws of `seed`."""
     _fill_tables(run, model, conditioning, mode)
     if graph == "blocks":
         model.policy.enable_gradient_checkpointing()
@@ -105,7 +105,7 @@ def graph_bytes(
 
 
 def forward_bytes(run: Run, model: Any, conditioning: Conditioning, mode: FakeTensorMode) -> int:
-    """Most alive in one call of the velocity without graph."""
+    """Return the peak bytes of one velocity call without a graph."""
 
     def measured() -> GraphBytes:
         with LiveBytes() as live:
@@ -125,14 +125,14 @@ def _forward(run: Run, model: Any, conditioning: Conditioning, mode: FakeTensorM
 
 
 def _fill_tables(run: Run, model: Any, conditioning: Conditioning, mode: FakeTensorMode) -> None:
-    """Tables of positions that a family makes once and keeps would count in the first of several measurements only."""
+    """Run one forward first, so that position tables that a model caches count in no measurement."""
     groups = equal_blocks(model.policy)
     with shortened(groups, [ENOUGH] * len(groups)):
         _forward(run, model, conditioning, mode)
 
 
 def _over_blocks(policy: nn.Module, measured: Callable[[], GraphBytes]) -> GraphBytes:
-    """What would be measured with all blocks, from one of each kind and once more with a second."""
+    """Extrapolate `measured` to all blocks, from one block of each kind and from a second one of each."""
     groups = equal_blocks(policy)
     with shortened(groups, [ENOUGH] * len(groups)):
         total = base = measured()
@@ -161,7 +161,7 @@ def _measure(
         kept = saved.bytes()
         if skipping.after_graph:
             with torch.no_grad():
-                velocity(x, sigmas[1])  # beside the graph
+                velocity(x, sigmas[1])  # while the graph is held
         live.begin("backward")
         if surrogate.has_gradient:
             surrogate.backward(torch.zeros_like(surrogate.x_hat))
@@ -172,7 +172,7 @@ def _measure(
 
 
 class Skipping:
-    """A velocity whose forwards without graph cost nothing: their values do not matter here."""
+    """A velocity that returns zeros for calls without a graph: their values do not change the measured bytes."""
 
     def __init__(self, velocity: Velocity) -> None:
         self.velocity, self.with_graph, self.after_graph = velocity, False, False
@@ -186,13 +186,13 @@ class Skipping:
 
 
 def latent_bytes(model: Any, mode: FakeTensorMode, rows: int, score: Callable[[Tensor], Sequence[Tensor]]) -> int:
-    """Most alive while `rows` latents are decoded, scored, and their gradient is taken."""
+    """Return the peak bytes of decoding and scoring `rows` latents and of the gradient with respect to them."""
     with mode:
         latents = torch.zeros(rows, *model.latent_shape).requires_grad_()
     with LiveBytes() as live:
         live.begin("reward")
         total = sum(each.float().sum() for each in score(model.decode(latents)))
-        torch.autograd.grad(total, latents)  # pyright: ignore  # a sum of no tensors never comes
+        torch.autograd.grad(total, latents)  # pyright: ignore  # `score` returns at least one tensor
     return live.peaks()["reward"]
 
 
@@ -201,15 +201,15 @@ def latent_bytes(model: Any, mode: FakeTensorMode, rows: int, score: Callable[[T
 
 @dataclass(frozen=True)
 class Group:
-    """Neighbours of one list of blocks with the same weights' shapes."""
+    """Consecutive blocks of one module list whose weights have equal shapes."""
 
     parent: nn.Module
-    name: str  # of the list in its parent
-    places: range
+    name: str  # the list's name in its parent
+    places: range  # indices in the list
 
 
 def equal_blocks(policy: nn.Module) -> list[Group]:
-    """Runs of more than `ENOUGH` equal blocks, in the model's order."""
+    """Find groups of more than `ENOUGH` consecutive equal blocks, in the model's order."""
     groups = []
     for parent in policy.modules():
         for name, blocks in parent.named_children():
@@ -232,7 +232,7 @@ def _runs(kinds: Sequence[Any]) -> Iterator[range]:
 
 @contextmanager
 def shortened(groups: Sequence[Group], lengths: Sequence[int]) -> Iterator[None]:
-    """Inside, each group has only so many of its blocks."""
+    """Keep only the first `lengths[i]` blocks of each group while the context is open."""
     lists = {(group.parent, group.name): list(getattr(group.parent, group.name)) for group in groups}
     dropped = {(g.parent, g.name, place) for g, length in zip(groups, lengths) for place in g.places[length:]}
     try:

@@ -1,4 +1,4 @@
-"""What a plan is made of: the run's model, components and rewards without weights, and their numbers."""
+"""Build the run's model, components and rewards on the meta device, and count their weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from leapalign.storage.pipeline_folder import INDEX, TRANSFORMER, PipelineFolder
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """All of it, without weights."""
+    """The run's model, components and rewards as meta-device models, and their sizes."""
 
     run: Run
     model: PipelineModel
@@ -33,23 +33,23 @@ class Planned:
     family: Family
     rewards: list[RewardPlan]
     mode: FakeTensorMode
-    weights: dict[str, int]  # component of the pipeline -> how many
-    text_blocks: dict[str, int]  # text encoder -> how many of them in blocks that are sharded on demand
+    weights: dict[str, int]  # component of the pipeline -> number of weights
+    text_blocks: dict[str, int]  # text encoder -> number of weights in blocks that shard_text_encoders shards
     rank: Rank = ALONE
 
     @property
     def trained(self) -> int:
-        """How many numbers of the policy are trained."""
+        """Number of trained weights of the policy."""
         return sum(p.numel() for p in self.model.policy.parameters() if p.requires_grad)
 
     @property
     def branches(self) -> int:
-        """Forwards of the policy for one velocity."""
+        """Forwards of the policy per velocity call: 2 with guidance, else 1."""
         return 2 if self.model.guidance.active else 1
 
 
 def family_of(run: Run) -> Family:
-    """The run's model. Raises UserError if it is no family of diffusers pipelines."""
+    """Return the run's model configuration. Raises UserError if it is not a family of diffusers pipelines."""
     if not isinstance(run.model, Family):
         raise UserError(
             f"--dry-run plans diffusers pipelines; {type(run.model).__name__} is no leapalign.models.base.Family"
@@ -58,7 +58,7 @@ def family_of(run: Run) -> Family:
 
 
 def plan_components(run: Run, source: Source) -> Planned:
-    """Raises UserError with the first thing that is wrong."""
+    """Build all models of the run on the meta device. Raises UserError with the first problem found."""
     family, path = family_of(run), source.folder
     _check_index(path)
     weights: dict[str, int] = {}
@@ -69,7 +69,7 @@ def plan_components(run: Run, source: Source) -> Planned:
             weights[name] = numbers_in(component)
         return component
 
-    # the base is quantised while it is read: planned as bfloat16, and its bytes counted in memory.py
+    # quantisation happens while weights are read: build the base unquantised, memory.py counts quantised bytes
     tuning = replace(run.tuning, quantization="none") if quantization_of(run) else run.tuning
     model = load_weightless(replace(family, path=str(path)), run.dtype, tuning, build)
     if not isinstance(model, PipelineModel):
@@ -124,7 +124,7 @@ def quantization_of(run: Run) -> str:
 
 
 def numbers_in(module: nn.Module) -> int:
-    """What its file holds: weights, tied ones once, and saved buffers (SD3's table of positions)."""
+    """Count the numbers in a module's file: weights (tied ones once) and saved buffers (SD3's position table)."""
     saved = module.state_dict().keys()
     buffers = [buffer for name, buffer in module.named_buffers() if name in saved]
     return sum(tensor.numel() for tensor in (*module.parameters(), *buffers))

@@ -1,4 +1,4 @@
-"""What a run would fetch from the hub, and what of it is in the hub's cache. Nothing is asked of the network."""
+"""List the files that a run needs from the hub, and which of them are in the hub's cache. Sends no request."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from leapalign.storage.pipeline_folder import INDEX
 
 @dataclass(frozen=True, kw_only=True)
 class Download:
-    """A file, or a component of a pipeline."""
+    """A file or a pipeline component on the hub."""
 
     repo: str
-    what: str  # file or component; empty = not known
-    bytes: int  # about; 0 = not known
+    what: str  # file or component; empty = unknown
+    bytes: int  # approximate; 0 = unknown
     cached: bool = False
 
 
 def hub_file(repo: str, file: str, size: int, repo_type: str = "model") -> Download:
-    """A file of a repository."""
+    """Describe a repository's file of `size` bytes, and look it up in the hub's cache."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repo, file or "config.json", repo_type=repo_type)
@@ -27,7 +27,7 @@ def hub_file(repo: str, file: str, size: int, repo_type: str = "model") -> Downl
 
 
 def pipeline_components(repo: str, sizes: dict[str, int]) -> list[Download]:
-    """Each component with weights: its bytes as published."""
+    """Describe a repository's components, and look them up in the hub's cache. `sizes`: component -> bytes."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repo, INDEX)

@@ -1,4 +1,4 @@
-"""What lies on the device of a rank: from the first update on, and at most in each phase of an update."""
+"""Device memory of one rank: constant from the first update on, and the peak of each phase of an update."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from leapalign.planning.rewards import RewardPlan
 from leapalign.planning.sharding import ALONE, Rank, bytes_of, largest_gathered
 
 FLOAT32 = 4  # bytes
-QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.5}  # of a weight
+QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.5}  # bytes a weight
 
 
 def always(planned: Planned) -> dict[str, int]:
-    """Part -> bytes, from the first update on, whatever the phase."""
+    """Component -> bytes that are allocated in every phase, from the first update on."""
     trained = trained_bytes(planned, planned.rank)
     return {
         "transformer": policy_bytes(planned, planned.rank),
@@ -33,7 +33,7 @@ def always(planned: Planned) -> dict[str, int]:
 
 
 def trained_bytes(planned: Planned, rank: Rank = ALONE) -> int:
-    """Of the trained weights, which are float32."""
+    """Bytes of the trained weights, which are float32, on this rank."""
     return rank.policy(planned.model.policy, trained=True)
 
 
@@ -49,7 +49,7 @@ def policy_bytes(planned: Planned, rank: Rank = ALONE) -> int:
 
 
 def rewards_here(planned: Planned) -> Iterator[tuple[RewardPlan, Sequence[nn.Module]]]:
-    """Those on the run's device, each with the blocks that are sharded."""
+    """Yield the rewards on the run's device, each with its sharded blocks."""
     from leapalign.training.engine import reward_names
 
     for name, plan, term in zip(reward_names(planned.run), planned.rewards, planned.run.rewards):
@@ -64,7 +64,7 @@ def _reward_bytes(rank: Rank, plan: RewardPlan, blocks: Sequence[nn.Module]) -> 
 
 
 def reward_bytes(planned: Planned, forwards: Forwards) -> int:
-    """Most alive while a chunk is decoded, scored, and its gradient is taken."""
+    """Return the peak bytes of decoding and scoring one chunk and of its gradient."""
     run = planned.run
     rows = run.micro_batch_size * forwards.copies
     here = list(rewards_here(planned))
@@ -78,7 +78,7 @@ def reward_bytes(planned: Planned, forwards: Forwards) -> int:
 
 
 def phases(planned: Planned, *, graph: GraphBytes, forward: int, reward: int) -> dict[str, int]:
-    """Phase -> the most bytes alive in it. `graph`: of one micro-batch, `forward`: of one without a graph."""
+    """Phase -> peak bytes. `graph`: of one micro-batch; `forward`, `reward`: results of forward_bytes, reward_bytes."""
     run, rank, policy, memory = planned.run, planned.rank, planned.model.policy, always(planned)
     fixed, trained = sum(memory.values()), trained_bytes(planned, rank)
     accumulated = run.batch_size > run.micro_batch_size * rank.world.size
@@ -92,13 +92,13 @@ def phases(planned: Planned, *, graph: GraphBytes, forward: int, reward: int) ->
         "rollout": fixed + held + in_rollout + graph.rollout,
         "decode and reward": fixed + held + graph.kept + reward,
         "backward": fixed + trained + in_backward + graph.backward,
-        "optimiser step": fixed + trained + max(2 * largest, exchanged),  # AdamW's temporaries, a weight after another
+        "optimiser step": fixed + trained + max(2 * largest, exchanged),  # AdamW's temporaries, one weight at a time
         "scoring the average": fixed + in_rollout + forward,
     }
 
 
 def _text_bytes(planned: Planned) -> int:
-    """The text encoders, before they are freed."""
+    """Bytes of the text encoders on this rank, before they are freed."""
     text = {name: count for name, count in planned.weights.items() if name.startswith("text_encoder")}
     blocks = planned.text_blocks if planned.rank.world.size > 1 else {}
     here = sum(

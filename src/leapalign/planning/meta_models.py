@@ -1,8 +1,8 @@
-"""Models without weights: shapes, dtypes and a graph, and no memory.
+"""Meta-device models: shapes, dtypes and autograd graphs without memory for weights.
 
-Components are built on the meta device, from their configurations alone: nothing that a file of weights holds is read.
-Before something is computed with them their tensors become torch's fake ones, which are meta tensors that claim to lie
-on the CPU, so that autocast and attention take the ways that they take there.
+Components are built on the meta device from their configurations; no weight file is read. Before a forward, their
+tensors are replaced by torch's fake tensors: meta tensors that report the CPU as their device, so that autocast and
+attention choose the code that they choose on the CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ META = "meta"
 
 
 def fake_mode() -> FakeTensorMode:
-    """Inside, new tensors have no memory; outside, what is computed with such tensors has none either."""
+    """Return a mode under which new tensors are fake; operators on fake tensors return fake tensors outside it too."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -33,7 +33,7 @@ def load_weightless(model: Any, dtype: str, tuning: Any, build: Callable[..., An
 
 
 def fake(module: nn.Module, mode: FakeTensorMode) -> None:
-    """Put fake tensors in the place of the module's own, each for each (tied weights stay tied)."""
+    """Replace a module's tensors by fake tensors, one for each tensor (tied weights stay tied)."""
     made: dict[int, torch.Tensor] = {}
     for submodule in module.modules():
         for table in (submodule._parameters, submodule._buffers):
@@ -42,11 +42,11 @@ def fake(module: nn.Module, mode: FakeTensorMode) -> None:
                     made.setdefault(id(tensor), twin(tensor, mode))
                     table[name] = made[id(tensor)]  # pyright: ignore[reportArgumentType]
         tables = {name: twin(value, mode) for name, value in vars(submodule).items() if isinstance(value, torch.Tensor)}
-        vars(submodule).update(tables)  # what is neither weight nor buffer, as Qwen-Image's rotary tables
+        vars(submodule).update(tables)  # tensors in plain attributes, such as Qwen-Image's rotary tables
 
 
 def twin(value: Any, mode: FakeTensorMode) -> Any:
-    """A fake tensor for a tensor; another value is its own."""
+    """Return a fake tensor of the same shape and dtype for a tensor; return any other value unchanged."""
     if not isinstance(value, torch.Tensor):
         return value
     with mode:
@@ -55,7 +55,7 @@ def twin(value: Any, mode: FakeTensorMode) -> Any:
 
 
 def build_component(folder: PipelineFolder, name: str, dtype: torch.dtype | None = None) -> Any:
-    """One component from its configuration: a model without memory, frozen; a scheduler as it is; None if absent."""
+    """Build a component from its configuration: a frozen meta-device model, or a scheduler; None if absent."""
     if name not in folder.components:
         return None
     library, class_name = folder.components[name]
@@ -65,7 +65,7 @@ def build_component(folder: PipelineFolder, name: str, dtype: torch.dtype | None
             return kind.from_pretrained(folder.path / name, local_files_only=True)
         with torch.device(META):
             model = _from_config(kind, library, folder.path / name)
-    return nn.Module.to(model, dtype).eval().requires_grad_(False)  # diffusers' own `to` warns of nothing
+    return nn.Module.to(model, dtype).eval().requires_grad_(False)  # diffusers' own `to` warns without a cause
 
 
 def _from_config(kind: Any, library: str, path: Path) -> Any:

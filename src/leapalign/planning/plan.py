@@ -1,8 +1,8 @@
-"""A run's plan: geometry, memory by component and phase, downloads, prompts, disk; or the first thing that is wrong.
+"""Plan a run: geometry, memory by component and phase, downloads, prompts, disk. Raises UserError if it cannot start.
 
-Everything is built on the meta device from configurations: a local folder's own, or the numbers that ship. Memory is
-what tensors take; an allocator's rounding, and scratch memory inside one operator, come on top (docs/planning.md).
-Of the settings of the graph the run's own is measured; those that keep less only where it does not fit.
+Models are built on the meta device, from a local folder's configurations or from those that ship with leapalign.
+Memory counts tensors; the allocator's rounding and scratch memory inside one operator come on top (docs/planning.md).
+Only the run's own setting of the graph is measured; settings that save less are measured if the run does not fit.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from leapalign.tuning.full import QUANTISED, FullFineTuning
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes in bytes, counts of one update unless a name says otherwise; of several ranks, those of the first."""
+    """A run's plan: sizes in bytes; counts per update unless a name says otherwise; of rank 0 if there are several."""
 
     name: str
     device: str
     geometry: dict[str, int | float]
-    parameters: dict[str, int]  # component -> weights; "trained" among them
+    parameters: dict[str, int]  # component -> number of weights; "trained": number of trained weights
     memory: dict[str, int]  # component -> bytes on the device, from the first update on
-    graphs: dict[str, GraphBytes]  # setting of the graph -> what one micro-batch needs; the run's own first
+    graphs: dict[str, GraphBytes]  # setting of the graph -> bytes of one micro-batch; the run's own first
     graph: str  # the run's setting
-    phases: dict[str, int]  # phase -> most bytes on the device
-    prompts: dict[str, int]  # number, bytes of each in the cache, bytes of all, limit of the disk's (0: memory only)
+    phases: dict[str, int]  # phase -> peak bytes on the device
+    prompts: dict[str, int]  # number; bytes of one's embeds; bytes of all; limit of the disk cache (0: memory only)
     downloads: tuple[Download, ...]
     disk: dict[str, int]
     notes: tuple[str, ...]
@@ -64,7 +64,7 @@ class Plan:
 
 
 def make_plan(run: Run, ranks: int = 1, ranks_per_machine: int = 8) -> Plan:
-    """For one of so many ranks. UserError with the first thing that would stop the run."""
+    """Plan a run on this number of ranks, as rank 0 sees it. Raises UserError with the first problem found."""
     from leapalign.training.engine import refuse_without_gradient, reward_names
 
     refuse_without_gradient(run)
@@ -89,7 +89,7 @@ def _check_out(out: Path) -> None:
 
 
 def planned_device(name: str) -> tuple[str, list[str]]:
-    """The device that the numbers are for. A GPU may be planned where there is none; other names are mistakes."""
+    """Return the device to plan for, and notes. Allows cuda on a machine without GPU. Raises UserError if unknown."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -101,7 +101,7 @@ def planned_device(name: str) -> tuple[str, list[str]]:
     return name, []
 
 
-# Putting it together
+# Assembling the plan
 
 
 def _assemble(planned: Planned, device: str, forwards: Forwards, prompts: PlannedPrompts, notes: list[str]) -> Plan:
@@ -146,7 +146,7 @@ def _assemble(planned: Planned, device: str, forwards: Forwards, prompts: Planne
 
 
 def _traffic(planned: Planned, forwards: Forwards) -> list[str]:
-    """What a rank of a sharded policy receives in an update: every forward and every backward gathers the weights."""
+    """Note the bytes that a rank of a sharded policy receives per update: each forward and backward gathers weights."""
     run, rank = planned.run, planned.rank
     if not rank.sharded or run.gather_in_rollout:
         return []
@@ -160,12 +160,12 @@ def _traffic(planned: Planned, forwards: Forwards) -> list[str]:
 
 
 def _fits(peak: int, device: str) -> bool:
-    """Also where the device's memory is not known."""
+    """Whether the peak fits the device; True if the device's memory is unknown."""
     return not 0 < _capacity(device) < peak
 
 
 def _smaller_graphs(plan: Plan, policy: Any) -> Sequence[str]:
-    """Settings that keep less than the run's own, if what does not fit without any graph is nothing."""
+    """Settings of the graph that save less than the run's own; none if a phase does not fit even without a graph."""
     graph = plan.graphs[plan.graph]
     besides = {"rollout": graph.rollout, "decode and reward": graph.kept, "backward": graph.backward}
     if not all(_fits(size - besides.get(phase, 0), plan.device) for phase, size in plan.phases.items()):
@@ -175,7 +175,7 @@ def _smaller_graphs(plan: Plan, policy: Any) -> Sequence[str]:
 
 
 def _advice(plan: Plan, peaks: dict[str, int]) -> str:
-    """`peaks`: setting of the graph -> what the run would need with it."""
+    """Advise on a peak that does not fit. `peaks`: other setting of the graph -> peak bytes of the run with it."""
     found = f"the peak does not fit: {plan.device} has {_gb(_capacity(plan.device))} GB"
     less = {graph: peak for graph, peak in peaks.items() if peak < plan.peak}
     if less:
@@ -209,7 +209,7 @@ def _model_downloads(planned: Planned) -> list[Download]:
 
 
 def _disk(planned: Planned) -> dict[str, int]:
-    """Checkpoints hold weights, average and two moments; one more exists while it is written."""
+    """Output -> bytes on disk. A checkpoint holds weights, average and two moments; one more exists during a save."""
     run, trained = planned.run, trained_bytes(planned)
     others = sum(count for name, count in planned.weights.items() if name != "transformer")
     per_weight = planned.source.bytes_per_weight
@@ -221,7 +221,7 @@ def _disk(planned: Planned) -> dict[str, int]:
 
 
 def _check_base(planned: Planned) -> list[str]:
-    """A note where the base's folder is quantised. Raises UserError where the run would train its weights."""
+    """Note that the base's folder is quantised. Raises UserError if the run would train quantised weights."""
     method = quantised_by(planned.folder)
     if method and isinstance(planned.run.tuning, FullFineTuning):
         raise UserError(f"{planned.folder.path} ({method}): {QUANTISED}")
@@ -246,14 +246,14 @@ def _notes(planned: Planned, plan: Plan) -> list[str]:
 
 
 def _cache_limit(planned: Planned) -> int:
-    """Bytes that encoded prompts may take on disk (LEAPALIGN_CACHE_GB); 0 where they are kept in memory alone."""
+    """Limit of the prompt cache on disk in bytes (LEAPALIGN_CACHE_GB); 0 if prompt embeds stay in memory only."""
     text = sum(count for name, count in planned.weights.items() if name.startswith("text_encoder"))
     per_weight = planned.source.bytes_per_weight
     return limit() if text * per_weight >= WORTHWHILE else 0
 
 
 def _capacity(device: str) -> int:
-    """Bytes of the device's memory; 0 where it is not known."""
+    """Bytes of the device's memory; 0 if unknown."""
     kind = torch.device(device)
     if kind.type == "cuda":
         return torch.cuda.get_device_properties(kind).total_memory if torch.cuda.is_available() else 0
@@ -263,7 +263,7 @@ def _capacity(device: str) -> int:
 
 
 def _existing(path: Path) -> Path:
-    """The nearest folder above that exists."""
+    """Return the path, or its nearest parent that is an existing folder."""
     path = path.absolute()
     return path if path.is_dir() else _existing(path.parent)
 

@@ -1,4 +1,4 @@
-"""The prompts of a run: how many are encoded, what must be fetched first, and the size of their embeds."""
+"""The prompts of a run: their number, their downloads, and the size of their embeds."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from leapalign.run import Run
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedPrompts:
-    """The prompts that a run encodes; without texts where they are not here yet."""
+    """The prompts that a run encodes; `texts` is empty if they must be downloaded first."""
 
-    number: int  # the most that the run can reach, where the texts are not here
+    number: int  # without texts: the most that the run can encode
     texts: tuple[str, ...] = ()
     downloads: tuple[Download, ...] = ()
     notes: tuple[str, ...] = ()
@@ -38,9 +38,9 @@ def plan_prompts(run: Run) -> PlannedPrompts:
 
 
 def planned_shape(planned: Planned, prompts: PlannedPrompts) -> tuple[TextShape, list[str]]:
-    """The size of a prompt's embeds, and a note where it is not the real one.
+    """Return the shape of a prompt's embeds, and a note if it is an upper bound.
 
-    Of prompts that keep their own lengths it is that of the longest: counted where prompts and tokenizer are here.
+    For models that keep each prompt's length, it is the longest prompt's, if prompts and tokenizer are local.
     """
     shape = planned.family.text_shape(planned.folder, planned.model.policy.config)
     if not shape.masked:

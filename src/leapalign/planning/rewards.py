@@ -1,4 +1,4 @@
-"""A reward of a run without its weights: bytes, the graph of a score, and its downloads."""
+"""Plan a reward without its weights: its bytes, the graph of a score, and its downloads."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ WEIGHTS = {".safetensors", *PICKLES}
 
 @dataclass(frozen=True, kw_only=True)
 class RewardPlan:
-    """`score` is None where the graph of a score is not known; `note` says so."""
+    """A reward's plan; `score` is None if the graph of a score is unknown, and `note` says so."""
 
     name: str
     bytes: int
-    network: nn.Module | None  # without weights; None where it is not known
+    network: nn.Module | None  # meta-device model; None if unknown
     score: Callable[[Tensor], Tensor] | None
     note: str
     downloads: tuple[Download, ...]
 
 
 def plan_reward(term: RewardTerm, dtype: str, mode: FakeTensorMode) -> RewardPlan:
-    """Plan the term's reward in its dtype. UserError where a path is neither a local file or folder nor a hub id."""
+    """Plan the term's reward in its dtype. Raises UserError if a path is neither local nor a hub id."""
     config = described(term.reward)
     downloads = tuple(d for source in config.sources() if (d := _download(config.name, source)))
     known = config.weightless()
@@ -64,7 +64,7 @@ def plan_reward(term: RewardTerm, dtype: str, mode: FakeTensorMode) -> RewardPla
 
 
 def _unknown(config: DescribedReward) -> tuple[int, str]:
-    """Bytes and note of a reward whose sizes are not known before it is read."""
+    """Return (bytes, note) of a reward whose architecture is unknown: the size of its local files, or 0."""
     here = [source for source in config.sources() if source.weights and is_here(source.path)]
     if not here:
         return 0, "its memory is not known: not counted"

@@ -1,8 +1,8 @@
-"""The first of several ranks, which holds the largest parts: what of each network lies on it, and what it gathers.
+"""Bytes of sharded networks on rank 0, which holds the largest shards: its shards, and what it gathers.
 
-FSDP2 cuts a weight's first dimension into equal parts, the last of which may be smaller or empty, and gathers one block
-at a time. While a block is computed the next one is being gathered, into a buffer from which its weights are then
-copied; in the backward the block's gradient is there as well, and once more while it is shared out.
+FSDP2 cuts a weight's first dimension into equal shards, the last of which may be smaller or empty, and gathers one
+block at a time. While a block computes, the next one is gathered into a buffer, from which its weights are then copied;
+in the backward the block's gradient is allocated as well, and a second time during its reduce-scatter.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from leapalign.distributed.world import World, check_geometry
 from leapalign.errors import UserError
 from leapalign.run import Run
 
-GATHERED = 3  # of the largest block: it, the next one, and the buffer that this comes in
-USUAL_GPU = 80 * 10**9  # bytes, where a plan is for GPUs that are not here
+GATHERED = 3  # copies of the largest block: the one that computes, the next one, and the next one's receive buffer
+USUAL_GPU = 80 * 10**9  # bytes; assumed for a plan on a machine without GPUs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rank:
-    """By default the only one."""
+    """Rank 0 of a run, and how the run shards its networks; by default the only rank."""
 
     world: World = field(default_factory=World)
-    among: int = 1  # ranks that share one copy of what is sharded
-    sharded: bool = False  # the policy
+    among: int = 1  # number of shards: ranks that share one copy of a sharded network
+    sharded: bool = False  # the policy is sharded
     rounded: bool = False  # the policy's weights are gathered in bfloat16
 
     def policy(self, policy: nn.Module, *, trained: bool) -> int:
-        """Bytes of the policy's weights here; `trained`: only of those, and so of their gradients or of one moment."""
+        """Bytes of the policy's weights on this rank; `trained`: of trained ones only, as of their gradients."""
         parts = self._parts(policy)
         return sum(size(p, parts.get(p, 1)) for p in policy.parameters() if p.requires_grad or not trained)
 
     def largest(self, policy: nn.Module) -> int:
-        """Bytes of the largest trained weight here."""
+        """Bytes of the largest trained weight, or shard of one, on this rank."""
         parts = self._parts(policy)
         return max((size(p, parts.get(p, 1)) for p in policy.parameters() if p.requires_grad), default=0)
 
     def gathered(self, policy: nn.Module) -> tuple[int, int]:
-        """Bytes gathered beside the parts, in a forward and in a backward."""
+        """Return (forward, backward): peak bytes gathered in addition to the shards."""
         parts = self._parts(policy)
         if not parts:
             return 0, 0
@@ -57,24 +57,24 @@ class Rank:
         return forward, forward + self._in_gather(p for p in rest if p.requires_grad) + largest + largest_summed
 
     def received(self, policy: nn.Module, gathers: int, backwards: int) -> int:
-        """Bytes that this rank receives: the whole weights `gathers` times, its parts' gradients `backwards` times."""
+        """Bytes that this rank receives: all weights `gathers` times, its shards' gradients `backwards` times."""
         parts = self._parts(policy)
         others = (self.among - 1) / self.among
         trained = bytes_of(p for p in parts if p.requires_grad)  # summed in float32
         return int(others * (gathers * self._in_gather(parts) + backwards * trained))
 
     def _in_gather(self, weights: Iterable[Tensor]) -> int:
-        """Bytes of weights as they are gathered."""
+        """Bytes of weights in the dtype in which they are gathered."""
         return sum(p.numel() * (min(2, p.element_size()) if self.rounded else p.element_size()) for p in weights)
 
     def frozen(self, network: nn.Module | None, blocks: Sequence[nn.Module]) -> int:
-        """Bytes of a frozen network here, of which these blocks are sharded."""
+        """Bytes of a frozen network on this rank, if these of its blocks are sharded."""
         here = {p for block in blocks for p in block.parameters()}
         weights = [] if network is None else network.parameters()
         return sum(size(p, self.among if p in here else 1) for p in weights)
 
     def _parts(self, policy: nn.Module) -> dict[Tensor, int]:
-        """Weight -> how many ranks share it. Beside frozen weights the trained ones stay whole (LoRA)."""
+        """Sharded weight -> number of shards. With LoRA only the frozen weights are sharded."""
         if not self.sharded:
             return {}
         weights = list(policy.parameters())
@@ -86,16 +86,16 @@ ALONE = Rank()
 
 
 def largest_gathered(blocks: Iterable[nn.Module]) -> int:
-    """Bytes gathered beside the parts while a frozen network computes."""
+    """Bytes gathered, in addition to the shards, while a frozen network computes."""
     return GATHERED * max((bytes_of(block.parameters()) for block in blocks), default=0)
 
 
 def first_rank(
     run: Run, policy: Any, quantised: bool, device: str, memory: int, ranks: int, per_machine: int
 ) -> tuple[Rank, list[str]]:
-    """Of so many; and what is to be said of it. UserError where the run does not fit the ranks.
+    """Return rank 0 of `ranks`, and notes for the user. Raises UserError if the run does not fit the ranks.
 
-    `memory`: bytes of the device, 0 where they are not known.
+    `memory`: the device's bytes; 0 if unknown.
     """
     if ranks == 1:
         return ALONE, []
@@ -117,7 +117,7 @@ def first_rank(
 
 
 def world_of(run: Run, ranks: int, per_machine: int) -> World:
-    """Seen from rank 0. UserError for numbers that are none, and for a batch that does not fit them."""
+    """Return the world as rank 0 sees it. Raises UserError for numbers below 1 or a batch that does not fit them."""
     if ranks < 1 or per_machine < 1:
         raise UserError(f"ranks {ranks}, ranks_per_machine {per_machine}: both must be at least 1")
     world = World(size=ranks, local_size=min(ranks, per_machine))
@@ -126,7 +126,7 @@ def world_of(run: Run, ranks: int, per_machine: int) -> World:
 
 
 def size(p: Tensor, among: int) -> int:
-    """Bytes of the first of so many parts."""
+    """Bytes of the first, largest of `among` shards of `p`."""
     rows = p.shape[0] if p.ndim else 1
     return -(-rows // among) * (p.numel() // max(rows, 1)) * p.element_size()
 

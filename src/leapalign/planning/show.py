@@ -1,4 +1,4 @@
-"""A plan for people: tables on the terminal."""
+"""Print a plan as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from leapalign.planning.plan import Plan
 
 
 def size(count: int) -> str:
-    """Bytes with three digits, decimal units."""
+    """Format a number of bytes with three digits and decimal units, as in "1.25 GB"."""
     amount = float(count)
     for unit in ("B", "KB", "MB", "GB"):
         if amount < 999.5:
@@ -22,7 +22,7 @@ def size(count: int) -> str:
 
 
 def as_text(plan: Plan, width: int = 100) -> str:
-    """The whole plan; what is largest stands in the summary line."""
+    """Format the plan as tables and notes, and a last line with the peak and the bytes to download."""
     console = Console(width=width, record=True, file=StringIO(), highlight=False)
     console.print(f"Plan of {plan.name} on {plan.device}: nothing was downloaded or loaded.\n", markup=False)
     for table in _tables(plan):

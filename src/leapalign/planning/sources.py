@@ -1,7 +1,7 @@
-"""The pipeline that a plan is for: a local folder, a hub id in the hub's cache, or the numbers in the family's file.
+"""Find the pipeline's configurations: a local folder, the hub's cache, or those that ship in the family's file.
 
-Nothing is downloaded. Configurations in the user's hub cache go before the numbers that ship: they are those that the
-run will use.
+Nothing is downloaded. Configurations in the user's hub cache take precedence over shipped ones, because the run will
+use them.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ FLOAT32 = 4  # bytes a weight
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A pipeline's configurations, and where its weights would come from."""
+    """A pipeline's configurations, and the source of its weights."""
 
     folder: Path  # the configurations
     hub_id: str = ""  # empty for a local folder, which holds its weights
-    facts: Published | None = None  # of this hub id, from the family's file
-    shipped: bool = False  # the configurations are those facts
+    facts: Published | None = None  # about this hub id, from the family's file
+    shipped: bool = False  # `folder` was written from `facts`
 
     @property
     def bytes_per_weight(self) -> int:
-        """In the published files; float32 where nothing is known of them."""
+        """Bytes per weight in the published files; float32's 4 if unknown."""
         return self.facts.bytes_per_weight if self.facts else FLOAT32
 
 
 @contextmanager
 def locate(path: str, published: Mapping[str, Published]) -> Iterator[Source]:
-    """The source that a model's `path` means. `published`: the family's own facts.
+    """Yield the source of a model's `path`. `published`: hub id -> facts, from the family's file.
 
-    Raises UserError for a hub id that is neither in the hub's cache nor among them.
+    Raises UserError if the path is no local folder and is neither in the hub's cache nor in `published`.
     """
     from leapalign.storage.embedded import resolve
 
@@ -63,7 +63,7 @@ def locate(path: str, published: Mapping[str, Published]) -> Iterator[Source]:
 
 
 def _cached(path: str) -> Path | None:
-    """The snapshot in the hub's cache, if it has the configuration of every model and of the scheduler."""
+    """Return the snapshot in the hub's cache if it has every model's and the scheduler's configuration; else None."""
     folder = cached_folder(path) if is_hub_id(path) else None
     if folder is None or not (folder / INDEX).is_file():
         return None
@@ -73,7 +73,7 @@ def _cached(path: str) -> Path | None:
 
 
 def write_configs(pipeline: Published, folder: Path) -> None:
-    """A pipeline folder with configurations and without weights."""
+    """Write a pipeline folder with configurations and without weights."""
     index: dict[str, Any] = {"_class_name": pipeline.kind, **pipeline.index}
     for name, (kind, config) in pipeline.components.items():
         index[name] = kind.split(".")

@@ -1,7 +1,7 @@
-"""Bytes of tensors, counted: what autograd saves, and what is alive at any moment.
+"""Count the bytes of tensors: those that autograd saves, and all that are alive at any moment.
 
-Counted are the storages of all tensors that operators return, on any device, torch's fake tensors included; scratch
-memory inside one operator is not seen.
+Counts the storages of all tensors that operators return, on any device, torch's fake tensors included. Does not see
+scratch memory inside one operator.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ DEVICE = torch.ops.prim.device.default
 
 @dataclass(eq=False)
 class LiveBytes(TorchDispatchMode):
-    """Inside: every storage that an operator returns, from when it is made until it is freed."""
+    """A dispatch mode that records when each storage that an operator returns is allocated and freed."""
 
-    events: list[tuple[int, int]] = field(default_factory=list)  # (which storage, + or - bytes), in time
+    events: list[tuple[int, int]] = field(default_factory=list)  # (storage's id, + or - bytes), in order of time
     phases: list[tuple[str, int]] = field(default_factory=list)  # (name, number of events before it)
-    living: dict[int, int] = field(default_factory=dict)  # address of a storage -> which
+    living: dict[int, int] = field(default_factory=dict)  # address of a storage -> its id in `events`
 
     def __post_init__(self) -> None:
         super().__init__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is DEVICE:  # two of three calls: where a fake tensor claims to lie; nothing is computed
+        if func is DEVICE:  # two of three calls only ask for a fake tensor's device
             return args[0].device
         given = {address(t) for t in tensors_of((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         for tensor in tensors_of(result):
-            if address(tensor) not in given:  # a view of an argument, or a change in place, makes nothing
+            if address(tensor) not in given:  # a view of an argument, or a change in place, allocates nothing
                 self._made(tensor.untyped_storage())
         return result
 
@@ -56,13 +56,13 @@ class LiveBytes(TorchDispatchMode):
         self.phases.append((phase, len(self.events)))
 
     def peaks(self, without: Iterable[Tensor] = ()) -> dict[str, int]:
-        """The most bytes alive in each phase; `without` (living tensors) does not count."""
+        """Phase -> peak bytes, without the storages of `without` (tensors that are still alive)."""
         left_out = {self.living[address(t)] for t in without if address(t) in self.living}
         now, highest, starts = 0, dict.fromkeys((name for name, _ in self.phases), 0), dict(self._starts())
         phase = ""
         for index, (which, change) in enumerate([*self.events, (-1, 0)]):
             phase = starts.get(index, phase)
-            highest[phase] = max(highest.get(phase, 0), now)  # what a phase finds is alive in it
+            highest[phase] = max(highest.get(phase, 0), now)  # storages from earlier phases count too
             now += 0 if which in left_out else change
             highest[phase] = max(highest[phase], now)
         return {name: highest[name] for name, _ in self.phases}
@@ -72,7 +72,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Saved:
-    """Inside: what autograd saves; `bytes()` is what of it is still held."""
+    """Saved-tensor hooks that track what autograd saves; `bytes()` counts what is still held, without `besides`."""
 
     def __init__(self, besides: Iterable[Tensor]) -> None:
         self.besides = {address(t) for t in besides}
@@ -80,7 +80,7 @@ class Saved:
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept.tensor)
 
     def _pack(self, tensor: Tensor) -> Kept:
-        kept = Kept(tensor.detach())  # not its graph: an output that its own node saves would never be freed
+        kept = Kept(tensor.detach())  # drop the graph: an output that its own node saves would never be freed
         self.kept.add(kept)
         return kept
 
@@ -91,7 +91,7 @@ class Saved:
 
 @dataclass(eq=False)
 class Kept:
-    """A saved tensor; lives as long as the node of the graph that saved it."""
+    """A saved tensor, which lives as long as the graph's node that saved it."""
 
     tensor: Tensor
 
