@@ -1,1 +1,1 @@
-"""Several ranks, one run: what they agree on, FSDP2 for the policy and for frozen modules."""
+"""Training on several ranks: their agreement, FSDP2 for the policy, FSDP of frozen modules."""

@@ -1,7 +1,7 @@
-"""A policy that will be sharded is read by rank 0 alone: the others build its shape and are sent their parts.
+"""Load a policy that will be sharded on rank 0 alone; the other ranks build it on the meta device and get their shards.
 
-So a machine of eight ranks holds one copy in its memory while it loads, not eight, and no GPU ever holds a whole one:
-rank 0 reads to the CPU, `fully_shard` moves block by block, and each tensor is sent by itself.
+While it loads, a machine of eight ranks holds one copy in CPU memory, not eight, and no GPU ever holds a whole copy:
+rank 0 reads to the CPU, `fully_shard` moves block by block, and tensors are broadcast one at a time.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from leapalign.storage.pipeline_folder import FROM_FILES, Loading
 
 
 def loading(run: Run, world: World, device: str) -> Loading:
-    """How this rank loads the model: of a policy that may be sharded, only rank 0 reads the weights, to the CPU."""
+    """Return how this rank loads the model: only rank 0 reads a policy that may be sharded, to the CPU."""
     if not may_shard(run, world, device):
         return FROM_FILES
     return Loading(policy="cpu" if world.main else "meta")
 
 
 def spread(run: Run, policy: nn.Module, world: World, device: str) -> Shards | None:
-    """Shard the policy where the run asks for it; then every rank has its values on its device, whoever read them.
+    """Shard the policy if the run asks for it, and put every rank's values on its device; None for a replicated policy.
 
-    Raises UserError where ranks have read other weights, or another model.
+    Raises UserError if ranks have read different weights or models.
     """
     if not any(world.gather(any(p.is_meta for p in policy.parameters()))):
         world.check_weights(policy)
@@ -41,7 +41,7 @@ def spread(run: Run, policy: nn.Module, world: World, device: str) -> Shards | N
 
 
 def _agree_on_types(policy: nn.Module, world: World) -> dict[str, Tensor]:
-    """Every tensor gets the dtype that it has on rank 0 (a file may keep some in float32); rank 0's values."""
+    """Give each tensor its dtype on rank 0 (a file may keep some in float32). Returns the values, on rank 0 alone."""
     values = {name: t.detach() for name, t in _tensors(policy).items()}
     expected = world.from_main({name: (t.shape, t.dtype) for name, t in values.items()})
     with world.agreed():
@@ -56,9 +56,9 @@ def _agree_on_types(policy: nn.Module, world: World) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _send(policy: nn.Module, values: dict[str, Tensor], world: World, device: str) -> None:
-    """Rank 0's values, tensor by tensor; of a sharded one each rank keeps its part."""
+    """Broadcast rank 0's values, tensor by tensor; of a sharded tensor each rank keeps its shard."""
     if world.main:
-        nn.Module.to(policy, device)  # what is not sharded; diffusers' own `to` may warn
+        nn.Module.to(policy, device)  # moves unsharded tensors; diffusers' own `to` may warn
     else:
         policy.to_empty(device=device)
     for name, t in _tensors(policy).items():

@@ -1,4 +1,4 @@
-"""Whether a run's policy is sharded over its ranks, why, and whether what a rank keeps of it fits its device."""
+"""Decide whether a run's policy is sharded over its ranks, and check that each rank's share fits its device."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from leapalign.errors import UserError
 from leapalign.models.prompt_embeds.location import gigabytes
 from leapalign.run import Run
 
-ROOM = 0.4  # share of a device's memory for what a rank keeps for the whole run; beyond it, `auto` shards
+ROOM = 0.4  # share of a device's memory for weights, gradients, optimiser and average; above it, `auto` shards
 QUANTISED = "a quantised base cannot be sharded; use --sharding replicate, or --tuning.quantization none"
 KEPT = 20  # bytes of a trained weight: float32 weight, gradient, two moments, average
 
 
 def may_shard(run: Run, world: World, device: str) -> bool:
-    """Before the policy is there: whether it is sharded, or its size decides."""
+    """Return, before the policy is loaded, True if it is sharded or if its size will decide."""
     if world.size == 1 or run.sharding == "replicate":
         return False
     return run.sharding != "auto" or (device.startswith("cuda") and not unequal_forwards(run, world))
@@ -26,16 +26,17 @@ def may_shard(run: Run, world: World, device: str) -> bool:
 
 @dataclass(frozen=True)
 class Choice:
-    """Whether the policy is sharded; of `auto` also why, as a sentence for the user."""
+    """The decision to shard the policy or not; for `auto` with the reason, as a sentence for the user."""
 
     sharded: bool
     why: str = ""
 
 
 def choose(run: Run, policy: nn.Module, world: World, device: str, memory: int = 0) -> Choice:
-    """What `run.sharding` means for this policy on these ranks.
+    """Resolve `run.sharding` for this policy on these ranks.
 
-    `auto` shards on CUDA if a rank would otherwise keep more than ROOM of its device, and if the draws allow it.
+    `auto` shards on CUDA if replicated weights, gradients, optimiser and average would take more than ROOM of a device,
+    and if all ranks make equally many forwards.
     `memory`: bytes of the device; 0 = ask it.
     """
     if run.sharding != "auto" or world.size == 1:
@@ -58,9 +59,9 @@ def _replicate(why: str) -> Choice:
 
 
 def check_fits(run: Run, policy: nn.Module, world: World, device: str, memory: int = 0) -> None:
-    """Raise UserError where what a rank keeps of the policy for the whole run is more than its device has.
+    """Raise UserError if weights, gradients, optimiser and average exceed the memory of a rank's device.
 
-    `memory`: bytes of the device; 0 = ask it. Nothing is checked on CPUs.
+    `memory`: bytes of the device; 0 = ask it. CPUs are not checked.
     """
     if not device.startswith("cuda"):
         return
@@ -88,23 +89,23 @@ def _ways_to_fit(run: Run, policy: nn.Module, world: World, sharded: bool, memor
 
 
 def kept_bytes(policy: nn.Module, among: int = 1) -> int:
-    """Bytes that a rank keeps of the policy for the whole run: weights, gradients, moments and average.
+    """Bytes of the policy on each rank for the whole run: weights, gradients, moments and average.
 
-    `among`: ranks that share one copy. Beside frozen weights (LoRA) the trained ones stay whole on every rank.
+    `among`: ranks that share one copy. If some weights are frozen (LoRA), the trained ones stay whole on every rank.
     """
     trained, frozen = _trained_and_frozen(policy)
     return trained + frozen // among if frozen else trained // among
 
 
 def _trained_and_frozen(policy: nn.Module) -> tuple[int, int]:
-    """Bytes that the trained weights take with all that belongs to them, and those of the frozen weights."""
+    """Bytes of the trained weights with gradients, moments and average, and bytes of the frozen weights."""
     weights = list(policy.parameters())
     trained = KEPT * sum(p.numel() for p in weights if p.requires_grad)
     return trained, sum(p.numel() * p.element_size() for p in weights if not p.requires_grad)
 
 
 def is_quantised(policy: nn.Module) -> bool:
-    """Whether the weights were quantised while they were read (diffusers leaves the quantiser on the model)."""
+    """Return True if the weights were quantised on loading (diffusers leaves the quantiser on the model)."""
     return getattr(policy, "hf_quantizer", None) is not None
 
 
@@ -114,7 +115,7 @@ def memory_of(device: str) -> int:
 
 
 def shared_by(run: Run, world: World) -> int:
-    """How many ranks share one copy of what is sharded. UserError where they do not divide the world."""
+    """Number of ranks that share one copy of sharded weights. Raises UserError if it does not divide the world size."""
     inner = (run.shard_ranks or world.local_size) if run.sharding == "hybrid" else world.size
     if world.size % inner:
         raise UserError(f"{world.size} ranks are not made of machines of {inner}; give shard_ranks")

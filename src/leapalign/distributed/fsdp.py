@@ -1,9 +1,9 @@
-"""Sharded weights: FSDP2's `fully_shard` on every block of the policy, then on what is left of it.
+"""Shard the policy: FSDP2's `fully_shard` on every repeated block, then on the root module.
 
-Between forwards a rank holds its part of each weight (a DTensor) and, where the weight is trained, the same part of its
-gradient, moments and average. Where some weights are frozen (LoRA), these are sharded and the trained ones, which are
-small, stay whole on every rank: so float32 adapters and their bfloat16 base need no common group, and nothing but
-their gradients' sum is exchanged for them.
+Between forwards a rank holds its shard of each weight (a DTensor) and, for trained weights, the same shard of gradient,
+moments and average. If some weights are frozen (LoRA), only these are sharded; the trained ones, which are small, stay
+whole on every rank. float32 adapters and their bfloat16 base then need no common FSDP group, and ranks exchange only
+the adapters' gradients.
 
 Gradients are summed, not averaged: the loss is divided by the whole batch already.
 """
@@ -30,10 +30,10 @@ from leapalign.run import Run
 
 
 class Recomputation:
-    """Inside, each block is resharded after its forward.
+    """Context in which each block is resharded after its forward.
 
-    FSDP2 leaves weights gathered after a forward in the backward pass, which suits a block that is run again just
-    before its own backward. Where the whole policy is run again, all blocks would be gathered at once.
+    FSDP2 keeps weights gathered after a forward in the backward pass, which suits a block that is recomputed just
+    before its own backward. If the whole policy is recomputed, all blocks would be gathered at once.
     """
 
     def __init__(self) -> None:
@@ -48,22 +48,22 @@ class Recomputation:
             self.active = False
 
     def hook(self, module: FSDPModule, _inputs: Any, _output: Any) -> None:
-        """A forward hook of every group."""
+        """Reshard the group; the forward hook of every FSDP group."""
         if self.active:
             module.reshard()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shards:
-    """A policy whose weights are spread over the ranks."""
+    """A policy whose weights are sharded over the ranks."""
 
     policy: FSDPModule
-    shell: nn.Module  # the same policy with no memory for its weights: takes them up, whole, to be saved
+    shell: nn.Module  # the same policy on the meta device; takes the gathered weights for saving
     gather_in_rollout: bool
-    recomputation: Recomputation  # to be entered around a forward of the whole policy in the backward pass
+    recomputation: Recomputation  # wraps a forward of the whole policy in the backward pass
 
     def velocity(self, velocity: Velocity) -> Velocity:
-        """The same one; under `gather_in_rollout` a forward without graph leaves the weights whole for the next."""
+        """Return the velocity; with `gather_in_rollout`, a forward without graph keeps the weights gathered."""
         if not self.gather_in_rollout:
             return velocity
 
@@ -75,7 +75,7 @@ class Shards:
 
     @contextmanager
     def rollout(self) -> Iterator[None]:
-        """Around forwards between which no weight changes: afterwards no rank holds more than its part."""
+        """Context for forwards between which no weight changes; reshards all weights on leaving."""
         try:
             yield
         finally:
@@ -85,9 +85,9 @@ class Shards:
                     module.reshard()
 
     def whole_policy(self, keep: bool, *, frozen: bool) -> nn.Module | None:
-        """The policy with whole weights on the CPU where `keep` is true; every rank must call it.
+        """Gather the policy to the CPU: returned where `keep` is true, else None. Every rank must call it.
 
-        Without `frozen`, weights that are not trained stay without values: enough to save what is.
+        Without `frozen`, only trained weights get values, and the others stay on the meta device.
         """
         state = {}
         for name, p in self.policy.named_parameters():  # type: ignore[attr-defined]
@@ -103,7 +103,7 @@ class Shards:
 
 
 def shard(run: Run, policy: nn.Module, world: World, device: str) -> Shards | None:
-    """Spread the policy over the ranks' devices, where the run asks for it. UserError where it cannot be."""
+    """Shard the policy if the run asks for it, else return None. Raises UserError if it cannot be sharded."""
     if not choose(run, policy, world, device).sharded:
         return None
     if is_quantised(policy):
@@ -115,7 +115,7 @@ def shard(run: Run, policy: nn.Module, world: World, device: str) -> Shards | No
     trained = {p for p in policy.parameters() if p.requires_grad}
     whole_on_each = trained if len(trained) < len(list(policy.parameters())) else set()
     for module in (*repeated_blocks(policy), policy):
-        # the root too: left gathered after a forward it would miss the next change of its weights
+        # the root is resharded too: if it stayed gathered, it would miss the next update of its weights
         fully_shard(
             module, mesh=mesh, reshard_after_forward=True, ignored_params=whole_on_each, mp_policy=_precision(run)
         )
@@ -129,14 +129,14 @@ def shard(run: Run, policy: nn.Module, world: World, device: str) -> Shards | No
 
 
 def _precision(run: Run) -> MixedPrecisionPolicy:
-    """Weights are gathered in `run.gather_dtype`, gradients summed over the ranks in float32."""
+    """Gather weights in `run.gather_dtype`, sum gradients over the ranks in float32."""
     if run.gather_dtype == "float32":
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
 
 
 def repeated_blocks(policy: nn.Module) -> list[nn.Module]:
-    """The repeated blocks: the elements of the policy's own lists of modules."""
+    """List the repeated blocks: the elements of the policy's own nn.ModuleLists."""
     return [block for child in policy.children() if isinstance(child, nn.ModuleList) for block in child]
 
 
@@ -145,7 +145,7 @@ def _groups(policy: Any) -> list[FSDPModule]:
 
 
 def mesh_of(run: Run, world: World, device: str) -> DeviceMesh:
-    """The ranks as the run's sharding arranges them; `device` is that of a rank, or its type."""
+    """Device mesh of the ranks: (shard) or, for hybrid sharding, (replicate, shard). `device`: a device or its type."""
     device, inner = device.partition(":")[0], shared_by(run, world)
     if run.sharding != "hybrid":
         return init_device_mesh(device, (world.size,), mesh_dim_names=("shard",))
@@ -153,7 +153,7 @@ def mesh_of(run: Run, world: World, device: str) -> DeviceMesh:
 
 
 def _shell(policy: nn.Module) -> nn.Module:
-    """A copy in which the weights have shapes only; it still is of the model's own class."""
+    """Copy the policy with its weights on the meta device; the copy keeps the model's class."""
     memo: dict[int, Any] = {}
     for p in policy.parameters():
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)

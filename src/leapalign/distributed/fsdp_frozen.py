@@ -1,11 +1,11 @@
 """FSDP of frozen modules (`shard_rewards`; text encoders: prompts.py), by FSDP2's `fully_shard`.
 
-Their repeated blocks are sharded. Embeddings, first and last layers (a few per cent) stay whole on every rank, because
-rewards and pipelines call them by themselves, and FSDP2 gathers only in a module's own forward. No weight has a
-gradient; the score's gradient goes through the gathered blocks to the image.
+The repeated blocks are sharded. Embeddings and first and last layers (a few per cent) stay whole on every rank, because
+rewards and pipelines call them outside the module's own forward, where FSDP2 does not gather. No weight has a gradient;
+the score's gradient passes through the gathered blocks to the image.
 
-Ranks gather together, so each must call such a network as often as the others: a reward is called on equally many
-images, and what it keeps of a prompt (CLIP's text features) is computed on all ranks as soon as one of them needs it.
+All ranks gather together, so all must call such a network equally often: a reward scores the same number of images on
+every rank, and cached prompt features (CLIP's) are computed on all ranks as soon as one rank needs them.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from leapalign.run import Run
 
 @dataclass(frozen=True, kw_only=True)
 class InStep(Wrapped):
-    """A reward with sharded blocks: every rank calls it at the same time, on equally many images."""
+    """A reward with sharded blocks, which all ranks call together on the same number of images."""
 
     world: World
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores [B] of this rank's images."""
+        """Score this rank's images [B, 3, H, W] in [0, 1]: [B], differentiable."""
         self.reward.prepare(sorted({prompt for some in self.world.gather(prompts) for prompt in some}))
         return self.reward(images, prompts)
 
 
 def check_names(run: Run, names: Sequence[str]) -> None:
-    """Raise UserError where `shard_rewards` names a reward that the run does not have, or one on another device."""
+    """Raise UserError if `shard_rewards` names a reward that the run lacks, or one with a device of its own."""
     terms = dict(zip(names, run.rewards))
     for name in run.shard_rewards:
         if name not in terms:
@@ -51,7 +51,7 @@ def check_names(run: Run, names: Sequence[str]) -> None:
 
 
 def shard_rewards(run: Run, rewards: dict[str, Reward], world: World, device: str) -> dict[str, Reward]:
-    """The rewards, with sharded blocks in those that `shard_rewards` names. Raises UserError where one has none."""
+    """Shard the blocks of the rewards in `shard_rewards`; return all rewards. Raises UserError if one has no blocks."""
     if world.size == 1 or not run.shard_rewards:
         return rewards
     blocks = {}
@@ -68,13 +68,13 @@ def shard_rewards(run: Run, rewards: dict[str, Reward], world: World, device: st
 
 
 def shard_blocks(blocks: list[nn.Module], mesh: DeviceMesh) -> None:
-    """Make each block an FSDP group of its own, gathered for its forward and its backward."""
+    """Make each block its own FSDP group, gathered for its forward and its backward."""
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
 
 
 def blocks_of(network: nn.Module, what: str) -> list[nn.Module]:
-    """The repeated blocks of a network. Raises UserError where it has none, or where they share weights."""
+    """List a network's repeated blocks. Raises UserError if it has none, or if blocks share weights."""
     blocks = list(_listed(network))
     if not blocks:
         raise UserError(f"{what} has no repeated blocks (an nn.ModuleList) that could be sharded; leave it whole")
@@ -85,7 +85,7 @@ def blocks_of(network: nn.Module, what: str) -> list[nn.Module]:
 
 
 def _listed(module: nn.Module) -> Iterator[nn.Module]:
-    """The elements with weights of every outermost nn.ModuleList."""
+    """Yield the elements of every outermost nn.ModuleList that have weights."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield from (block for block in child if next(block.parameters(), None) is not None)

@@ -1,11 +1,11 @@
-"""The prompts of a run, encoded by all ranks together before training begins.
+"""Encode a run's prompts on all ranks before training begins.
 
-Ranks that share a prompt cache on disk share the work: each encodes every N-th of the prompts that their samples reach,
-and all read the entries. A rank whose cache is its own (another machine's disk, or memory only) encodes what its own
-samples reach. An embedding does not depend on what is encoded beside it, so the numbers are those of one process.
+Ranks that share a cache directory share the work: each of N ranks encodes every N-th prompt of their samples, and all
+read the entries. A rank with a cache of its own (another machine's disk, or memory only) encodes the prompts of its
+own samples. Prompt embeds do not depend on the rest of the batch, so they equal those of one process.
 
-Ranks agree after every encoder call, so that none waits for another longer than one call takes, and an error of one
-ends all. Sharded text encoders (`shard_text_encoders`) gather together: there all ranks encode the same prompts.
+Ranks synchronise after every encoder call: none waits longer than one call, and an error on one rank ends all. With
+sharded text encoders (`shard_text_encoders`), which gather together, all ranks encode the same prompts.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from leapalign.storage.pipeline_folder import FROM_FILES, Loading, PipelineFolde
 
 
 def prepare(run: Run, model: Model, reached: Sequence[Sequence[str]], world: World, device: str) -> None:
-    """Encode the run's prompts and free the text encoders; `reached`: by rank, the prompts that its samples need.
+    """Encode the run's prompts and free the text encoders. `reached`: by rank, the prompts that its samples need.
 
-    A model of the user's own, which is no `PipelineModel`, encodes on every rank what that rank needs. Raises UserError
-    where its text encoders should be sharded.
+    A model that is not a `PipelineModel` encodes on every rank the prompts of that rank. Raises UserError if the run
+    asks to shard such a model's text encoders.
     """
     if not isinstance(model, PipelineModel):
         if world.size > 1 and run.shard_text_encoders:
@@ -53,24 +53,24 @@ def prepare(run: Run, model: Model, reached: Sequence[Sequence[str]], world: Wor
 
 
 def _encode_shares(cache: PromptCache, needed: list[list[str]], world: World) -> None:
-    """Each rank encodes its share of what its group needs, then whatever it still cannot see of its own."""
+    """Encode this rank's share of its group's prompts, then any of its own prompts that are still missing."""
     group = ranks_that_share(cache, world)
     together = list(dict.fromkeys(prompt for rank in group for prompt in needed[rank]))
     with world.agreed():
         cache.keep(together)
         share = cache.missing(together[group.index(world.rank) :: len(group)])
     _encode(cache, share, group, world)
-    with world.agreed():  # entries that a slow file system does not show yet, or that another run has pruned
+    with world.agreed():  # entries not yet visible on a slow file system, or pruned by another run
         rest = cache.missing(needed[world.rank])
     _encode(cache, rest, [world.rank], world)
 
 
 def _encode(cache: PromptCache, prompts: list[str], group: list[int], world: World) -> None:
-    """Encode this rank's prompts, an encoder call at a time. The group's first rank makes room on disk for them all."""
+    """Encode this rank's prompts, one encoder call at a time. The group's first busy rank frees disk space for all."""
     counts = world.gather(len(prompts))
     busy = [rank for rank in group if counts[rank]]
     calls = [prompts[start : start + BATCH] for start in range(0, len(prompts), BATCH)]
-    with world.agreed():  # before the others write, whose entries would be counted twice
+    with world.agreed():  # before the others write, or their entries would be counted twice
         if busy and world.rank == busy[0]:
             cache.encode(calls.pop(0), room_for=sum(counts[rank] for rank in group))
     for turn in range(max(world.gather(len(calls)))):
@@ -80,9 +80,9 @@ def _encode(cache: PromptCache, prompts: list[str], group: list[int], world: Wor
 
 
 def ranks_that_share(cache: PromptCache, world: World) -> list[int]:
-    """The ranks that read and write the same prompt cache on disk as this one, itself among them.
+    """List the ranks that use the same cache directory as this one, including itself.
 
-    Found by a file that each rank puts there: equal paths on two machines may be two disks.
+    Each rank creates a marker file there, because equal paths on two machines may be different disks.
     """
     if not any(world.gather(cache.store is not None)):
         return [world.rank]
@@ -96,7 +96,7 @@ def ranks_that_share(cache: PromptCache, world: World) -> list[int]:
 
 
 def _encode_in_step(run: Run, model: PipelineModel, needed: list[str], world: World, device: str) -> None:
-    """With sharded text encoders: all ranks encode, in the same order, what one of them lacks."""
+    """Shard text encoders while they load; all ranks encode, in the same order, any prompt that one rank lacks."""
     cache = model.prompts
     group = ranks_that_share(cache, world)
     lacking = world.gather(cache.missing(needed))
@@ -111,7 +111,7 @@ def _encode_in_step(run: Run, model: PipelineModel, needed: list[str], world: Wo
 
 
 def _load_sharded(folder: PipelineFolder, name: str, dtype: Any, mesh: DeviceMesh) -> Any:
-    """A component from the folder's files; the blocks of a text encoder are sharded."""
+    """Load a component from the folder's files; shard its blocks if it is a text encoder."""
     component = load_component(replace(folder, loading=FROM_FILES), name, dtype)
     if isinstance(component, nn.Module):
         shard_blocks(blocks_of(component, f"shard_text_encoders: {name}"), mesh)

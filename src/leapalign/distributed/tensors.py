@@ -19,17 +19,17 @@ def copy_into(targets: Named, values: Named) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor with all its parts; every rank must call it for the same ones."""
+    """Gather a sharded tensor; all ranks must call it for the same tensors. Others are returned as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of it."""
+    """Return this rank's shard of a sharded tensor; others as they are."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def like(value: Tensor, target: Tensor) -> Tensor:
-    """A whole tensor spread as `target` is, without exchange: every rank has it. Others are given back."""
+    """Shard a whole tensor, present on every rank, like `target`, without communication; else return `value`."""
     if not isinstance(target, DTensor) or isinstance(value, DTensor):
         return value
     return distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)

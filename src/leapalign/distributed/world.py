@@ -1,11 +1,11 @@
-"""Several processes, one run: torchrun starts them, and this thin layer over torch.distributed keeps them together.
+"""Data-parallel training over torch.distributed: the ranks of a run, started by torchrun.
 
-Each update's batch is cut into rounds of micro_batch_size x ranks neighbours, of which every rank takes its contiguous
-part. Prompts, noise and draws are functions of (seed, step, sample) and so belong to no rank. One process is the same
-code with a `World` of size 1 and no process group.
+Each update's batch is cut into rounds of micro_batch_size x ranks neighbouring samples, of which every rank takes a
+contiguous part. Prompts, noise and draws are functions of (seed, step, sample), independent of the rank. One process
+runs the same code with a `World` of size 1 and no process group.
 
-What must not differ between ranks is agreed on: a NaN, a skipped update, a signal, the end of the time. A rank that
-ends by an error says so itself; torchrun's agent, or the broken connection, ends the others.
+Ranks agree on every event that changes the trajectory: a NaN, a skipped update, a signal, the time limit. A rank that
+ends with an error prints it; torchrun's agent, or the broken connection, ends the others.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from leapalign.run import Run, config_hash, nearest, nearest_multiples
 
 Item = TypeVar("Item")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-TIMEOUT = timedelta(minutes=30)  # of one exchange: longer than the longest save for which the other ranks wait
+TIMEOUT = timedelta(minutes=30)  # of one collective; longer than the longest save for which other ranks wait
 BUCKET = 2**26  # bytes of gradients in one all-reduce
 BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket", "Timed out waiting")
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """The processes of a run, seen from one of them."""
+    """This process's rank and the number of ranks in the run, with the collectives that they use."""
 
     rank: int = 0
     size: int = 1
@@ -46,11 +46,11 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Rank 0 writes; no other does."""
+        """True on rank 0, the only one that writes."""
         return self.rank == 0
 
     def gather(self, value: Item) -> list[Item]:
-        """Every rank's value, by rank, on every rank."""
+        """Return every rank's value, indexed by rank, on every rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -58,7 +58,7 @@ class World:
         return values
 
     def from_main(self, value: Item) -> Item:
-        """Rank 0's value, on every rank."""
+        """Return rank 0's value on every rank."""
         if self.size == 1:
             return value
         values = [value]
@@ -66,11 +66,11 @@ class World:
         return values[0]
 
     def first(self, value: Item | None) -> Item | None:
-        """The value of the first rank that has one."""
+        """Return the value of the lowest rank whose value is not None; None if all are."""
         return next((v for v in self.gather(value) if v is not None), None)
 
     def sum_(self, tensors: list[Tensor]) -> None:
-        """Add up each tensor over the ranks, in place; a few flat buffers for many tensors."""
+        """Sum each tensor over the ranks, in place, in flat buckets of about BUCKET bytes."""
         if self.size == 1:
             return
         for bucket in _buckets(tensors):
@@ -80,7 +80,7 @@ class World:
                 tensor.copy_(part.view_as(tensor))
 
     def any(self, value: bool) -> bool:
-        """Whether the value is true on some rank; the same answer on every rank."""
+        """Return True on every rank if the value is true on any."""
         if self.size == 1:
             return value
         flag = torch.tensor([value], dtype=torch.int32)
@@ -89,9 +89,9 @@ class World:
 
     @contextmanager
     def agreed(self, *kinds: type[Exception]) -> Iterator[None]:
-        """Inside, an error of these kinds (none named: any) on one rank is raised on all of them, after the block.
+        """Context that raises one rank's error on all ranks after the block; `kinds`: which errors, by default any.
 
-        The block must exchange nothing that a rank with an error would leave out.
+        The block must hold no collective, because a rank with an error would not reach it.
         """
         own = None
         try:
@@ -108,11 +108,11 @@ class World:
             raise own or _elsewhere(first, kind, text)
 
     def check_settings(self, run: Run) -> None:
-        """Every rank has the same. UserError."""
+        """Raise UserError unless all ranks have the same settings."""
         self._check_equal("other settings", config_hash(encode(run)))
 
     def check_weights(self, policy: nn.Module) -> None:
-        """Every rank has the same, bit by bit. UserError."""
+        """Raise UserError unless all ranks have bit-identical weights."""
         if self.size > 1:
             self._check_equal("other weights of the model", fingerprint(dict(policy.named_parameters())))
 
@@ -123,9 +123,9 @@ class World:
 
 
 def fingerprint(tensors: Named) -> str:
-    """A hash of names, shapes and the exact sum of the bits of each tensor: seconds for billions of weights.
+    """Hash names, shapes, dtypes and the exact sum of each tensor's bits: seconds for billions of weights.
 
-    Of quantised weights, which are tensors of their library's own class, the name and shape only.
+    Quantised weights, whose tensor class is their library's own, count by name, shape and dtype only.
     """
     facts = [(name, list(t.shape), str(t.dtype), _bits(t.detach())) for name, t in tensors.items()]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -139,7 +139,7 @@ def _bits(tensor: Tensor) -> int:
 
 
 def _elsewhere(rank: int, kind: type[Exception], text: str) -> Exception:
-    """Another rank's error, on a rank that has none: it takes the same way out, and leaves the saying to that rank."""
+    """Re-create another rank's error here, marked so that it is not printed again."""
     if not issubclass(kind, (UserError, RunStopped)):
         kind, text = RunStopped, f"an error of rank {rank}: {kind.__name__}: {text}"
     error = kind(text)
@@ -148,7 +148,7 @@ def _elsewhere(rank: int, kind: type[Exception], text: str) -> Exception:
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one dtype and device, up to BUCKET bytes together."""
+    """Group neighbouring tensors of one dtype and device into buckets of about BUCKET bytes."""
     bucket: list[Tensor] = []
     size = 0
     for t in tensors:
@@ -162,7 +162,7 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def sum_gradients(world: World, parameters: Mapping[str, Tensor]) -> None:
-    """Replicated weights: each gradient becomes the sum over the ranks; one that no rank has stays None."""
+    """Sum the gradients of replicated weights over the ranks; a gradient that no rank has stays None."""
     if world.size == 1:
         return
     present = torch.tensor([p.grad is not None for p in parameters.values()], dtype=torch.int32)
@@ -177,9 +177,9 @@ def sum_gradients(world: World, parameters: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def joined(run: Run) -> Iterator[World]:
-    """The world that torchrun has set up in the environment, and its process group inside the block.
+    """Yield the world that torchrun's environment describes, with its process group open inside the block.
 
-    A group that is there already is used and left alone. UserError where the run's geometry does not fit it.
+    An existing process group is used and left open. Raises UserError if the run's batch does not fit the ranks.
     """
     ours = not dist.is_initialized()
     world = _from_environment() if ours else _from_environment(dist.get_rank())
@@ -203,14 +203,14 @@ def joined(run: Run) -> Iterator[World]:
                 "rank has ended, and its own message says why"
             ) from error
         raise
-    # after an error the group is left to the end of the process: tidying up could wait for ranks that are gone
+    # after an error the group stays open until the process ends: closing it could wait for ranks that are gone
     if ours:
         dist.destroy_process_group()
 
 
 def _begin(run: Run, world: World) -> None:
-    """gloo between CPUs, also for what is agreed on beside nccl between GPUs."""
-    device = world_device(run.device, world)  # a rank's own one, with its number, where it is a GPU
+    """Open the process group: gloo for CPU tensors and agreement, nccl for CUDA tensors."""
+    device = world_device(run.device, world)  # with the rank's index for a GPU: cuda:LOCAL_RANK
     on_gpu = device.startswith("cuda")
     if on_gpu:
         torch.cuda.set_device(device)
@@ -224,7 +224,7 @@ def _is_broken(error: RuntimeError) -> bool:
 
 
 def _from_environment(rank: int | None = None) -> World:
-    """torchrun's variables. UserError where only some of them are there, or are no numbers."""
+    """Read torchrun's variables. Raises UserError if some are missing or are not integers in range."""
     names = VARIABLES[:4]
     given = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     size_text = given.get("WORLD_SIZE", "1")
@@ -245,7 +245,7 @@ def _from_environment(rank: int | None = None) -> World:
 
 
 def world_device(name: str, world: World) -> str:
-    """The rank's own device: `auto` and `cuda` are cuda:LOCAL_RANK. UserError where ranks would share one."""
+    """Return this rank's device: `auto` and `cuda` mean cuda:LOCAL_RANK. Raises UserError if ranks would share one."""
     if world.size == 1 or name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return name
     if name not in ("auto", "cuda"):
@@ -270,7 +270,7 @@ def resolve_device(name: str) -> str:
 
 
 def check_geometry(run: Run, world: World) -> None:
-    """The batch is made of whole rounds of micro_batch_size x ranks. Raises UserError with the nearest that are."""
+    """Raise UserError, with the nearest valid sizes, unless the batch is whole rounds of micro_batch_size x ranks."""
     batch, micro, ranks = run.batch_size, run.micro_batch_size, world.size
     if batch % (micro * ranks):
         ways = [f"batch_size {nearest_multiples(batch, micro * ranks)}"]
@@ -297,9 +297,9 @@ def check_geometry(run: Run, world: World) -> None:
 
 
 def unequal_forwards(run: Run, world: World) -> str:
-    """Why the ranks of a round would make different numbers of forwards or backwards; empty where they would not.
+    """Explain why ranks would run different numbers of forwards or backwards in a round; empty if they would not.
 
-    Ranks with sharded weights gather each block together, so every rank must run it as often as the others.
+    Ranks with sharded weights gather each block together, so all must run it equally often.
     """
     unit = run.micro_batch_size * world.size
     if run.samples_per_draw % unit == 0:

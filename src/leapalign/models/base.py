@@ -1,7 +1,7 @@
-"""What the loop asks of a model: prompts -> conditioning, noise, grid, velocity, decode (docs/models.md).
+"""The protocols of models: prompts -> conditioning, noise, sigma grid, velocity, decode (docs/models.md).
 
-Time runs from 1 (noise) to 0 (image); pixels are float in [0, 1], [B, 3, H, W]. Every family's own conventions end
-inside its adapter. Importing this file costs nothing: torch comes with `load()`.
+Time runs from 1 (noise) to 0 (image); pixels are float in [0, 1], [B, 3, H, W]. Each family's adapter converts from its
+own conventions. Importing this file imports no torch; `load()` does.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Text:
-    """Encoded prompts, as the transformers of diffusers take them."""
+    """Prompt embeds of B prompts, as diffusers' transformers take them."""
 
     tokens: Tensor  # [B, L, D]
-    pooled: Tensor | None = None  # [B, P]; families without pooled features have none
-    mask: Tensor | None = None  # [B, L] bool, True on the left: tokens that count; None = all
+    pooled: Tensor | None = None  # [B, P]; None for families without pooled features
+    mask: Tensor | None = None  # [B, L] bool, True on the left: tokens that are attended to; None = all
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Text:
-        """`function` on every tensor that there is."""
+        """Apply `function` to tokens, pooled features and mask, skipping those that are None."""
         pooled, mask = self.pooled, self.mask
         return Text(
             function(self.tokens),
@@ -45,11 +45,11 @@ class Text:
         return self.map(lambda tensor: tensor.to(device))
 
     def expand(self, rows: int) -> Text:
-        """One row becomes `rows` rows (a view)."""
+        """Repeat a single row `rows` times, as a view."""
         return self.map(lambda tensor: tensor.expand(rows, *tensor.shape[1:]))
 
     def row(self, i: int) -> Text:
-        """One prompt as a copy of its own (a view would keep its whole batch), without padding behind its mask."""
+        """Copy one prompt (a view would keep the whole batch in memory), without the padding behind its mask."""
         row = self.map(lambda tensor: tensor[i : i + 1].clone())
         if row.mask is None:
             return row
@@ -58,7 +58,7 @@ class Text:
 
     @staticmethod
     def stack(rows: Sequence[Text]) -> Text:
-        """Rows to one batch; rows with masks are padded with zeros on the right to the longest of them."""
+        """Stack rows into one batch; rows with masks are zero-padded on the right to the longest."""
         import torch
         from torch.nn.functional import pad
 
@@ -76,7 +76,7 @@ def _padded(row: Text, more: int, pad: Callable[..., Tensor]) -> Text:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What `velocity` is bound to: B prompts, and the negative prompt where there is true guidance."""
+    """Inputs of `velocity`: B prompts and, with true guidance, the negative prompt."""
 
     prompts: Text  # [B, ...]
     negative: Text | None = None  # [1, ...]
@@ -84,16 +84,16 @@ class Conditioning:
 
 @dataclass(frozen=True, kw_only=True)
 class TextShape:
-    """The size of one prompt's embeds, without running the text encoders."""
+    """Sizes of one prompt's embeds, known without running the text encoders."""
 
-    tokens: tuple[int, int]  # length, width; the longest length where prompts keep their own
+    tokens: tuple[int, int]  # length, width; the maximum length if prompts are not padded
     pooled: int = 0  # width; 0 = none
-    masked: bool = False  # prompts keep their own lengths; the mask adds one byte a token
+    masked: bool = False  # prompts are not padded to one length; the mask adds one byte a token
 
     def empty(self, rows: int, dtype: torch.dtype, mode: AbstractContextManager[Any]) -> Text:
-        """Tokens and pooled features made in `mode` (fake tensors), and a real mask, which families read.
+        """Create fake tokens and pooled features in `mode`, and a real mask, because families read its values.
 
-        With several rows the texts have different lengths.
+        Several rows get different lengths.
         """
         import torch
 
@@ -107,7 +107,7 @@ class TextShape:
         return Text(tokens, pooled, mask)
 
     def bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of one prompt in this dtype."""
+        """Bytes of one prompt's embeds in this dtype."""
         length, width = self.tokens
         return (length * width + self.pooled) * dtype.itemsize + (length if self.masked else 0)
 
@@ -116,57 +116,57 @@ class ModelConfig(Protocol):
     """Settings of a model: a frozen, keyword-only dataclass that imports no torch before `load`."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]  # so that dataclasses.replace() takes one
-    name: ClassVar[str]  # as in flags and tables
+    name: ClassVar[str]  # shown in flags and tables
 
     @property
     def path(self) -> str:
-        """A pipeline folder, a hub id (org/name or org/name@revision), or embedded:generator."""
+        """Pipeline folder, hub id (org/name or org/name@revision), or embedded:generator."""
         ...
 
     def at(self, folder: str) -> ModelConfig:
-        """The same settings on another pipeline folder, with that folder's own transformer."""
+        """Copy the settings for another pipeline folder, with that folder's own transformer."""
         ...
 
     @property
     def same_forwards(self) -> bool:
-        """Whether every velocity is made of equally many forwards, whatever the step."""
+        """True if every sampling step runs the same number of forwards."""
         ...
 
     def load(self, device: str, dtype: str, tuning: Tuning = ..., loading: Loading = ...) -> Model:
-        """Open the folder. Raises UserError on a folder or a setting that cannot work.
+        """Load the model. Raises UserError for a folder or setting that cannot work.
 
-        `loading`: how its components are loaded; a model that is not a pipeline's folder may ignore it.
+        `loading`: how components are loaded; a model that is not a pipeline folder may ignore it.
         """
         ...
 
 
 @runtime_checkable
 class Family(ModelConfig, Protocol):
-    """A family of diffusers pipelines: its settings, and in the same file all facts that other folders need of it.
+    """A family of diffusers pipelines: its settings and every fact about it that other packages need.
 
-    A family outside this package (`--plugin FILE`) offers the same.
+    A family outside leapalign (`--plugin FILE`) implements the same protocol.
     """
 
-    pipeline: ClassVar[str]  # class of diffusers whose folders it opens
-    lora_targets: ClassVar[LoraTargets]  # default layers of an adapter
+    pipeline: ClassVar[str]  # diffusers class of the folders that it opens
+    lora_targets: ClassVar[LoraTargets]  # default layers of a LoRA
     published: ClassVar[Mapping[str, Published]]  # hub id -> the published pipeline without its weights
 
     def text_shape(self, folder: PipelineFolder, transformer: Any) -> TextShape:
-        """The size of a prompt's embeds. `transformer`: the configuration of the folder's transformer."""
+        """Return the sizes of a prompt's embeds. `transformer`: the config of the folder's transformer."""
         ...
 
     def text_readers(self, folder: PipelineFolder) -> tuple[TextReader, ...]:
-        """The folder's tokenizers, and how many tokens of a prompt each text encoder reads."""
+        """Return each text encoder's tokenizer and its token limit."""
         ...
 
     def call_arguments(self, num_steps: int) -> dict[str, Any]:
-        """Arguments of the pipeline's own call, besides prompt, seed and `num_inference_steps`, for the same image."""
+        """Return the pipeline's call arguments, besides prompt, seed and `num_inference_steps`, for the same image."""
         ...
 
 
 @runtime_checkable
 class ImageSettings(Protocol):
-    """Settings that the families of the package share."""
+    """Settings that all built-in families share."""
 
     @property
     def height(self) -> int: ...  # pixels
@@ -179,34 +179,34 @@ class ImageSettings(Protocol):
 
 
 class Model(Protocol):
-    """A text-to-image flow model; `policy` is trained, everything else is frozen."""
+    """A text-to-image flow model; `policy` is trained, all other components are frozen."""
 
     policy: nn.Module
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        """Encode all of them (and the negative prompt) into the cache, then free the text encoders."""
+        """Encode the prompts, and the negative prompt, into the cache, then free the text encoders."""
         ...
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """From the cache; prompts that are not in it load the text encoders again, until the next `prepare`."""
+        """Return conditioning from the cache; new prompts reload the text encoders, which stay until `prepare`."""
         ...
 
     def noise(self, generators: Sequence[torch.Generator]) -> Tensor:
-        """Standard normal [B, *latent], float32: row i depends on generators[i] alone."""
+        """Draw standard normal noise [B, *latent], float32; row i depends on generators[i] alone."""
         ...
 
     def sigmas(self, num_steps: int) -> Tensor:
-        """Ascending [T+1], indexed by steps still to go: sigmas[0] = 0 is the image."""
+        """Return ascending sigmas [T+1], indexed by remaining steps: sigmas[0] = 0 is the image."""
         ...
 
     def velocity(self, conditioning: Conditioning) -> Velocity:
-        """v(x, sigma) ~ dx/dsigma after guidance, float32, differentiable in x and in the policy's weights."""
+        """Return v(x, sigma) ~ dx/dsigma after guidance, float32, differentiable in x and the policy's weights."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """[N, *latent] -> images [N, 3, H, W] in [0, 1], differentiable."""
+        """Decode latents [N, *latent] to images [N, 3, H, W] in [0, 1], differentiable."""
         ...
 
     def save(self, folder: str | Path) -> None:
-        """A complete diffusers pipeline folder with the policy's present weights."""
+        """Write a complete diffusers pipeline folder with the policy's current weights."""
         ...

@@ -1,9 +1,9 @@
-"""Decode latents to pixels under gradient, a few images at a time: only one chunk's graph exists at any moment.
+"""Decode latents to pixels with gradient, a few images at a time: only one chunk's graph exists at any moment.
 
-Of several chunks each is one `torch.utils.checkpoint` segment: the forward keeps the latents alone, the backward
-rebuilds one chunk's graph, uses it and frees it. A batch that is one chunk is decoded once and keeps its graph; chunks
-of one image are rebuilt in any case, because a large model's decoder then never lies in memory beside the reward's
-graph. The gradient does not depend on the chunk.
+Each of several chunks is one `torch.utils.checkpoint` segment: the forward keeps only latents; the backward rebuilds,
+uses and frees one chunk's graph at a time. A batch of one chunk is decoded once and keeps its graph, except chunks of
+one image, which are always rebuilt so that a large decoder's graph is never in memory beside the reward's. Gradients
+do not depend on the chunk size.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from leapalign.errors import UserError
 
 
 def straight_through_clamp(x: Tensor) -> Tensor:
-    """Value: x clamped to [0, 1]. Gradient: of x, also outside, where a clamp would return zero and stay stuck."""
-    # the detached part is the value, the bracket is zero and carries the graph
+    """Clamp x to [0, 1] with the gradient of x everywhere; a plain clamp has zero gradient outside and gets stuck."""
+    # the detached term is the value; the bracket is zero and carries the graph
     return x.clamp(0, 1).detach() + (x - x.detach())
 
 
 def with_pixel_gradient(images: Tensor, how: Literal["straight-through", "clamp"]) -> Tensor:
-    """The same images [N, 3, H, W], with the gradient that a run wants for pixels outside [0, 1] before their clamp.
+    """Return images [N, 3, H, W] with the gradient of choice for pixels that were outside [0, 1] before the clamp.
 
-    "straight-through": as if they were not clamped. "clamp": none; these are the pixels whose value is now 0 or 1.
+    "straight-through": as if unclamped. "clamp": zero; these are the pixels whose value is now 0 or 1.
     """
     if how == "straight-through":
         return images
@@ -41,12 +41,12 @@ def plain_decode(vae: Any, z: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A VAE and its latents' normalisation; weights frozen, arithmetic in float32."""
+    """A frozen VAE and the normalisation of its latents; computes in float32."""
 
     vae: Any
-    scale: float | Tensor  # latents = (encoded - shift) * scale; numbers, or a number a channel [C, 1, 1]
+    scale: float | Tensor  # latents = (encoded - shift) * scale; scalars, or per channel [C, 1, 1]
     shift: float | Tensor
-    chunk: int  # images at a time; 0 = all
+    chunk: int  # images decoded at a time; 0 = all
     call: Callable[[Any, Tensor], Tensor] = plain_decode  # vae, encoded [n, C, h, w] -> [n, 3, H, W], black -1, white 1
 
     def __post_init__(self) -> None:
@@ -56,22 +56,22 @@ class Decoder:
             )
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """Latents [N, ...] -> pixels [N, 3, H, W] in [0, 1], float32."""
+        """Decode latents [N, ...] to pixels [N, 3, H, W] in [0, 1], float32."""
         if self.chunk != 1 and (self.chunk == 0 or self.chunk >= len(latents)):
             return self._pixels(latents)
         return torch.cat([self._checkpointed(z) for z in latents.split(self.chunk)])
 
     def encoded(self, latents: Tensor) -> Tensor:
-        """Latents as the VAE has them, [n, C, h, w] float32."""
+        """Undo the normalisation: latents as the VAE encodes them, [n, C, h, w], float32."""
         return latents.float() / self.scale + self.shift
 
     def _checkpointed(self, z: Tensor) -> Tensor:
         if not (torch.is_grad_enabled() and z.requires_grad):
             return self._pixels(z)
-        # the decoder draws nothing, so there is no random state to keep
+        # the decoder draws no random numbers, so no RNG state is kept
         return checkpoint(self._pixels, z, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
 
     def _pixels(self, z: Tensor) -> Tensor:
-        with torch.autocast(z.device.type, enabled=False):  # half precision shows as blocks and bands in pixels
+        with torch.autocast(z.device.type, enabled=False):  # half precision causes visible blocks and bands
             decoded = self.call(self.vae, self.encoded(z))
         return straight_through_clamp(decoded * 0.5 + 0.5)

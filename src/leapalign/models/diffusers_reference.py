@@ -1,4 +1,4 @@
-"""diffusers' own pipeline: what our sampler must agree with, around a loaded policy or opened from the folder."""
+"""diffusers' own pipeline as the reference for our sampler, around a loaded policy or opened from the folder."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from leapalign.models.base import Conditioning, Family, ModelConfig, Text
 def pipeline_latents(
     model: Any, config: ModelConfig, text: Conditioning, noise: Tensor, num_steps: int
 ) -> Tensor | None:
-    """The latents [B, C, h, w] that diffusers makes of `noise`; None for a model that is no pipeline of diffusers.
+    """Sample latents [B, C, h, w] from `noise` with diffusers; None for a model that is not a diffusers pipeline.
 
-    `config`: the model's configuration (guidance). Only the scheduler is loaded a second time. As in our own sampler,
-    the policy alone computes in the model's dtype; text, latents and the scheduler's sums are float32.
+    `config`: the model's settings (guidance). Only the scheduler is loaded a second time. As in our sampler, only the
+    policy computes in the model's dtype; prompt embeds, latents and the scheduler's sums are float32.
     """
     if not isinstance(config, Family):
         return None
     pipeline = _around(model, config.pipeline)
     settings = config.call_arguments(num_steps) | _embeddings(text, len(noise), pipeline)
-    settings.pop("negative_prompt", None)  # its features are among the embeddings, if it counts
+    settings.pop("negative_prompt", None)  # passed as embeds, if it is used
     packed = pipeline._pack_latents(noise, *noise.shape) if _packs(pipeline) else noise
     with torch.autocast(noise.device.type, dtype=torch.bfloat16, enabled=model.dtype == torch.bfloat16):
         latents = pipeline(latents=packed, num_inference_steps=num_steps, output_type="latent", **settings).images
@@ -35,7 +35,7 @@ def pipeline_latents(
 
 
 def open_pipeline(config: Family, folder: Path) -> Any:
-    """The whole pipeline in float32, with its own text encoders and weights."""
+    """Load the whole pipeline in float32, with its own text encoders and weights."""
     import diffusers
 
     from leapalign.storage.pipeline_folder import INDEX, read_json
@@ -56,7 +56,7 @@ def open_pipeline(config: Family, folder: Path) -> Any:
 
 
 def as_ours(latents: Tensor, pipeline: Any, model: Any) -> Tensor:
-    """What the pipeline returns as latents in our layout, [B, C, h, w]."""
+    """Convert the pipeline's latents to our layout, [B, C, h, w]."""
     shape = (len(latents), *model.latent_shape)
     if _packs(pipeline):  # tokens of 2 x 2
         return pipeline._unpack_latents(latents, *shape[2:], vae_scale_factor=1).reshape(shape)
@@ -66,7 +66,7 @@ def as_ours(latents: Tensor, pipeline: Any, model: Any) -> Tensor:
 
 
 class InFloat32:
-    """The policy as the pipeline sees it: float32 in and out, where it would round latents to the weights' dtype."""
+    """Wrap the policy with float32 inputs and outputs, so that the pipeline does not round latents to its dtype."""
 
     dtype = torch.float32
 
@@ -81,7 +81,7 @@ class InFloat32:
 
 
 def _around(model: Any, kind: str) -> Any:
-    """The pipeline of loaded components, without text encoders."""
+    """Build the pipeline from loaded components, without text encoders."""
     import diffusers
 
     from leapalign.storage.components import load_component
@@ -107,7 +107,7 @@ def _packs(pipeline: Any) -> bool:
 
 
 def _embeddings(text: Conditioning, rows: int, pipeline: Any) -> dict[str, Any]:
-    """The encoded prompts, as the pipeline's call takes them."""
+    """Return the prompt embeds as keyword arguments of the pipeline's call."""
     takes = inspect.signature(type(pipeline).__call__).parameters
     found = _named("", text.prompts, as_list="prompt_embeds_mask" not in takes)
     if text.negative:
@@ -116,7 +116,7 @@ def _embeddings(text: Conditioning, rows: int, pipeline: Any) -> dict[str, Any]:
 
 
 def _named(prefix: str, text: Text, as_list: bool) -> dict[str, Any]:
-    """`as_list`: texts with a mask become a list of texts without padding, as Z-Image has them."""
+    """Name embeds with `prefix`. `as_list`: masked embeds become a list without padding, as Z-Image takes them."""
     tokens: Any = text.tokens.float()
     if as_list and text.mask is not None:
         tokens = [row[counts] for row, counts in zip(tokens, text.mask)]

@@ -1,10 +1,10 @@
 """FLUX.1 through diffusers' own classes: any FluxPipeline folder (dev, Krea-dev, schnell).
 
-Latents are [B, C, h, w] outside of this file; packing into 2 x 2 patches happens around each forward. Guidance is an
-input of the network (one forward) where it was distilled; true guidance with a negative prompt is a second switch.
+Latents are [B, C, h, w] outside this file; each forward packs them into 2 x 2 patches. Guidance-distilled models take
+guidance as an input of the network (one forward); true guidance with a negative prompt is set separately.
 
-Departures from the pipeline's `__call__`: sizes that do not fit are refused instead of rounded, and latents, times
-and the Euler sum stay in float32 under bfloat16.
+Departures from the pipeline's `__call__`: image sizes that do not fit raise UserError instead of being rounded, and
+latents, times and the Euler sum stay in float32 under bfloat16.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PATCH = 2  # latents a token, along each side
 LAYERS = targets.LoraTargets(  # proj_mlp and proj_out are the single blocks' feed-forward
     layers=(
         *(*targets.ATTENTION, *targets.TEXT_ATTENTION, *targets.FEED_FORWARD),
-        # the whole path, because the model's last proj_out is no block's
+        # the full path, because the model's final proj_out belongs to no block
         *("single_transformer_blocks.*.proj_mlp", "single_transformer_blocks.*.proj_out"),
     )
 )
@@ -59,7 +59,7 @@ DYNAMIC = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max
 
 
 def _published(*, distilled_guidance: bool, licence: str, figures: tuple[known.Figures, ...] = ()) -> known.Published:
-    """19 double and 38 single blocks of width 3072, with guidance as an input (dev) or without (schnell)."""
+    """Return 19 double and 38 single blocks of width 3072, with guidance as an input (dev) or without (schnell)."""
     transformer = {
         "patch_size": 1,
         "in_channels": 64,
@@ -110,7 +110,7 @@ class Flux:
     transformer_file: str = ""  # the transformer's weights from this .safetensors file, everything else from `path`
     height: int = 1024  # pixels
     width: int = 1024  # pixels
-    guidance_scale: float = 3.5  # embedded; unused where the network has no such input (schnell)
+    guidance_scale: float = 3.5  # embedded; unused if the network has no such input (schnell)
     true_cfg_scale: float = 1.0  # at most 1: no negative branch
     cfg_grad: Literal["both", "cond"] = "both"  # of true guidance: gradient through both branches or the prompt's alone
     negative_prompt: str = ""  # used with true guidance only
@@ -118,17 +118,17 @@ class Flux:
     decode_chunk: int = 1  # images decoded at a time; 0 = all
 
     def at(self, folder: str) -> Flux:
-        """The same settings on another pipeline folder, with that folder's own transformer."""
+        """Copy the settings for another pipeline folder, with that folder's own transformer."""
         return replace(self, path=folder, transformer_file="")
 
     def text_shape(self, folder: PipelineFolder, transformer: Any) -> TextShape:
-        """T5's tokens, CLIP's pooled features."""
+        """Return the sizes of T5's tokens and CLIP's pooled features."""
         return TextShape(
             tokens=(self.max_sequence_length, transformer.joint_attention_dim), pooled=transformer.pooled_projection_dim
         )
 
     def text_readers(self, folder: PipelineFolder) -> tuple[TextReader, ...]:
-        """The tokenizers, and how many tokens each text encoder reads."""
+        """Return each text encoder's tokenizer and its token limit."""
         clip, t5 = (load_component(folder, name) for name in ("tokenizer", "tokenizer_2"))
         return (
             TextReader(name="text_encoder", tokenizer=clip, limit=clip.model_max_length),
@@ -136,7 +136,7 @@ class Flux:
         )
 
     def call_arguments(self, num_steps: int) -> dict[str, Any]:
-        """Arguments of the pipeline's own call for the same image."""
+        """Return the pipeline's call arguments for the same image."""
         return {
             "height": self.height,
             "width": self.width,
@@ -148,11 +148,11 @@ class Flux:
 
     @property
     def same_forwards(self) -> bool:
-        """The guidance is on in every step or in none."""
+        """True: guidance is on in every step or in none."""
         return True
 
     def load(self, device: str, dtype: str, tuning: Tuning = FULL, loading: Loading = FROM_FILES) -> PipelineModel:
-        """Open the folder. Raises UserError on a folder, size or length that cannot work."""
+        """Load the folder. Raises UserError for a folder, image size or prompt length that cannot work."""
         from leapalign.models import pipeline as pipe
 
         precision = pipe.parse_dtype(dtype)
@@ -181,7 +181,7 @@ class Flux:
 
 
 def predict(policy: nn.Module, x: Tensor, time: Tensor, text: Text, guidance_scale: float) -> Tensor:
-    """One forward: x [B, C, h, w], time in the scheduler's units (0 to 1000) -> v [B, C, h, w]."""
+    """Run one forward: x [B, C, h, w], time in the scheduler's units (0 to 1000) -> v [B, C, h, w]."""
     from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
     batch, channels, height, width = x.shape
@@ -200,7 +200,7 @@ def predict(policy: nn.Module, x: Tensor, time: Tensor, text: Text, guidance_sca
 
 
 def sigma_grid(scheduler: Any, num_steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
-    """As the pipeline asks for it: explicit sigmas 1 ... 1/T, shifted by mu of the number of image tokens."""
+    """Return descending sigmas [T+1] as in the pipeline: 1 ... 1/T, shifted by mu(number of image tokens)."""
     from leapalign.models.pipeline import shift_mu, spaced_grid
 
     image_tokens = (latent_shape[1] // PATCH) * (latent_shape[2] // PATCH)
@@ -208,7 +208,7 @@ def sigma_grid(scheduler: Any, num_steps: int, latent_shape: tuple[int, int, int
 
 
 def _text_encoder(folder: PipelineFolder, policy: Any, length: int, dtype: Any) -> Any:
-    """Loads the text encoders; returns prompts -> Text, by the pipeline's own `encode_prompt`."""
+    """Load the text encoders; return prompts -> Text, through the pipeline's own `encode_prompt`."""
     from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 
     device = policy.device

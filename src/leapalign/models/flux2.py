@@ -1,12 +1,12 @@
 """FLUX.2 [klein] through diffusers' own classes: any Flux2KleinPipeline folder, step-distilled or not.
 
 Latents are [B, 4C, H/16, W/16], as the pipeline draws them: 2 x 2 patches of the VAE's latents as channels, normalised
-by the VAE's batch-norm statistics. Positions have four axes (time, row, column, text). The text is the hidden states
-of a Qwen3 after three of its layers, side by side; its padding counts, as in the pipeline, so every prompt has
-`max_sequence_length` tokens.
+by the VAE's batch-norm statistics. Positions have four axes (time, row, column, text). Prompt embeds are the
+hidden states of a Qwen3 after three of its layers, concatenated; padding is attended to, as in the pipeline, so every
+prompt has `max_sequence_length` tokens.
 
-Departures from the pipeline's `__call__`: sizes that do not fit are refused instead of rounded, latents, times and the
-Euler sum stay in float32 under bfloat16, and the negative prompt may be another than "".
+Departures from the pipeline's `__call__`: image sizes that do not fit raise UserError instead of being rounded;
+latents, times and the Euler sum stay in float32 under bfloat16; the negative prompt need not be "".
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from leapalign.storage.pipeline_folder import PipelineFolder
     from leapalign.tuning.base import Tuning
 
-PATCH = 2  # latents of the VAE in one of ours, along each side
+PATCH = 2  # VAE latents in one of ours, along each side
 
 TEXT_COMPONENTS = ("text_encoder", "tokenizer")
 LAYERS = targets.LoraTargets(
@@ -51,7 +51,7 @@ VAE = {
 
 
 def _published(*, large: bool, distilled: bool) -> known.Published:
-    """5 double and 20 single blocks of width 3072 (4B), or 8 and 24 of 4096 (9B); three layers of Qwen3 as text."""
+    """Return 5 double and 20 single blocks of width 3072 (4B), or 8 and 24 of 4096 (9B); text: 3 layers of Qwen3."""
     width, feed_forward = (4096, 12288) if large else (2560, 9728)
     sizes = (8, 24, 32) if large else (5, 20, 24)
     transformer = dict(zip(("num_layers", "num_single_layers", "num_attention_heads"), sizes))
@@ -94,23 +94,23 @@ class Flux2Klein:
     path: str
     height: int = 1024  # pixels
     width: int = 1024  # pixels
-    guidance_scale: float = 4.0  # at most 1: one branch; unused where the pipeline is distilled (`is_distilled`)
+    guidance_scale: float = 4.0  # at most 1: one branch; unused if the pipeline is distilled (`is_distilled`)
     cfg_grad: Literal["both", "cond"] = "both"  # gradient through both branches or the prompt's alone; same value
     negative_prompt: str = ""
-    max_sequence_length: int = 512  # tokens of the text, always filled up
-    text_layers: tuple[int, ...] = (9, 18, 27)  # whose hidden states the transformer sees; 0 is the word embedding
+    max_sequence_length: int = 512  # tokens of the prompt, always padded to this
+    text_layers: tuple[int, ...] = (9, 18, 27)  # Qwen3 layers whose hidden states are used; 0 is the word embedding
     decode_chunk: int = 1  # images decoded at a time; 0 = all
 
     def at(self, folder: str) -> Flux2Klein:
-        """The same settings on another pipeline folder."""
+        """Copy the settings for another pipeline folder."""
         return replace(self, path=folder)
 
     def text_shape(self, folder: PipelineFolder, transformer: Any) -> TextShape:
-        """Several layers of a language model side by side, always filled up."""
+        """Return the size of the concatenated hidden states, always of the full length."""
         return TextShape(tokens=(self.max_sequence_length, transformer.joint_attention_dim))
 
     def text_readers(self, folder: PipelineFolder) -> tuple[TextReader, ...]:
-        """The tokenizers, and how many tokens each text encoder reads."""
+        """Return each text encoder's tokenizer and its token limit."""
         from leapalign.models.pipeline import load_chat_tokenizer
 
         tokenizer = load_chat_tokenizer(folder)
@@ -118,7 +118,7 @@ class Flux2Klein:
         return (TextReader(name="text_encoder", tokenizer=tokenizer, limit=self.max_sequence_length, text=text),)
 
     def call_arguments(self, num_steps: int) -> dict[str, Any]:
-        """Arguments of the pipeline's own call for the same image."""
+        """Return the pipeline's call arguments for the same image."""
         return {
             "height": self.height,
             "width": self.width,
@@ -129,11 +129,11 @@ class Flux2Klein:
 
     @property
     def same_forwards(self) -> bool:
-        """The guidance is on in every step or in none."""
+        """True: guidance is on in every step or in none."""
         return True
 
     def load(self, device: str, dtype: str, tuning: Tuning = FULL, loading: Loading = FROM_FILES) -> PipelineModel:
-        """Open the folder. Raises UserError on a folder, size, length or layer that cannot work."""
+        """Load the folder. Raises UserError for a folder, image size, prompt length or layer that cannot work."""
         from leapalign.models import pipeline as pipe
 
         precision = pipe.parse_dtype(dtype)
@@ -164,7 +164,7 @@ class Flux2Klein:
 
 
 def predict(policy: nn.Module, x: Tensor, time: Tensor, text: Text) -> Tensor:
-    """One branch: x [B, 4C, h, w], time in the scheduler's units (0 to 1000) -> v [B, 4C, h, w]."""
+    """Run one branch: x [B, 4C, h, w], time in the scheduler's units (0 to 1000) -> v [B, 4C, h, w]."""
     from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline as Pipeline
 
     v = policy(
@@ -180,7 +180,7 @@ def predict(policy: nn.Module, x: Tensor, time: Tensor, text: Text) -> Tensor:
 
 
 def sigma_grid(scheduler: Any, num_steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
-    """As the pipeline asks for it: mu is an empirical function of the number of image tokens and of steps."""
+    """Return descending sigmas [T+1] as in the pipeline: mu is empirical in the numbers of image tokens and steps."""
     from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
     from leapalign.models.pipeline import spaced_grid
@@ -189,7 +189,7 @@ def sigma_grid(scheduler: Any, num_steps: int, latent_shape: tuple[int, int, int
 
 
 def load_decoder(folder: PipelineFolder, device: str, chunk: int) -> Decoder:
-    """The VAE's batch norm ran over its latents in training; its running statistics are undone here."""
+    """Load the decoder, which undoes the batch norm that the VAE applied to its latents in training."""
     import torch
 
     from leapalign.models import pipeline as pipe
@@ -206,7 +206,7 @@ def _decode(vae: Any, z: Tensor) -> Tensor:
 
 
 def _scale(config: Flux2Klein, folder: PipelineFolder) -> float:
-    """A distilled network has its guidance inside: one branch."""
+    """Return the guidance scale; a distilled network, with guidance built in, runs one branch."""
     from leapalign.storage.pipeline_folder import INDEX, read_json
 
     distilled = read_json(folder.path / INDEX).get("is_distilled", False)
@@ -230,7 +230,7 @@ def _check_layers(layers: tuple[int, ...], folder: PipelineFolder, width: int) -
 
 
 def _text_encoder(config: Flux2Klein, folder: PipelineFolder, device: str, dtype: Any) -> Any:
-    """Loads the text encoder; returns prompts -> Text, by the pipeline's own function."""
+    """Load the text encoder; return prompts -> Text, through the pipeline's own function."""
     from diffusers.pipelines.flux2.pipeline_flux2_klein import Flux2KleinPipeline
 
     from leapalign.models import pipeline as pipe

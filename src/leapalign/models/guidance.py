@@ -1,8 +1,8 @@
 """Classifier-free guidance (arXiv:2207.12598) as part of the velocity: v = v_neg + scale * (v_prompt - v_neg).
 
-A family may make something else of the two branches: its `combine`, a pure function of them, is differentiated with
-everything in it. The branches are two forwards of B rows, not one of 2B: half the memory, and `cfg_grad` can then drop
-the graph of the negative branch without changing a bit of the value.
+A family may combine the two branches in another way: its `combine`, a pure function of both, is fully differentiated.
+The branches are two forwards of B rows, not one of 2B: this halves memory, and `cfg_grad` can drop the graph of the
+negative branch without changing a bit of the value.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def always(sigma: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Guidance:
-    """When there are two branches, and what is made of them."""
+    """When to run two branches and how to combine them."""
 
     scale: float
-    through_both: bool  # False: no gradient through the negative branch, which then counts as a constant
+    through_both: bool  # False: the negative branch is a constant, without gradient
     negative_prompt: str
     combine: Combine = linear
     neutral: float = 1.0  # a scale of at most this means one branch and no negative prompt
-    applies: Callable[[Tensor], bool] = always  # at this sigma; elsewhere one branch
+    applies: Callable[[Tensor], bool] = always  # sigma -> True for two branches, False for one
 
     @property
     def active(self) -> bool:
@@ -62,13 +62,13 @@ class GuidedVelocity:
         v = self._forward(x, sigma, prompts)
         if negative is None or not guidance.applies(sigma):
             return v
-        # without this graph, all that depends on v_negative alone is a constant; the value stays the same
+        # without this graph, terms of v_negative alone are constants; the value is unchanged
         with torch.set_grad_enabled(torch.is_grad_enabled() and guidance.through_both):
             v_negative = self._forward(x, sigma, negative.expand(len(x)))
         return guidance.combine(v, v_negative, guidance.scale)
 
     def by_forward(self, wrap: Callable[[Velocity], Velocity]) -> Velocity:
-        """The same velocity, of wrapped forwards."""
+        """Return the velocity with `wrap` around each forward."""
         return replace(self, wrap=wrap)
 
     def _forward(self, x: Tensor, sigma: Tensor, text: Text) -> Tensor:
@@ -76,17 +76,17 @@ class GuidedVelocity:
 
 
 def in_precision(predict: Predict, dtype: torch.dtype) -> Predict:
-    """float32 in and out; bfloat16 computes in it (autocast) over the float32 weights.
+    """Wrap `predict` with float32 inputs and outputs; bfloat16 runs under autocast over float32 weights.
 
-    Without autocast's cache: it would hold copies of all weights to the end of the forward (24 GB for FLUX.1), though
-    each is used once in it, and carry casts made without graph into a forward with graph, which then has no gradient.
+    Autocast's weight cache is off: it would hold copies of all weights until the forward ends (24 GB for FLUX.1),
+    though each is used once, and reuse casts made without graph in a forward with graph, losing its gradient.
     """
     bfloat16 = dtype == torch.bfloat16
 
     def velocity(x: Tensor, sigma: Tensor, text: Text) -> Tensor:
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=bfloat16, cache_enabled=False):
             v = predict(x.float(), sigma.to(x.device, torch.float32), text)
-        return v.float()  # the Euler sum of many small steps needs float32
+        return v.float()  # summing many small Euler steps needs float32
 
     return velocity
 

@@ -1,4 +1,4 @@
-"""A `Model` put together from a pipeline folder's components; what differs between families comes in as functions."""
+"""A `Model` built from the components of a pipeline folder; families pass in what differs as functions."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class PipelineModel:
     """Implements `leapalign.models.base.Model`."""
 
     policy: nn.Module
-    folder: PipelineFolder  # where every component that is not trained is copied from
+    folder: PipelineFolder  # source of all frozen components when saving
     prompts: PromptCache
-    load_encoder: Callable[[Loading], Encoder]  # the text encoders, loaded in that way
-    readers: Callable[[PipelineFolder], tuple[TextReader, ...]]  # what the text encoders read of a prompt
+    load_encoder: Callable[[Loading], Encoder]  # loads the text encoders
+    readers: Callable[[PipelineFolder], tuple[TextReader, ...]]  # tokenizers and token limits
     decoder: Decoder
     latent_shape: tuple[int, int, int]  # channels, height, width
     guidance: Guidance
@@ -46,7 +46,7 @@ class PipelineModel:
     grid: Callable[[int], Tensor]  # the family's scheduler: T -> sigmas [T+1], descending as diffusers has them
     device: str
     dtype: torch.dtype
-    told: set[str] = field(default_factory=set)  # prompts whose lengths were counted
+    told: set[str] = field(default_factory=set)  # prompts whose lengths were already reported
 
     def __post_init__(self) -> None:
         place, remedy = self.folder.path, "its configurations are not those of its weights: copy the folder again"
@@ -66,7 +66,7 @@ class PipelineModel:
     def tell_longer(self, prompts: Sequence[str], *, show: bool = True) -> None:
         """Print one line on stderr for each text encoder that does not read the end of some of these prompts.
 
-        Prompts are counted once; without `show` (another rank prints) they count as told.
+        Each prompt is reported once; `show=False` marks prompts as reported without printing (another rank prints).
         """
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.told]
         self.told.update(new)
@@ -77,7 +77,7 @@ class PipelineModel:
             tell_longer(self.readers(self.folder), new)
 
     def with_negative(self, prompts: Sequence[str]) -> list[str]:
-        """The prompts, and the negative prompt where the guidance uses it."""
+        """Return the prompts, plus the negative prompt if guidance uses it."""
         return [*prompts, *self._negative]
 
     @property
@@ -89,10 +89,10 @@ class PipelineModel:
         return torch.stack([row.to(self.device) for row in rows])  # [B, C, h, w]
 
     def sigmas(self, num_steps: int) -> Tensor:
-        if num_steps == 1:  # whatever the shift; and a scheduler that stretches its last sigma divides zero by zero
+        if num_steps == 1:  # for any shift; a scheduler that stretches its last sigma would divide 0 by 0
             return torch.tensor([0.0, 1.0], device=self.device)
         sigmas = self.grid(num_steps).flip(0).to(self.device, torch.float32)
-        if not bool(sigmas.isfinite().all()):  # a spoilt configuration
+        if not bool(sigmas.isfinite().all()):  # a broken scheduler config
             raise UserError(
                 f"{self.folder.path}: its scheduler makes {sigmas.tolist()[:5]} of {num_steps} sampling steps; "
                 "expected numbers from 0 to 1: use the scheduler_config.json of this model"
@@ -111,20 +111,20 @@ class PipelineModel:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, velocities are those of the base, without graph. UserError where its weights were tuned in place."""
+        """Context in which velocities are the base model's. Raises UserError if its weights were trained in place."""
         with switched_off(self.policy):
             yield
 
 
 def tell_longer_prompts(model: Any, prompts: Sequence[str], *, show: bool = True) -> None:
     """Print one line on stderr for each text encoder of a pipeline that does not read the end of some prompts."""
-    if isinstance(model, PipelineModel):  # another model encodes its prompts in its own way
+    if isinstance(model, PipelineModel):  # other models do their own encoding
         model.tell_longer(prompts, show=show)
 
 
 @dataclass(frozen=True)
 class Opened:
-    """What every family has of its folder, before it looks at sizes."""
+    """Components that every family loads first, before it checks sizes."""
 
     folder: PipelineFolder
     policy: Any
@@ -134,14 +134,14 @@ class Opened:
 
     @property
     def train_steps(self) -> int:
-        """The scheduler's units of time: 1 is so many."""
+        """Number of the scheduler's time units in sigma = 1."""
         return self.scheduler.config.num_train_timesteps
 
 
 def open_components(
     folder: PipelineFolder, device: str, dtype: torch.dtype, tuning: Tuning, targets: LoraTargets
 ) -> Opened:
-    """Raises UserError on a policy or a scheduler that cannot work. `targets`: the family's layers for adapters."""
+    """Load policy and scheduler. Raises UserError if one cannot work. `targets`: the family's default LoRA layers."""
     return Opened(folder, tuning.load_policy(folder, device, dtype, targets), load_scheduler(folder), device, dtype)
 
 
@@ -158,10 +158,10 @@ def put_together(
     predict: Callable[..., Tensor],
     grid: Callable[[int], Tensor],
 ) -> PipelineModel:
-    """The model. `predict(policy, x, time, text)` takes time in the scheduler's units.
+    """Build the model. `predict(policy, x, time, text)` takes time in the scheduler's units.
 
     `readers` count a prompt's tokens, `encoder` loads the folder's text encoders; `text_components` and `text_settings`
-    are all that decides an embedding.
+    determine the prompt embeds completely (the key of the cache directory).
     """
 
     def load_encoder(loading: Loading) -> Encoder:
@@ -193,7 +193,7 @@ def put_together(
 def _prompt_cache(
     load_encoder: Callable[[], Encoder], opened: Opened, text_components: tuple[str, ...], settings: dict[str, Any]
 ) -> PromptCache:
-    """In memory and, where it is worth it, on disk."""
+    """Create the prompt cache: in memory and, for large text encoders, on disk."""
     decisive = {
         "device": torch.device(opened.device).type,
         "dtype": str(opened.dtype).removeprefix("torch."),
@@ -203,7 +203,7 @@ def _prompt_cache(
 
 
 def load_decoder(folder: PipelineFolder, device: str, chunk: int) -> Decoder:
-    """For a VAE that is normalised by two numbers of its configuration."""
+    """Load the decoder of a VAE whose latents are normalised by its config's scaling and shift factors."""
     vae = load_component(folder, "vae", torch.float32).to(device)
     with opening(f"{folder.path / 'vae'}: its scaling_factor and shift_factor are no numbers", "copy the folder again"):
         scale, shift = float(vae.config.scaling_factor), float(vae.config.shift_factor or 0.0)
@@ -211,7 +211,7 @@ def load_decoder(folder: PipelineFolder, device: str, chunk: int) -> Decoder:
 
 
 def load_vae(folder: PipelineFolder, device: str, kind: str) -> Any:
-    """A VAE whose normalisation the family reads itself, so it must be of this class. Raises UserError."""
+    """Load a VAE whose normalisation the family reads itself. Raises UserError unless it is of class `kind`."""
     found = folder.components["vae"][1]
     if found != kind:
         raise UserError(f"{folder.path}: its VAE is a {found}, expected {kind}; take the VAE of the model's own folder")
@@ -219,7 +219,7 @@ def load_vae(folder: PipelineFolder, device: str, kind: str) -> Any:
 
 
 def load_chat_tokenizer(folder: PipelineFolder) -> Any:
-    """Raises UserError where it has no chat template to put the prompts in."""
+    """Load the tokenizer. Raises UserError if it has no chat template."""
     tokenizer = load_component(folder, "tokenizer")
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(f"{folder.path / 'tokenizer'} has no chat template (chat_template.jinja); copy it completely")
@@ -227,10 +227,10 @@ def load_chat_tokenizer(folder: PipelineFolder) -> Any:
 
 
 def each_alone(encode: Callable[[str], Text]) -> Encoder:
-    """Language models as text encoders: one prompt at a time.
+    """Encode one prompt at a time, for language models as text encoders.
 
-    So an embedding does not depend on its neighbours, to whose length a batch would be padded, and the hidden states
-    of all layers (and logits, where the class computes them) are those of one prompt.
+    Embeds then do not depend on the padding of a batch, and hidden states of all layers (and logits, if the class
+    computes them) take the memory of one prompt.
     """
 
     def encode_all(prompts: list[str]) -> Text:
@@ -241,7 +241,7 @@ def each_alone(encode: Callable[[str], Text]) -> Encoder:
 
 
 def load_scheduler(folder: PipelineFolder) -> Any:
-    """Only its grid is used, so a scheduler whose step is not plain Euler would be silently replaced: refused."""
+    """Load the scheduler, of which only the sigma grid is used. Raises UserError if its step is not plain Euler."""
     scheduler = load_component(folder, "scheduler")
     if type(scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
         raise UserError(
@@ -254,7 +254,7 @@ def load_scheduler(folder: PipelineFolder) -> Any:
 
 
 def shift_mu(scheduler: Any, image_tokens: int, max_shift: float = 1.15) -> float:
-    """mu of the scheduler's dynamic shift: a line through two lengths of the image; defaults as in the pipelines."""
+    """Return mu of the dynamic shift: linear in the number of image tokens, with the pipelines' defaults."""
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
     config = scheduler.config
@@ -263,7 +263,7 @@ def shift_mu(scheduler: Any, image_tokens: int, max_shift: float = 1.15) -> floa
 
 
 def spaced_grid(scheduler: Any, num_steps: int, mu: float) -> Tensor:
-    """1 ... 1/T in even steps, shifted by the scheduler: how most pipelines ask for their grid."""
+    """Return descending sigmas [T+1]: 1 ... 1/T in even steps, shifted by the scheduler, as in most pipelines."""
     import numpy as np
 
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
@@ -271,7 +271,7 @@ def spaced_grid(scheduler: Any, num_steps: int, mu: float) -> Tensor:
 
 
 def vae_factor(vae: Any) -> int:
-    """Pixels a latent, along each side."""
+    """Pixels per latent, along each side."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
@@ -282,7 +282,7 @@ def parse_dtype(dtype: str) -> torch.dtype:
 
 
 def check_size(height: int, width: int, multiple: int) -> None:
-    """Raises UserError unless both are positive multiples of VAE factor times patch."""
+    """Raise UserError unless both are positive multiples of `multiple` (VAE factor times patch), in pixels."""
     for name, value in (("height", height), ("width", width)):
         if value <= 0 or value % multiple:
             near = max(multiple, round(value / multiple) * multiple)

@@ -1,7 +1,7 @@
-"""A published pipeline without its weights, so that a plan needs no download, and components that families share.
+"""Published pipelines without weights, so that a plan needs no download, and components that families share.
 
-Each family's file lists its own published pipelines: hub id -> `Published`. The numbers are facts of the public
-configurations; nothing of the published files is copied, and keys that equal the class's default may be left out.
+Each family's file lists its published pipelines: hub id -> `Published`. Numbers are facts of the public configs; no
+published file is copied, and keys with the class's default may be left out.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """The untrained model's row of one table of the paper (arXiv 2604.15311)."""
+    """Scores of an untrained model from one table of the paper (arXiv 2604.15311)."""
 
-    where: str  # table, prompts and how the images are drawn
+    where: str  # table, prompts and sampling
     scores: Mapping[str, float]  # reward as in `leapalign list rewards`, and its output or aspect -> mean
 
 
@@ -28,22 +28,22 @@ HPDV2 = "HPDv2 test, 400 prompts, 4 images each"
 class Published:
     """A published pipeline without its weights, and what was measured on it.
 
-    A folder whose transformer's config.json has the same value for every key of `components["transformer"]` is
-    recognised as this model, so that configuration holds no key that a published config.json may lack.
+    A folder is recognised as this model if its transformer's config.json has the same value for every key of
+    `components["transformer"]`; these are therefore keys that every published config.json has.
     """
 
-    kind: str  # the class of diffusers
+    kind: str  # diffusers class
     components: dict[str, tuple[str, Config]]  # component -> (library.class, configuration)
-    gated: bool = False  # its licence must be accepted on its page first
+    gated: bool = False  # its licence must first be accepted on its hub page
     licence: str = ""
-    unchecked: bool = False  # the numbers could not be compared with the published files or their sizes
+    unchecked: bool = False  # numbers not compared with the published files or their sizes
     bytes_per_weight: int = 2  # as published
     index: Config = field(default_factory=dict)  # further entries of model_index.json
     figures: tuple[Figures, ...] = ()  # scores of the untrained model
 
 
 def vae(scaling_factor: float, shift_factor: float) -> tuple[str, Config]:
-    """16 channels, factor 8, 84 M weights."""
+    """Return an AutoencoderKL with 16 channels, factor 8, 84 M weights."""
     config = {
         "in_channels": 3,
         "out_channels": 3,
@@ -63,13 +63,13 @@ def vae(scaling_factor: float, shift_factor: float) -> tuple[str, Config]:
 
 
 def clip_l(kind: str) -> tuple[str, Config]:
-    """OpenAI's ViT-L/14, its text tower."""
+    """Return the text tower of OpenAI's ViT-L/14."""
     config = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
     return f"transformers.{kind}", _clip(config, projection_dim=768, hidden_act="quick_gelu")
 
 
 def clip_g() -> tuple[str, Config]:
-    """OpenCLIP's ViT-bigG/14, its text tower."""
+    """Return the text tower of OpenCLIP's ViT-bigG/14."""
     config = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
     return "transformers.CLIPTextModelWithProjection", _clip(config, projection_dim=1280, hidden_act="gelu")
 
@@ -80,7 +80,7 @@ def _clip(config: Config, **more: Any) -> Config:
 
 
 def t5_xxl() -> tuple[str, Config]:
-    """The encoder of T5 v1.1 XXL."""
+    """Return the encoder of T5 v1.1 XXL."""
     config = {
         "model_type": "t5",
         "d_model": 4096,
@@ -95,7 +95,7 @@ def t5_xxl() -> tuple[str, Config]:
 
 
 def qwen3(*, kind: str, width: int, feed_forward: int, tied: bool) -> tuple[str, Config]:
-    """36 layers: Qwen3-4B (width 2560, output and word embedding tied) or 8B (width 4096)."""
+    """Return a Qwen3 of 36 layers: 4B (width 2560, output tied to word embedding) or 8B (width 4096)."""
     config = {
         "model_type": "qwen3",
         "hidden_size": width,
@@ -111,5 +111,5 @@ def qwen3(*, kind: str, width: int, feed_forward: int, tied: bool) -> tuple[str,
 
 
 def scheduler(**changes: Any) -> tuple[str, Config]:
-    """FlowMatchEuler with a shift of 3."""
+    """Return a FlowMatchEulerDiscreteScheduler with shift 3 and the given changes."""
     return "diffusers.FlowMatchEulerDiscreteScheduler", {"num_train_timesteps": 1000, "shift": 3.0} | changes

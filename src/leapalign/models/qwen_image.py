@@ -1,18 +1,17 @@
 """Qwen-Image (arXiv:2508.02324) through diffusers' own classes: any QwenImagePipeline folder.
 
-Guidance brings the combined prediction back to the norm of the prompt's own, token by token. That is part of v: the
-norms are differentiated with the rest (`renormalised`). Latents are [B, C, h, w]; packing into 2 x 2 patches happens
-around each forward.
+Guidance rescales the combined prediction to the norm of the conditional one, token by token. The norms belong to v and
+are differentiated (`renormalised`). Latents are [B, C, h, w]; each forward packs them into 2 x 2 patches.
 
-The VAE is one for video. A single frame needs neither its feature cache (changed by every `decode`, so that a repeated
-forward during backward would have to be trusted to reset it) nor its last clamp to [-1, 1] (zero gradient outside):
-here its decoder is called without both, which gives the same pixels and is a function of the latents alone.
+The VAE is a video VAE. A single frame needs neither its feature cache (changed by every `decode`, so recomputation in
+the backward pass would have to reset it) nor its final clamp to [-1, 1] (zero gradient outside). The decoder is called
+without both: the pixels are the same and depend on the latents alone.
 
-Departures from the pipeline's `__call__`: sizes that do not fit are refused instead of rounded; latents, times,
-guidance and the Euler sum stay in float32 under bfloat16; a prompt is encoded without its neighbours' padding.
+Departures from the pipeline's `__call__`: image sizes that do not fit raise UserError instead of being rounded;
+latents, times, guidance and the Euler sum stay in float32 under bfloat16; prompts are encoded without padding.
 
 By construction the last block's text stream has no gradient after its keys and values (`add_q_proj`, `norm_added_q`,
-`to_add_out`, `txt_mlp`): what they make is thrown away.
+`to_add_out`, `txt_mlp`): its output is discarded.
 """
 
 from __future__ import annotations
@@ -97,24 +96,24 @@ class QwenImage:
     guidance_scale: float = 4.0  # the pipeline's true_cfg_scale; at most 1: no guidance, one branch
     cfg_grad: Literal["both", "cond"] = "both"  # gradient through both branches or the prompt's alone; same value
     negative_prompt: str = " "
-    max_sequence_length: int = 512  # tokens of the prompt; only long ones are cut, short ones are not filled up
+    max_sequence_length: int = 512  # tokens of the prompt; long prompts are cut, short ones are not padded
     decode_chunk: int = 1  # images decoded at a time; 0 = all
 
     def at(self, folder: str) -> QwenImage:
-        """The same settings on another pipeline folder."""
+        """Copy the settings for another pipeline folder."""
         return replace(self, path=folder)
 
     def text_shape(self, folder: PipelineFolder, transformer: Any) -> TextShape:
-        """The longest prompt's hidden states."""
+        """Return the size of the longest prompt's hidden states."""
         return TextShape(tokens=(self.max_sequence_length, transformer.joint_attention_dim), masked=True)
 
     def text_readers(self, folder: PipelineFolder) -> tuple[TextReader, ...]:
-        """The tokenizers, and how many tokens each text encoder reads."""
+        """Return each text encoder's tokenizer and its token limit."""
         from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
 
         tokenizer = load_component(folder, "tokenizer")
         absent: dict[str, Any] = dict.fromkeys(("transformer", "vae", "scheduler", "text_encoder"))
-        chat: Any = QwenImagePipeline(tokenizer=tokenizer, **absent)  # for its format alone
+        chat: Any = QwenImagePipeline(tokenizer=tokenizer, **absent)  # only for its chat format
         return (
             TextReader(
                 name="text_encoder",
@@ -126,7 +125,7 @@ class QwenImage:
         )
 
     def call_arguments(self, num_steps: int) -> dict[str, Any]:
-        """Arguments of the pipeline's own call for the same image."""
+        """Return the pipeline's call arguments for the same image."""
         return {
             "height": self.height,
             "width": self.width,
@@ -137,11 +136,11 @@ class QwenImage:
 
     @property
     def same_forwards(self) -> bool:
-        """The guidance is on in every step or in none."""
+        """True: guidance is on in every step or in none."""
         return True
 
     def load(self, device: str, dtype: str, tuning: Tuning = FULL, loading: Loading = FROM_FILES) -> PipelineModel:
-        """Open the folder. Raises UserError on a folder, size or length that cannot work."""
+        """Load the folder. Raises UserError for a folder, image size or prompt length that cannot work."""
         from leapalign.models import pipeline as pipe
 
         precision = pipe.parse_dtype(dtype)
@@ -173,7 +172,7 @@ class QwenImage:
 
 
 def renormalised(v: Tensor, v_negative: Tensor, scale: float) -> Tensor:
-    """w |v| / |w| with w = n + s (v - n), norms over the C * 2 * 2 numbers of each patch; [B, C, h, w]."""
+    """Return w |v| / |w|, w = n + s (v - n), with norms over the C * 2 * 2 numbers of each patch; [B, C, h, w]."""
     from leapalign.models.guidance import linear
 
     combined = linear(v, v_negative, scale)
@@ -181,7 +180,7 @@ def renormalised(v: Tensor, v_negative: Tensor, scale: float) -> Tensor:
 
 
 def patch_norm(v: Tensor) -> Tensor:
-    """[B, C, h, w] -> [B, 1, h, w]: the norm of the 2 x 2 patch that a latent lies in."""
+    """Return the norm of each latent's 2 x 2 patch: [B, C, h, w] -> [B, 1, h, w]."""
     import torch
 
     patches = v.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # [B, C, h/2, 2, w/2, 2]
@@ -190,7 +189,7 @@ def patch_norm(v: Tensor) -> Tensor:
 
 
 def predict(policy: nn.Module, x: Tensor, time: Tensor, text: Text) -> Tensor:
-    """One branch: x [B, C, h, w], time in the scheduler's units (0 to 1000) -> v [B, C, h, w]."""
+    """Run one branch: x [B, C, h, w], time in the scheduler's units (0 to 1000) -> v [B, C, h, w]."""
     from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline as Pipeline
 
     batch, channels, height, width = x.shape
@@ -208,7 +207,7 @@ def predict(policy: nn.Module, x: Tensor, time: Tensor, text: Text) -> Tensor:
 
 
 def sigma_grid(scheduler: Any, num_steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
-    """As the pipeline asks for it: explicit sigmas 1 ... 1/T, shifted by mu of the number of image tokens."""
+    """Return descending sigmas [T+1] as in the pipeline: 1 ... 1/T, shifted by mu(number of image tokens)."""
     from leapalign.models.pipeline import shift_mu, spaced_grid
 
     image_tokens = (latent_shape[1] // PATCH) * (latent_shape[2] // PATCH)
@@ -216,7 +215,7 @@ def sigma_grid(scheduler: Any, num_steps: int, latent_shape: tuple[int, int, int
 
 
 def load_decoder(folder: PipelineFolder, device: str, chunk: int) -> Decoder:
-    """Latents are normalised channel by channel."""
+    """Load the decoder, whose latents are normalised per channel."""
     import torch
 
     from leapalign.models import pipeline as pipe
@@ -230,12 +229,12 @@ def load_decoder(folder: PipelineFolder, device: str, chunk: int) -> Decoder:
 
 
 def _decode(vae: Any, z: Tensor) -> Tensor:
-    """One frame, without cache and clamp: [n, C, h, w] -> [n, 3, H, W]."""
+    """Decode single frames without cache and clamp: [n, C, h, w] -> [n, 3, H, W]."""
     return vae.decoder(vae.post_quant_conv(z[:, :, None]))[:, :, 0]
 
 
 def _text_encoder(folder: PipelineFolder, device: str, length: int, dtype: Any) -> Any:
-    """Loads the text encoder; returns prompts -> Text, by the pipeline's own `encode_prompt`."""
+    """Load the text encoder; return prompts -> Text, through the pipeline's own `encode_prompt`."""
     import torch
     from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline
 

@@ -1,10 +1,10 @@
 """Stable Diffusion 3 and 3.5 (arXiv:2403.03206) through diffusers' own classes: any StableDiffusion3Pipeline folder.
 
-Departures from the pipeline's `__call__`: the two branches of the guidance are two forwards instead of one of twice
-the batch, and latents and guidance stay in float32 under bfloat16. With float32 both are below rounding.
+Departures from the pipeline's `__call__`: the two guidance branches are two forwards instead of one of twice the batch,
+and latents and guidance stay in float32 under bfloat16. In float32 both differences are below rounding.
 
 By construction the last block's `attn.add_q_proj` and `attn.norm_added_q` have exactly zero gradient: the text
-queries of that block are computed and thrown away (`context_pre_only`).
+queries of that block are computed and discarded (`context_pre_only`).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ MEDIUM_FIGURES = known.Figures(
 
 
 def _published(*figures: known.Figures, **changes: Any) -> known.Published:
-    """24 blocks of width 1536 (SD3-M), unless changed."""
+    """Return SD3-M (24 blocks of width 1536) with the given changes."""
     transformer = {
         "patch_size": 2,
         "in_channels": 16,
@@ -95,8 +95,8 @@ PUBLISHED = {
 class SD3:
     """A StableDiffusion3Pipeline folder or hub id; text_encoder_3 may be absent.
 
-    `shift`: the pipeline's own grid shifts twice. Its last step is then nearly empty (sigma_1 = 0.0089 at 25 steps and
-    a shift of 3), so that DRaFT-LV and leaps from j = 1 hardly train. Shifted once, sigma_1 is 0.111.
+    `shift`: the pipeline's own grid is shifted twice, which makes its last step tiny (sigma_1 = 0.0089 at 25 steps and
+    shift 3), so that DRaFT-LV and leaps from j = 1 hardly train. Shifted once, sigma_1 is 0.111.
     """
 
     name: ClassVar[str] = "sd3"
@@ -108,19 +108,19 @@ class SD3:
     transformer_file: str = ""  # the transformer's weights from this .safetensors file, everything else from `path`
     height: int = 1024  # pixels
     width: int = 1024  # pixels
-    shift: Literal["twice", "once"] = "twice"  # how often the scheduler's static shift acts on the grid; see below
+    shift: Literal["twice", "once"] = "twice"  # how often the scheduler's static shift acts on the grid; see above
     guidance_scale: float = 7.0  # at most 1: no guidance, one branch
     cfg_grad: Literal["both", "cond"] = "both"  # gradient through both branches or the prompt's alone; same value
     negative_prompt: str = ""
-    max_sequence_length: int = 256  # T5 tokens; 0 only without T5, and then leaves out its padding of zeros
+    max_sequence_length: int = 256  # T5 tokens; 0 only without T5: omits the zeros in place of its tokens
     decode_chunk: int = 1  # images decoded at a time; 0 = all
 
     def at(self, folder: str) -> SD3:
-        """The same settings on another pipeline folder, with that folder's own transformer."""
+        """Copy the settings for another pipeline folder, with that folder's own transformer."""
         return replace(self, path=folder, transformer_file="")
 
     def text_shape(self, folder: PipelineFolder, transformer: Any) -> TextShape:
-        """CLIP's tokens before T5's (or before zeros in their place), both CLIPs' pooled features."""
+        """Return the sizes of CLIP's tokens followed by T5's (or by zeros), and of both CLIPs' pooled features."""
         from leapalign.storage.pipeline_folder import read_json
 
         clip = read_json(folder.path / "text_encoder" / "config.json")
@@ -128,9 +128,9 @@ class SD3:
         return TextShape(tokens=(length, transformer.joint_attention_dim), pooled=transformer.pooled_projection_dim)
 
     def text_readers(self, folder: PipelineFolder) -> tuple[TextReader, ...]:
-        """The tokenizers, and how many tokens each text encoder reads."""
+        """Return each text encoder's tokenizer and its token limit."""
         clip, clip_2, t5 = (load_component(folder, name) for name in TEXT_COMPONENTS if name.startswith("tokenizer"))
-        limit = clip.model_max_length  # the pipeline takes the first one's for both
+        limit = clip.model_max_length  # the pipeline uses the first tokenizer's limit for both
         readers = (
             TextReader(name="text_encoder", tokenizer=clip, limit=limit),
             TextReader(name="text_encoder_2", tokenizer=clip_2, limit=limit),
@@ -140,7 +140,7 @@ class SD3:
         return readers + third
 
     def call_arguments(self, num_steps: int) -> dict[str, Any]:
-        """Arguments of the pipeline's own call for the same image."""
+        """Return the pipeline's call arguments for the same image."""
         arguments: dict[str, Any] = {
             "height": self.height,
             "width": self.width,
@@ -152,11 +152,11 @@ class SD3:
 
     @property
     def same_forwards(self) -> bool:
-        """The guidance is on in every step or in none."""
+        """True: guidance is on in every step or in none."""
         return True
 
     def load(self, device: str, dtype: str, tuning: Tuning = FULL, loading: Loading = FROM_FILES) -> PipelineModel:
-        """Open the folder. Raises UserError on a folder, size or length that cannot work."""
+        """Load the folder. Raises UserError for a folder, image size or prompt length that cannot work."""
         from leapalign.models import pipeline as pipe
 
         precision = pipe.parse_dtype(dtype)
@@ -185,7 +185,7 @@ class SD3:
 
 
 def predict(policy: nn.Module, x: Tensor, time: Tensor, text: Text) -> Tensor:
-    """One branch: x [B, C, h, w], time in the scheduler's units (0 to 1000) -> v [B, C, h, w]."""
+    """Run one branch: x [B, C, h, w], time in the scheduler's units (0 to 1000) -> v [B, C, h, w]."""
     return policy(
         hidden_states=x,
         timestep=time.expand(len(x)),
@@ -196,19 +196,21 @@ def predict(policy: nn.Module, x: Tensor, time: Tensor, text: Text) -> Tensor:
 
 
 def sigma_grid(config: SD3, scheduler: Any, num_steps: int, latent_shape: tuple[int, int, int], patch: int) -> Tensor:
-    """Sigmas [T+1], descending. Shifted twice as the pipeline asks for them: by number of steps, so that the scheduler
-    applies its static shift to a range that it has shifted already; shifted once from explicit even sigmas.
+    """Return descending sigmas [T+1].
+
+    Shifted twice, as in the pipeline: asked for by number of steps, the scheduler shifts a range that it has already
+    shifted. Shifted once: from explicit even sigmas.
     """
     from leapalign.models.pipeline import shift_mu
 
     image_tokens = (latent_shape[1] // patch) * (latent_shape[2] // patch)
     asked = {"num_inference_steps": num_steps} if config.shift == "twice" else {"sigmas": even_sigmas(num_steps)}
-    scheduler.set_timesteps(**asked, mu=shift_mu(scheduler, image_tokens, max_shift=1.16))  # mu: if it is dynamic
+    scheduler.set_timesteps(**asked, mu=shift_mu(scheduler, image_tokens, max_shift=1.16))  # mu: for a dynamic shift
     return scheduler.sigmas
 
 
 def even_sigmas(num_steps: int) -> list[float]:
-    """1 ... 1/T in even steps."""
+    """Return T sigmas from 1 to 1/T in even steps."""
     return [1 - step / num_steps for step in range(num_steps)]
 
 
@@ -233,7 +235,7 @@ def _check_sequence_length(length: int, with_t5: bool) -> None:
 
 
 def _text_encoder(folder: PipelineFolder, policy: Any, length: int, dtype: Any) -> Any:
-    """Loads the text encoders; returns prompts -> Text, by the pipeline's own `encode_prompt`."""
+    """Load the text encoders; return prompts -> Text, through the pipeline's own `encode_prompt`."""
     from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 
     device = policy.device

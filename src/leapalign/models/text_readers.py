@@ -1,4 +1,4 @@
-"""What the text encoders of a family read of a prompt: so many tokens, of the prompt or of its chat format."""
+"""Token limits of a family's text encoders, for the prompt or its chat format."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from leapalign.storage.token_limits import TooLong, count_longer, sentence
 
 @dataclass(frozen=True, kw_only=True)
 class TextReader:
-    """A text encoder's tokenizer, and how many tokens reach the encoder."""
+    """A text encoder's tokenizer and token limit."""
 
-    name: str  # the encoder's component: text_encoder, text_encoder_2, ...
-    tokenizer: Any  # of transformers
-    limit: int  # tokens that are read, special ones and the chat format included
-    text: Callable[[str], str] = str  # prompt -> what the tokenizer gets: the prompt, or its chat format
-    dropped: int = 0  # leading tokens of the chat format that are read besides and give no embeds
+    name: str  # component of the encoder: text_encoder, text_encoder_2, ...
+    tokenizer: Any  # a transformers tokenizer
+    limit: int  # tokens that are read, including special tokens and the chat format
+    text: Callable[[str], str] = str  # prompt -> input of the tokenizer: the prompt, or its chat format
+    dropped: int = 0  # further leading tokens of the chat format, which give no embeds
 
     def longer(self, prompts: Sequence[str]) -> TooLong:
-        """Count the prompts whose ends are not read."""
+        """Count the prompts that exceed the limit, so that their ends are not read."""
         found = count_longer(self.tokenizer, [self.text(p) for p in prompts], self.limit + self.dropped)
         return TooLong(count=found.count, limit=self.limit)
 
     def longest(self, prompts: Sequence[str]) -> int:
-        """Tokens that the embeds of the longest prompt have."""
+        """Number of tokens in the longest prompt's embeds."""
         rows = self.tokenizer([self.text(prompt) for prompt in prompts], verbose=False)["input_ids"]
         return min(self.limit, max(len(row) for row in rows) - self.dropped)
 
 
 def chat_format(tokenizer: Any, *, thinking: bool) -> Callable[[str], str]:
-    """prompt -> the user's turn in the chat format of a Qwen3, as FLUX.2's and Z-Image's pipelines write it."""
+    """Return prompt -> user turn in Qwen3's chat format, as in the pipelines of FLUX.2 and Z-Image."""
 
     def text(prompt: str) -> str:
         messages = [{"role": "user", "content": prompt}]
@@ -55,7 +55,7 @@ def tell_longer(readers: Sequence[TextReader], prompts: Sequence[str]) -> None:
 
 @contextmanager
 def told_already() -> Iterator[None]:
-    """Inside, diffusers does not repeat for every batch of prompts what it leaves out of them."""
+    """Context that silences diffusers' warnings of truncated prompts, which leapalign has already printed."""
     from diffusers.utils import logging
 
     before = logging.get_verbosity()

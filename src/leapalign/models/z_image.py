@@ -1,11 +1,11 @@
 """Z-Image (arXiv:2511.22699) through diffusers' own classes: any ZImagePipeline folder, Turbo too.
 
 The network's time is 1 - sigma and its prediction points from noise to image, so v is minus the prediction. Captions
-are lists of tensors, each of its own length. Guidance is p + s (p - n), so that a scale of 0 means none; it may end
-before the image (`cfg_truncation`) and be limited to a multiple of the prompt's norm (`cfg_normalization`).
+are lists of tensors of different lengths. Guidance is p + s (p - n), so a scale of 0 means none; it may be switched off
+near the image (`cfg_truncation`) and limited to a multiple of the conditional norm (`cfg_normalization`).
 
 Departures from the pipeline's `__call__`: the two branches are two forwards instead of one of twice the batch, and
-latents and guidance stay in float32 under bfloat16. With float32 both are below rounding.
+latents and guidance stay in float32 under bfloat16. In float32 both differences are below rounding.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 TEXT_COMPONENTS = ("text_encoder", "tokenizer")
 PATCH = 2  # latents a token, along each side
-CAPTION_MULTIPLE = 32  # the network fills captions up to a multiple of this with a token that it has learnt
+CAPTION_MULTIPLE = 32  # the network pads captions to a multiple of this with a learnt token
 LAYERS = targets.LoraTargets(
     layers=(
         *("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),
@@ -44,7 +44,7 @@ LAYERS = targets.LoraTargets(
 
 
 def _published(shift: float) -> known.Published:
-    """30 blocks of width 3840, and two that refine each of noise and text; FLUX.1's VAE."""
+    """Return 30 blocks of width 3840, two refiner blocks each for noise and text, and FLUX.1's VAE."""
     return known.Published(
         kind="ZImagePipeline",
         components={
@@ -77,23 +77,23 @@ class ZImage:
     guidance_scale: float = (
         5.0  # 0: no guidance, one branch (Turbo); this scale is one less than that of p, n + s (p - n)
     )
-    cfg_truncation: float = 1.0  # guidance ends where 1 - sigma is above this; 1: never
-    cfg_normalization: float = 0.0  # longest guided prediction of an image, in norms of the prompt's own; 0: any
+    cfg_truncation: float = 1.0  # no guidance at steps with 1 - sigma above this; 1: always guidance
+    cfg_normalization: float = 0.0  # maximum norm of the guided v / norm of the prompt's own; 0: no limit
     cfg_grad: Literal["both", "cond"] = "both"  # gradient through both branches or the prompt's alone; same value
     negative_prompt: str = ""
     max_sequence_length: int = 512  # tokens of the prompt
     decode_chunk: int = 1  # images decoded at a time; 0 = all
 
     def at(self, folder: str) -> ZImage:
-        """The same settings on another pipeline folder."""
+        """Copy the settings for another pipeline folder."""
         return replace(self, path=folder)
 
     def text_shape(self, folder: PipelineFolder, transformer: Any) -> TextShape:
-        """The longest prompt's hidden states."""
+        """Return the size of the longest prompt's hidden states."""
         return TextShape(tokens=(self.max_sequence_length, transformer.cap_feat_dim), masked=True)
 
     def text_readers(self, folder: PipelineFolder) -> tuple[TextReader, ...]:
-        """The tokenizers, and how many tokens each text encoder reads."""
+        """Return each text encoder's tokenizer and its token limit."""
         from leapalign.models.pipeline import load_chat_tokenizer
 
         tokenizer = load_chat_tokenizer(folder)
@@ -101,7 +101,7 @@ class ZImage:
         return (TextReader(name="text_encoder", tokenizer=tokenizer, limit=self.max_sequence_length, text=text),)
 
     def call_arguments(self, num_steps: int) -> dict[str, Any]:
-        """Arguments of the pipeline's own call for the same image."""
+        """Return the pipeline's call arguments for the same image."""
         return {
             "height": self.height,
             "width": self.width,
@@ -114,11 +114,11 @@ class ZImage:
 
     @property
     def same_forwards(self) -> bool:
-        """Guidance that ends at some step has one forward instead of two from there on."""
+        """False if guidance is switched off at some step: one forward instead of two from there on."""
         return self.cfg_truncation >= 1
 
     def load(self, device: str, dtype: str, tuning: Tuning = FULL, loading: Loading = FROM_FILES) -> PipelineModel:
-        """Open the folder. Raises UserError on a folder, size, length or guidance that cannot work."""
+        """Load the folder. Raises UserError for a folder, image size, prompt length or guidance that cannot work."""
         from leapalign.models import pipeline as pipe
 
         precision = pipe.parse_dtype(dtype)
@@ -151,7 +151,7 @@ def guidance(config: ZImage, train_steps: int) -> Guidance:
     from leapalign.models.guidance import Guidance
 
     def applies(sigma: Tensor) -> bool:
-        # the pipeline's own arithmetic, so that a step exactly on the border falls on the same side
+        # the pipeline's own arithmetic, so that a step on the border falls on the same side
         return config.cfg_truncation >= 1 or float((1000 - sigma * train_steps) / 1000) <= config.cfg_truncation
 
     return Guidance(
@@ -165,7 +165,7 @@ def guidance(config: ZImage, train_steps: int) -> Guidance:
 
 
 def limited(v: Tensor, v_negative: Tensor, scale: float, *, most: float) -> Tensor:
-    """w = v + s (v - n), shortened to `most` norms of v where it is longer (norms over a whole image); most = 0: w."""
+    """Return w = v + s (v - n), scaled down to at most `most` norms of v (norms over a whole image); most = 0: w."""
     import torch
 
     combined = v + scale * (v - v_negative)
@@ -176,7 +176,7 @@ def limited(v: Tensor, v_negative: Tensor, scale: float, *, most: float) -> Tens
 
 
 def predict(policy: nn.Module, x: Tensor, time: Tensor, text: Text) -> Tensor:
-    """One branch: x [B, C, h, w], time in the scheduler's units (0 to 1000) -> v [B, C, h, w]."""
+    """Run one branch: x [B, C, h, w], time in the scheduler's units (0 to 1000) -> v [B, C, h, w]."""
     import torch
 
     assert text.mask is not None
@@ -187,7 +187,7 @@ def predict(policy: nn.Module, x: Tensor, time: Tensor, text: Text) -> Tensor:
 
 
 def sigma_grid(scheduler: Any, num_steps: int, latent_shape: tuple[int, int, int]) -> Tensor:
-    """As the pipeline asks for it: explicit sigmas 1 ... 1/T, and mu in case that the scheduler's shift is dynamic."""
+    """Return descending sigmas [T+1] as in the pipeline: 1 ... 1/T, with mu if the scheduler's shift is dynamic."""
     from leapalign.models.pipeline import shift_mu, spaced_grid
 
     image_tokens = (latent_shape[1] // PATCH) * (latent_shape[2] // PATCH)
@@ -202,7 +202,7 @@ def _check_guidance(config: ZImage) -> None:
 
 
 def _check_positions(length: int, latent_shape: tuple[int, int, int], table: list[int]) -> None:
-    """The rotary table has an end along each axis: (text and the image after it, rows, columns)."""
+    """Raise UserError if positions exceed the rotary table's axes: (text then image, rows, columns)."""
     longest = (table[0] - 2) // CAPTION_MULTIPLE * CAPTION_MULTIPLE  # positions are 1 ... L, and L + 1 for the image
     if not 1 <= length <= longest:
         raise UserError(f"max_sequence_length {length}: expected 1 to {longest} (the model's position table)")
@@ -212,7 +212,7 @@ def _check_positions(length: int, latent_shape: tuple[int, int, int], table: lis
 
 
 def _text_encoder(folder: PipelineFolder, device: str, length: int, dtype: Any) -> Any:
-    """Loads the text encoder; returns prompts -> Text, by the pipeline's own `encode_prompt`."""
+    """Load the text encoder; return prompts -> Text, through the pipeline's own `encode_prompt`."""
     import torch
     from diffusers.pipelines.z_image.pipeline_z_image import ZImagePipeline
 

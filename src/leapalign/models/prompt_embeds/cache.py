@@ -1,8 +1,8 @@
-"""Prompt embeds, computed once: kept in memory and, where it is worth it, on disk; text encoders load only for that.
+"""Prompt embeds, computed once and kept in memory and, for large text encoders, on disk.
 
-Prompts go through the encoders in batches of one fixed size, padded with repeats: with the same shapes in every matrix
-product, an embedding does not depend on the prompts encoded beside it (tested bit for bit on CPU). So a resumed run,
-and a run on other ranks, see the same numbers. An entry on disk (store.py) has the same bits.
+Text encoders load only when a prompt is new. Prompts are encoded in batches of one fixed size, padded with repeats:
+with the same shapes in every matrix product, embeds do not depend on the rest of the batch (tested bit for bit on CPU),
+so resumed runs and runs on other ranks see the same numbers. Entries on disk (store.py) have the same bits.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from leapalign.models.base import Text
 from leapalign.models.prompt_embeds.store import PromptStore
 
 Encoder = Callable[[list[str]], Text]  # prompts -> one row each
-BATCH = 16  # prompts an encoder call, always
-MEMORY = 4 * 2**30  # bytes of rows that stay in memory where the others can be read from disk: 1,000 of FLUX's
+BATCH = 16  # prompts per encoder call, always
+MEMORY = 4 * 2**30  # bytes of embeds kept in memory if the rest is on disk: 1,000 of FLUX's
 
 
 class PromptCache:
     """Prompt embeds by prompt: from memory, then from the store on disk, then from the text encoders.
 
-    Without a store all rows stay in memory; with one, those used last, up to `memory` bytes.
+    Without a store all embeds stay in memory; with one, the most recently used, up to `memory` bytes.
     """
 
     def __init__(
@@ -40,16 +40,16 @@ class PromptCache:
 
     @property
     def holds_encoders(self) -> bool:
-        """Whether the text encoders are in memory now."""
+        """True while the text encoders are in memory."""
         return self._encoder is not None
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        """Encode the new ones among these prompts, then free the text encoders."""
+        """Encode the new prompts, then free the text encoders."""
         self.fill(prompts)
         self.free()
 
     def __call__(self, prompts: Sequence[str]) -> Text:
-        """[B, ...] on the device; loads the encoders if a prompt is new, and keeps them for the next new one."""
+        """Return embeds [B, ...] on the device; loads the encoders for a new prompt, and keeps them."""
         self.fill(prompts)
         return Text.stack([self._row(prompt) for prompt in prompts]).to(self._device)
 
@@ -59,14 +59,14 @@ class PromptCache:
         self.encode(new, room_for=len(new))
 
     def missing(self, prompts: Sequence[str]) -> list[str]:
-        """The prompts that are neither in memory nor on disk, without repeats, in the same order."""
+        """List the prompts that are neither in memory nor on disk, without repeats, in the same order."""
         asked = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
         on_disk = [prompt for prompt in asked if self.store and self.store.has(prompt)]
         self._known.update(on_disk)
         return [prompt for prompt in asked if prompt not in self._known]
 
     def keep(self, prompts: Sequence[str]) -> None:
-        """Let this process prune none of these prompts' entries on disk, whoever writes them."""
+        """Protect these prompts' entries on disk from pruning by this process, whoever writes them."""
         if self.store:
             self.store.needed.update(self.store.file(prompt) for prompt in prompts)
 
@@ -78,9 +78,9 @@ class PromptCache:
         room_for: int = 0,
         own: Container[str] | None = None,
     ) -> None:
-        """Run the encoder on all of these prompts, and write and remember those in `own` (None: all).
+        """Encode all of these prompts; store and remember those in `own` (None: all).
 
-        `encoder`: in place of the cache's own; `room_for`: number of entries for which room is made on disk first.
+        `encoder`: replaces the cache's own. `room_for`: number of entries to free disk space for first.
         """
         if encoder is not None:
             self._encoder = encoder
@@ -96,7 +96,7 @@ class PromptCache:
             torch.cuda.empty_cache()
 
     def _row(self, prompt: str) -> Text:
-        """One prompt's embeds: from memory, from disk, or encoded again if its entry is damaged or was pruned."""
+        """Return one prompt's embeds: from memory, from disk, or encoded again if the entry is damaged or pruned."""
         if prompt not in self._rows:
             found = self.store.read(prompt) if self.store else None
             if found is None:
@@ -107,7 +107,7 @@ class PromptCache:
         return self._rows[prompt]
 
     def _encode(self, prompts: list[str], room_for: int, own: Container[str] | None = None) -> None:
-        """Encode at most BATCH prompts by one call."""
+        """Encode at most BATCH prompts in one call."""
         if self._encoder is None:
             self._encoder = self._load_encoder()
         with torch.no_grad():  # text encoders are frozen, and the cache outlives every graph
@@ -123,7 +123,7 @@ class PromptCache:
         self._known.update(kept.values())
 
     def _remember(self, prompt: str, row: Text) -> None:
-        """Keep a row in memory; with a store, drop the least recently used rows above the limit of bytes."""
+        """Keep a row in memory; with a store, drop the least recently used rows above `memory` bytes."""
         self._rows[prompt] = row
         self._bytes += _bytes(row)
         while self.store and self._bytes > self._memory and len(self._rows) > 1:

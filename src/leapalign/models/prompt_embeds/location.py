@@ -1,7 +1,7 @@
-"""Where encoded prompts lie on disk, how many bytes they may take, and which of them go first.
+"""Cache directory of prompt embeds: its place, its size limit, and pruning.
 
-`LEAPALIGN_CACHE` is the place, `LEAPALIGN_CACHE_GB` the limit, above which the entries that were used least recently
-go; 0 keeps prompts in memory only.
+`LEAPALIGN_CACHE` sets the place, `LEAPALIGN_CACHE_GB` the limit, above which the least recently used entries are
+removed; 0 keeps prompt embeds in memory only.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ STALE = 3600.0  # seconds after which a scratch file belongs to no living proces
 
 
 def place() -> Path:
-    """`LEAPALIGN_CACHE`, or leapalign/prompts in the user's cache folder (XDG_CACHE_HOME, ~/.cache)."""
+    """Return `LEAPALIGN_CACHE`, or leapalign/prompts in the user's cache directory (XDG_CACHE_HOME, ~/.cache)."""
     if given := os.environ.get("LEAPALIGN_CACHE", ""):
         return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", "") or "~/.cache").expanduser() / "leapalign" / "prompts"
 
 
 def limit() -> int:
-    """Bytes that entries may take; 0: nothing is written."""
+    """Return the size limit in bytes; 0: nothing is written. Raises UserError for an invalid LEAPALIGN_CACHE_GB."""
     text = os.environ.get("LEAPALIGN_CACHE_GB", "") or str(LIMIT_GB)
     try:
         gigabytes = float(text)
@@ -41,16 +41,16 @@ def limit() -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class CachePlan:
-    """What a run's prompts will take, before any of them is encoded."""
+    """Disk space that a run's prompt embeds will need, before any is encoded."""
 
     place: Path
     limit: int  # bytes
-    free: int  # bytes of that disk
+    free: int  # bytes on that disk
     needed: int  # bytes
 
     @property
     def problem(self) -> str:
-        """Why it cannot work, and what to do; empty if it can."""
+        """Reason why the embeds do not fit, and what to do; empty if they fit."""
         if not self.limit:
             return ""
         remedy = "set LEAPALIGN_CACHE to a folder on a larger disk, or LEAPALIGN_CACHE_GB=0 to keep prompts in memory"
@@ -66,7 +66,7 @@ class CachePlan:
 
 
 def cache_plan(prompts: int, bytes_each: int) -> CachePlan:
-    """For `prompts` different prompts of which none is there yet."""
+    """Plan the cache for `prompts` different prompts, none of them cached yet."""
     root = place()
     return CachePlan(place=root, limit=limit(), free=free_bytes(root), needed=prompts * bytes_each)
 
@@ -81,7 +81,7 @@ def prune(root: Path, most: int, keep: Iterable[Path] = ()) -> int:
     for file in entries(root):
         try:
             found.append((file.stat().st_mtime, file.stat().st_size, file))
-        except FileNotFoundError:  # another process has been quicker
+        except FileNotFoundError:  # pruned by another process
             continue
     total = sum(size for _, size, _ in found)
     for _, size, file in sorted(found):
@@ -101,7 +101,7 @@ def entries(root: Path) -> Iterator[Path]:
 
 
 def free_bytes(root: Path) -> int:
-    """Bytes free on the disk on which the folder is, or will be."""
+    """Free bytes on the disk that holds, or will hold, the folder."""
     while not root.exists():
         root = root.parent
     return shutil.disk_usage(root).free

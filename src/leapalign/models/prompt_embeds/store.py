@@ -1,9 +1,9 @@
-"""Encoded prompts on disk: one safetensors file each, so that a second run never loads the text encoders.
+"""Prompt embeds on disk, one safetensors file per prompt, so that a second run never loads the text encoders.
 
-An entry's place is decided by what decides its numbers: the content of the text encoders' and tokenizers' files (so a
-hub snapshot, its copy and a tuned pipeline of it share entries), the settings, the kind of device, the versions of the
-libraries, and the prompt. Entries are written beside their place and renamed into it, so several processes may write
-and read at once; each carries the sha256 of its tensors, and one that does not agree is reported and made again.
+An entry's key covers all inputs of its numbers: the content of the text encoders' and tokenizers' files (so a hub
+snapshot, its copy and a tuned pipeline of it share entries), the settings, the kind of device, the library versions,
+and the prompt. Entries are written to a scratch file and renamed, so several processes may write and read at once.
+Each holds the sha256 of its tensors; an entry that does not match is reported and encoded again.
 
     PLACE/KEY/key.json             which model and settings KEY stands for
     PLACE/KEY/SHA256.safetensors   the prompt with that sha256
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from leapalign.models.base import Text
     from leapalign.storage.pipeline_folder import PipelineFolder
 
-FORMAT = 1  # of entries and keys; another number finds none of the older ones
-HEADER = 512  # bytes of a file besides its tensors, about
-WORTHWHILE = 64 * 2**20  # bytes of text encoders; smaller ones are run again in the time that files take
+FORMAT = 1  # version of entries and keys; a new number ignores all older entries
+HEADER = 512  # approximate bytes of a file besides its tensors
+WORTHWHILE = 64 * 2**20  # bytes of text encoders; smaller ones run as fast as files are read
 
 
 @dataclass(eq=False, kw_only=True)
@@ -46,13 +46,13 @@ class PromptStore:
     root: Path
     limit: int
     folder: PipelineFolder
-    components: tuple[str, ...]  # those that encode: text encoders and tokenizers
-    settings: Mapping[str, Any]  # whatever else decides the numbers
-    needed: set[Path] = field(default_factory=set)  # by this process: not pruned by it
+    components: tuple[str, ...]  # text encoders and tokenizers
+    settings: Mapping[str, Any]  # other inputs that change the numbers
+    needed: set[Path] = field(default_factory=set)  # entries that this process needs and does not prune
 
     @staticmethod
     def of(folder: PipelineFolder, components: tuple[str, ...], settings: Mapping[str, Any]) -> PromptStore | None:
-        """None where there is nothing to gain (small text encoders) or the user wants none."""
+        """Return the folder's store; None if its text encoders are small or the user turned the store off."""
         most = limit()
         weights = (file for component in components for file in (folder.path / component).glob("*.safetensors"))
         if not most or sum(file.stat().st_size for file in weights) < WORTHWHILE:
@@ -87,7 +87,7 @@ class PromptStore:
         return self.home / f"{hashlib.sha256(prompt.encode()).hexdigest()}.safetensors"
 
     def has(self, prompt: str) -> bool:
-        """Whether a whole file is there, by its header and length; marks it as used. Its hash is checked by `read`."""
+        """Return True for a complete file, by header and length, and mark it as used. `read` checks its hash."""
         file = self.file(prompt)
         self.needed.add(file)
         try:
@@ -100,7 +100,7 @@ class PromptStore:
         return True
 
     def read(self, prompt: str) -> Text | None:
-        """None where there is no entry, or a damaged one, which is reported and removed."""
+        """Return an entry; None if it is missing, or damaged, which is reported and removed."""
         from safetensors import SafetensorError
         from safetensors.torch import load
 
@@ -132,14 +132,14 @@ class PromptStore:
             _replace(self.file(prompt), save(tensors, {"sha256": _digest(tensors), "prompt": prompt}))
 
     def mark(self) -> Path:
-        """Create an empty file of a new name in the store, by which other processes can tell that they share it."""
+        """Create an empty file with a unique name, by which other processes detect that they share the store."""
         with _writing(self.root):
             handle, name = tempfile.mkstemp(dir=self.home, prefix=SCRATCH)
             os.close(handle)
         return Path(name)
 
     def make_room(self, count: int, bytes_each: int) -> None:
-        """For so many entries more, by removing those of other runs that were used least recently. Raises UserError."""
+        """Prune other runs' least recently used entries to fit `count` more. Raises UserError if they cannot fit."""
         present = sum(file.stat().st_size for file in self.needed if file.is_file())
         more = count * (bytes_each + HEADER)
         plan = CachePlan(place=self.root, limit=self.limit, free=free_bytes(self.root) + present, needed=present + more)
@@ -149,7 +149,7 @@ class PromptStore:
 
 
 def fingerprint(folder: Path, components: Iterable[str], root: Path) -> str:
-    """sha256 over the names and contents of the components' files. Local files' own hashes are remembered at `root`."""
+    """Hash (sha256) the names and contents of the components' files. Hashes of local files are cached in `root`."""
     digest = hashlib.sha256()
     for component in components:
         for file in sorted((folder / component).rglob("*")):
@@ -159,7 +159,7 @@ def fingerprint(folder: Path, components: Iterable[str], root: Path) -> str:
 
 
 def file_hash(file: Path, root: Path) -> str:
-    """sha256 of a file: the name of its blob in the hub's cache, or what was computed when it last changed."""
+    """Return a file's sha256: its blob name in the hub's cache, or the hash cached since its last change."""
     real = file.resolve()
     if real.parent.name == "blobs" and len(real.name) == 64:
         return real.name
@@ -184,7 +184,7 @@ def _versions() -> dict[str, str]:
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, types, shapes and bytes."""
+    """Hash names, dtypes, shapes and bytes."""
     import torch
 
     digest = hashlib.sha256()
@@ -195,14 +195,14 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _report(file: Path, what: str) -> bool:
-    """A damaged entry is taken away, so that it is made again."""
+    """Warn of a damaged entry and remove it, so that it is encoded again. Returns False."""
     warnings.warn(f"prompt cache: {file}: {what}; it is removed, and the prompt is encoded again", stacklevel=4)
     file.unlink(missing_ok=True)
     return False
 
 
 def _replace(target: Path, data: bytes) -> None:
-    """Complete or absent, whoever else writes it."""
+    """Write a file atomically: complete or absent, even with several writers."""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=SCRATCH)
     try:
         with os.fdopen(handle, "wb") as scratch:
@@ -215,7 +215,7 @@ def _replace(target: Path, data: bytes) -> None:
 
 @contextmanager
 def _writing(root: Path) -> Iterator[None]:
-    """Around what writes at the place: a read-only or full disk is the user's to mend."""
+    """Context for writes to the cache directory: raises UserError for a read-only or full disk."""
     try:
         yield
     except OSError as error:
