@@ -1,4 +1,4 @@
-"""One thing that was looked at: what came, what was expected, what to do."""
+"""The result of one check: the found value, the expected value, and a remedy."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    part: str  # of the pipeline, or what of a reward
+    part: str  # the pipeline's component, or the reward and its source
     check: str
-    state: Literal["good", "different", "note"]  # a note says something that nothing can be compared with
-    came: str
+    state: Literal["good", "different", "note"]  # a note has nothing to compare with
+    came: str  # the found value
     expected: str = ""
     remedy: str = ""
 
@@ -29,7 +29,7 @@ def note(part: str, check: str, came: str, remedy: str = "") -> Check:
 
 
 def within(part: str, check: str, difference: float, tolerance: float, remedy: str) -> Check:
-    """Good if the difference is at most the tolerance; NaN is not."""
+    """Return a good check if `difference` is at most `tolerance`, else a different one; NaN is different."""
     came, expected = f"{difference:.2g}", f"at most {tolerance:.2g}"
     if difference <= tolerance:
         return good(part, check, came, expected)
@@ -37,5 +37,5 @@ def within(part: str, check: str, difference: float, tolerance: float, remedy: s
 
 
 def some(names: list[str]) -> str:
-    """The first few of a list that may be long."""
+    """Join the first three names, and say how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,6 +1,6 @@
-"""What is on disk: whole files, keys and shapes of the class that opens them, number types, finite values, hashes.
+"""Check weight files: complete, keys and shapes of the class that opens them, dtypes, finite values, hashes.
 
-The class is built on the meta device from its config.json, so nothing here needs the memory of the weights.
+The class is built on the meta device from its config.json, so that no check needs memory for all weights.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SAME_MODEL = "use weights and config.json of one and the same model"
 
 
 def check_weights(part: str, folder: Path, kind: Any, library: str) -> list[Check]:
-    """All that can be said of the safetensors files of one model. `kind` is its class, of `library`."""
+    """Check the safetensors files of one model. `kind`: the model's class, from `library`."""
     files = weight_files(folder)
     if not files:
         return [different(part, "files", "no safetensors", "the weights", "fetch the part's .safetensors files")]
@@ -48,7 +48,7 @@ def check_weights(part: str, folder: Path, kind: Any, library: str) -> list[Chec
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Those that are opened: the shards of the index where there is one, and no other precisions."""
+    """List the safetensors files that are opened: an index's shards if there is one, without other precisions."""
     for index in sorted(folder.glob("*.safetensors.index.json")):
         if not (folder / index.name.removesuffix(".index.json")).exists():
             return [folder / name for name in sorted(set(_weight_map(index).values()))]
@@ -64,7 +64,7 @@ COUNTERS = ("position_ids", "num_batches_tracked")
 
 
 def check_dtypes(part: str, headers: Iterable[Header]) -> Check:
-    """One type of number a part; single tensors may be kept in float32, and counters are whole numbers."""
+    """Check that a component has one float dtype; single tensors may be float32, and counters integers."""
     kinds = {key: entry["dtype"] for key, entry in _tensors(headers) if not key.endswith(COUNTERS)}
     counts = Counter(kinds.values())
     came = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
@@ -92,22 +92,22 @@ def check_finite(part: str, tensors: Iterable[tuple[str, Any]]) -> Check:
 
 
 def tensors_of(files: Iterable[Path]) -> Iterator[tuple[str, Any]]:
-    """One at a time, from the mapped file."""
+    """Yield (key, tensor), one at a time, from the memory-mapped files."""
     from safetensors import safe_open
 
     for file in files:
         with safe_open(file, framework="pt") as content:  # pyright: ignore[reportPrivateImportUsage]
-            for key in content.keys():  # noqa: SIM118  # it is no dictionary
+            for key in content.keys():  # noqa: SIM118  # `content` is not a dict
                 yield key, content.get_tensor(key)
 
 
 def _check_shards(part: str, folder: Path, headers: Mapping[Path, Header]) -> list[Check]:
-    """Every key is in the file that the index says, and in no other."""
+    """Check that every key is in the shard that the index names, and in no other."""
     problems = []
     for index in sorted(folder.glob("*.safetensors.index.json")):
         listed = _weight_map(index)
         if not {file.name for file in headers} >= set(listed.values()):
-            continue  # an index beside one whole file is not opened
+            continue  # an index beside an unsharded file is not used
         found = {key: file.name for file, header in headers.items() for key in header if key != "__metadata__"}
         if wrong := sorted(key for key in listed.keys() | found.keys() if listed.get(key) != found.get(key)):
             came = f"{index.name} and its files differ in {some(wrong)}"
@@ -118,7 +118,7 @@ def _check_shards(part: str, folder: Path, headers: Mapping[Path, Header]) -> li
 def _check_keys(part: str, folder: Path, kind: Any, library: str, found: dict[str, tuple[int, ...]]) -> list[Check]:
     try:
         missing, unexpected, reshaped = _against_class(folder, kind, library, found)
-    except Exception as error:  # whatever a wrong config.json makes the libraries raise
+    except Exception as error:  # a wrong config.json can make the libraries raise anything
         came = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         return [different(part, "keys", came, f"a config.json of {kind.__name__}", SAME_MODEL)]
     name = kind.__name__
@@ -136,7 +136,7 @@ def _check_keys(part: str, folder: Path, kind: Any, library: str, found: dict[st
 def _against_class(
     folder: Path, kind: Any, library: str, found: dict[str, tuple[int, ...]]
 ) -> tuple[list[str], list[str], list[str]]:
-    """Missing, unexpected, and differently shaped keys."""
+    """Return (missing, unexpected, differently shaped) keys, compared with the class's."""
     if library == "diffusers":
         from accelerate import init_empty_weights
 
@@ -144,7 +144,7 @@ def _against_class(
             model = kind.from_config(kind.load_config(folder))
         expected = {key: tuple(weight.shape) for key, weight in model.state_dict().items()}
         return _compare(expected, found)
-    # transformers knows tied weights, and old names of keys: its own account counts
+    # transformers handles tied weights and old key names: use its own report
     _, info = kind.from_pretrained(
         folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True,
         use_safetensors=True,
@@ -163,14 +163,14 @@ def _compare(
 
 @dataclass(frozen=True)
 class Hashes:
-    """The sha256 that files should have, by their path below the folder, and where that is from."""
+    """Expected SHA-256 hashes of a model's files."""
 
-    expected: dict[str, str]
-    source: str
+    expected: dict[str, str]  # path relative to the model's folder -> 64 hexadecimal digits
+    source: str  # the file that lists them
 
 
 def read_hashes(path: str) -> Hashes:
-    """A list as `sha256sum` writes it. Raises UserError."""
+    """Read a list as `sha256sum` writes it. Raises UserError if it cannot be read or holds no hash."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -188,7 +188,7 @@ def read_hashes(path: str) -> Hashes:
 
 
 def check_hashes(part: str, root: Path, files: Iterable[Path], listed: Hashes | None) -> list[Check]:
-    """Against a list, or against the names that the hub's cache gives its files (which are their hashes)."""
+    """Compare files with a list of hashes, or without one with their names in the hub's cache, which are hashes."""
     files = sorted(files)
     if listed is None:
         return _check_blobs(part, root, files)
@@ -222,18 +222,18 @@ def _check_blobs(part: str, root: Path, files: list[Path]) -> list[Check]:
 
 
 def _blob_name(file: Path) -> str:
-    """The hash under which the hub's cache keeps a file; empty elsewhere."""
+    """Return the hash that names a file in the hub's cache; empty for a file elsewhere."""
     real = file.resolve()
     return real.name if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", real.name) else ""
 
 
 def _git_hash(file: Path) -> str:
-    data = file.read_bytes()  # only small files are kept under it
+    data = file.read_bytes()  # the hub uses git hashes for small files only
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Weight -> file; empty where the index is none (which check_component has said)."""
+    """Weight -> shard; empty if the index is invalid, which check_component reports."""
     try:
         named = read_json(index).get("weight_map")
     except UserError:

@@ -1,7 +1,7 @@
-"""Published models, recognised by the numbers of their transformers, and the paper's scores of them (arXiv 2604.15311).
+"""Recognise published models by their transformer's configuration; the paper's scores of them (arXiv 2604.15311).
 
-The numbers are those that each family's file ships for plans. Families whose numbers could not be compared with the
-published files (`unchecked`) recognise nothing.
+Each family's file ships the configurations, which plans use too. Models whose configuration could not be compared with
+the published files (`unchecked`) are not recognised.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ SCHEDULER = ("shift", "use_dynamic_shifting", "base_shift", "max_shift", "base_i
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """One or several published models with the same numbers."""
+    """One or several published models with equal configurations."""
 
     names: tuple[str, ...]  # hub ids
-    transformer: Mapping[str, Any]  # of config.json
-    scheduler: Mapping[str, Any]  # of scheduler_config.json
+    transformer: Mapping[str, Any]  # entries of its config.json
+    scheduler: Mapping[str, Any]  # entries of its scheduler_config.json
     figures: tuple[Figures, ...]
 
 
 def models_of(published: Mapping[str, Published]) -> list[Known]:
-    """A family's published models; those with equal numbers are one entry."""
+    """List a family's published models; those with equal configurations are one entry."""
     found: list[Known] = []
     for name, model in published.items():
         if model.unchecked:
@@ -43,18 +43,18 @@ def models_of(published: Mapping[str, Published]) -> list[Known]:
 
 
 def recognise(transformer: Mapping[str, Any], published: Mapping[str, Published]) -> Known | None:
-    """The published model with these numbers (a transformer's config.json)."""
+    """Find the published model with this transformer's config.json; None if there is none."""
     fits = (k for k in models_of(published) if all(transformer.get(key) == v for key, v in k.transformer.items()))
     return next(fits, None)
 
 
 def by_id(hub_id: str, published: Mapping[str, Published]) -> Known | None:
-    """The published model of that name."""
+    """Find the published model with this hub id, with or without a revision; None if there is none."""
     return next((known for known in models_of(published) if hub_id.partition("@")[0] in known.names), None)
 
 
 def of_reward(name: str) -> list[str]:
-    """The scores that a reward gives the paper's untrained models, one sentence a table."""
+    """List a reward's scores of the paper's untrained models, one sentence per table."""
     sentences = []
     for known in (known for family in FAMILIES for known in models_of(family.published)):
         for figures in known.figures:

@@ -1,4 +1,4 @@
-"""A pipeline: its files, its tokenizers and scheduler, and our sampler against the pipeline's own call."""
+"""Check a pipeline: its files, tokenizers and scheduler, and leapalign's sampler against the pipeline's own call."""
 
 from __future__ import annotations
 
@@ -29,24 +29,27 @@ from leapalign.verification import known
 from leapalign.verification.checks import Check, different, good, note, within
 from leapalign.verification.files import Hashes, check_hashes, check_weights
 
-LATENTS = 1e-3  # of the largest value: order of summation is below it (2e-6 measured), any other setting above
-PIXELS = 1 / 255  # one level
-LARGEST = 512  # pixels a side, where nobody says which size
+LATENTS = 1e-3  # fraction of the largest value: summation order stays below (2e-6 measured), a wrong setting does not
+PIXELS = 1 / 255  # one level of 8 bits
+LARGEST = 512  # pixels a side; limit of the default size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What is drawn by both samplers."""
+    """The image that both samplers draw."""
 
     prompt: str
     num_steps: int
-    size: int  # pixels; 0 = the configuration's own, or where there is none the pipeline's, at most LARGEST
+    size: int  # pixels a side; 0 = the pipeline's default, at most LARGEST
     seed: int
     device: str
 
 
 def check_pipeline(config: Any, trial: Trial, listed: Hashes | None) -> list[Check]:
-    """Files first, component by component; then what can only be seen by running it, if it opens at all."""
+    """Check a pipeline's files, component by component, and then compare its sampler with leapalign's.
+
+    `config`: the model configuration; `listed`: expected hashes. Raises UserError if its folder cannot be found.
+    """
     folder = locate(config.path)
     components = components_of(read_json(folder / INDEX))
     checks = [
@@ -83,7 +86,7 @@ def _check_component(component: Path, library: str, class_name: str) -> list[Che
 
 
 def _check_scheduler(folder: Path, components: dict[str, tuple[str, str]]) -> list[Check]:
-    """Plain Euler, as the leaps need it."""
+    """Check that the scheduler is plain flow-matching Euler, which leaps need."""
     from leapalign.models.pipeline import load_scheduler
 
     try:
@@ -95,7 +98,7 @@ def _check_scheduler(folder: Path, components: dict[str, tuple[str, str]]) -> li
 
 
 def _check_tokenizer(folder: Path, name: str, components: dict[str, tuple[str, str]], trial: Trial) -> list[Check]:
-    """Of the class that the index names, small enough for its encoder, and able to say a prompt again."""
+    """Check a tokenizer: its class is the index's, its vocabulary fits its encoder, and it decodes a prompt again."""
     library, class_name = components[name]
     encoder, remedy = name.replace("tokenizer", "text_encoder"), "copy the tokenizer of this very model again"
     told = _json(folder / name / "tokenizer_config.json").get("tokenizer_class") or class_name
@@ -105,7 +108,7 @@ def _check_tokenizer(folder: Path, name: str, components: dict[str, tuple[str, s
         kind = getattr(importlib.import_module(library), class_name)
         tokenizer = kind.from_pretrained(folder / name, local_files_only=True)
         again = tokenizer.decode(tokenizer(trial.prompt)["input_ids"], skip_special_tokens=True)
-    except Exception as error:  # whatever files of another tokenizer make transformers raise
+    except Exception as error:  # files of another tokenizer can make transformers raise anything
         return [different(name, "tokenizer", f"{type(error).__name__}: {error}", class_name, remedy)]
     config = _json(folder / encoder / "config.json")
     inner = config.get("text_config")
@@ -113,14 +116,14 @@ def _check_tokenizer(folder: Path, name: str, components: dict[str, tuple[str, s
     if type(rows) is not int or len(tokenizer) > rows:
         return [different(name, "tokenizer", f"{len(tokenizer)} entries", f"at most {rows}, as {encoder} has", remedy)]
     if _letters(again) != _letters(trial.prompt):
-        if _is_shortened(again, trial.prompt):  # a small vocabulary, as the embedded model's
+        if _is_shortened(again, trial.prompt):  # a small vocabulary, like the embedded model's
             return [note(name, "tokenizer", f"knows {again!r} of {trial.prompt!r}", "give a --prompt of its words")]
         return [different(name, "tokenizer", f"says {again!r} for {trial.prompt!r}", "the same words", remedy)]
     return [good(name, "tokenizer", f"{len(tokenizer)} entries, says the prompt again", f"at most {rows}")]
 
 
 def _is_shortened(said: str, prompt: str) -> bool:
-    """Some of the prompt's words, in their order, and no others."""
+    """Whether `said` has only words of the prompt, in the prompt's order, and at least one."""
     words = iter(prompt.lower().split())
     return bool(said.split()) and all(word in words for word in said.lower().split())
 
@@ -130,7 +133,7 @@ def _letters(text: str) -> str:
 
 
 def check_architecture(source: str, folder: Path, published: Mapping[str, Published]) -> list[Check]:
-    """Which published model the numbers are of, and whether the scheduler's are too; what the paper measured on it."""
+    """Recognise the published model, compare its scheduler's configuration, and note the paper's scores of it."""
     transformer, scheduler = (
         _json(folder / TRANSFORMER / "config.json"),
         _json(folder / "scheduler" / "scheduler_config.json"),
@@ -160,10 +163,10 @@ def check_architecture(source: str, folder: Path, published: Mapping[str, Publis
 
 
 def _check_sampler(config: Any, folder: Path, trial: Trial) -> list[Check]:
-    """The same noise through the pipeline's own call and through ours, each opened by itself."""
+    """Sample the same noise by the pipeline's own call and by leapalign, opened one after the other, and compare."""
     try:
         theirs = _pipeline_call(config, folder, trial)
-        gc.collect()  # its weights leave before ours come
+        gc.collect()  # free the pipeline's weights before leapalign loads its own
         config = replace(config, height=theirs.size, width=theirs.size)
         model = config.load(trial.device, "float32")
         generator = torch.Generator().manual_seed(trial.seed)
@@ -172,7 +175,7 @@ def _check_sampler(config: Any, folder: Path, trial: Trial) -> list[Check]:
                 model.velocity(model.encode([trial.prompt])), model.noise([generator]), model.sigmas(trial.num_steps)
             )
             image = model.decode(latents)
-    except Exception as error:  # a UserError of ours, or whatever a folder that is wrong makes diffusers raise
+    except Exception as error:  # a UserError, or anything: a wrong folder can make diffusers raise any error
         remedy = "" if isinstance(error, UserError) else "mend what differs above first"
         came = f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         return [different("sampler", "opens", came, f"a {config.pipeline} that samples", remedy)]
@@ -188,12 +191,12 @@ def _check_sampler(config: Any, folder: Path, trial: Trial) -> list[Check]:
 
 @dataclass(frozen=True, kw_only=True)
 class Theirs:
-    """What the pipeline's own call gives."""
+    """The result of the pipeline's own call."""
 
-    pipeline: type  # of diffusers
-    size: int
-    latents: Tensor  # as the pipeline returns them: perhaps packed
-    image: Tensor  # [1, 3, H, W]
+    pipeline: type  # diffusers' class
+    size: int  # pixels a side
+    latents: Tensor  # in the pipeline's layout, which may be packed
+    image: Tensor  # [1, 3, H, W] in [0, 1]
 
 
 def _pipeline_call(config: Any, folder: Path, trial: Trial) -> Theirs:
@@ -218,15 +221,15 @@ def _check_latents(ours: Tensor, theirs: Theirs, model: Any) -> Check:
 
 
 def _check_picture(image: Tensor) -> Check:
-    deviation = float(image.flatten(2).std(dim=2).max())  # within a channel: one colour has none
+    deviation = float(image.flatten(2).std(dim=2).max())  # per channel; 0 for an image of one colour
     came = f"mean {float(image.mean()):.3f}, deviation {deviation:.3f}"
-    if bool(image.isfinite().all()) and deviation > 1e-5:  # a few steps may well draw an empty ground
+    if bool(image.isfinite().all()) and deviation > 1e-5:  # low, because a few steps may draw a nearly empty background
         return good("vae", "decodes", came, "a picture")
     return different("vae", "decodes", came, "a picture that is not of one colour", "fetch vae and transformer again")
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """The file's object; empty where there is none (what is no JSON has been reported with its component)."""
+    """Read a JSON file's object; empty if it is missing or invalid, which its component's check reports."""
     try:
         return read_json(file)
     except UserError:

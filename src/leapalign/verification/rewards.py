@@ -1,4 +1,4 @@
-"""Check a reward: its files, its scores of a few drawn images by both ways of preprocessing, and its gradient."""
+"""Check a reward: its files, its scores of a few drawn images in both preprocessing paths, and its gradient."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from leapalign.verification.files import Hashes, check_dtypes, check_finite, che
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PROMPTS = (  # each quotes a word, for rewards that look for one
+PROMPTS = (  # each quotes a word, for rewards that read text in images
     'a red circle and the word "red"',
     'a blue square and the word "blue"',
     'stripes from black to white and the word "grey"',
     'a green triangle and the word "green"',
 )
 SIZE = 256  # pixels a side
-# Of the spread of the scores: the two ways round and resize apart, other means, colours or crops differ by far more.
+# Fraction of the scores' spread: the paths round and resize differently; a wrong mean, colour or crop differs far more.
 PATHS = 0.1
 
 
 def check_reward(word: str, config: RewardConfig, device: str, dtype: str, listed: Hashes | None) -> list[Check]:
-    """Check the reward that `word` names. UserError if it has no local file or folder and none in the hub's cache."""
+    """Check the reward that `word` names. Raises UserError if it cannot be opened and none of its files are local."""
     config = described(config)
     name = config.name
     try:
@@ -57,7 +57,10 @@ def check_reward(word: str, config: RewardConfig, device: str, dtype: str, liste
 
 
 def places(config: DescribedReward) -> list[tuple[Source, Path]]:
-    """Find each source's local file or folder, or the one in the hub's cache. UserError for a path that is neither."""
+    """Find each source's local path, or its folder in the hub's cache; leave out those not cached.
+
+    Raises UserError for a path that is neither local nor a hub id.
+    """
     found = []
     for source in config.sources():
         path = Path(resolve(source.path))
@@ -76,7 +79,7 @@ def _check_files(name: str, source: Source, place: Path, listed: Hashes | None) 
     """Check weights by the class that config.json names, single files by their tensors; hashes against a list."""
     part, checks = f"{name}.{source.field}", []
     if not source.weights:
-        return []  # a tokenizer; weights that may lie there are not read
+        return []  # a tokenizer: weights in its folder are not read
     kind = _class_of(place)
     if kind is not None:
         checks += check_weights(part, place, kind, "transformers")
@@ -114,14 +117,14 @@ def _finite(part: str, file: Path) -> Check:
 
 
 def _class_of(place: Path) -> Any:
-    """The transformers class of a folder's config.json; None if it names none."""
+    """Return the transformers class that a folder's config.json names; None if unknown or without safetensors."""
     import transformers
 
     config = place / "config.json"
     try:
         told = read_json(config) if config.is_file() else {}
     except UserError:
-        return None  # said by what opens it
+        return None  # opening the reward reports it
     named = told.get("architectures") if isinstance(told, dict) else None
     kind = getattr(transformers, str(named[0]), None) if isinstance(named, list) and named else None
     return kind if kind is not None and any(place.glob("*.safetensors")) else None
