@@ -83,6 +83,16 @@ def pickled(folder: Path) -> None:
     file.rename(file.with_suffix(".bin"))
 
 
+def only_half_precision(folder: Path) -> None:
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+
+
+def only_half_precision_in_shards(folder: Path) -> None:
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_name("diffusion_pytorch_model.bf16-00001-of-00001.safetensors"))
+
+
 def no_index(folder: Path) -> None:
     (folder / "model_index.json").unlink()
 
@@ -117,6 +127,8 @@ def stochastic(folder: Path) -> None:
         (null_component, "names no text_encoder_2"),
         (foreign_library, "comes from 'os'"),
         (pickled, "pickled weights are not opened"),
+        (only_half_precision, r"holds only the fp16 variant .*save_pretrained"),
+        (only_half_precision_in_shards, r"holds only the bf16 variant"),
         (no_index, "not a diffusers pipeline folder"),
         (other_family, "holds a FluxPipeline, expected a StableDiffusion3Pipeline"),
         (missing_shard, "lacks diffusion_pytorch_model-00002-of-00002.safetensors"),

@@ -7,6 +7,7 @@ Its components are loaded by `components.py`. The transformer's weights may come
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -173,8 +174,20 @@ def _check_weights(component: Path) -> None:
     weights = sorted(component.glob("*.safetensors"))
     if not weights and any(file.suffix in _NOT_OPENED for file in component.iterdir()):
         raise UserError(f"{component} has no safetensors, and pickled weights are not opened; convert them")
+    if weights and all(is_variant(file) for file in weights):
+        variant = re.split(r"[.-]", weights[0].name.removesuffix(".safetensors").partition(".")[2])[0]
+        raise UserError(
+            f"{component} holds only the {variant} variant of its weights ({weights[0].name}), which is not opened; "
+            f"copy the plain files too, or make them: from_pretrained(FOLDER, variant={variant!r}) and "
+            "save_pretrained(ANOTHER) of its class in diffusers or transformers"
+        )
     for file in weights:
         check_safetensors(file)
+
+
+def is_variant(file: Path) -> bool:
+    """Return whether a file of weights is another precision or kind beside the plain one, by its name."""
+    return any(fnmatch(file.name, pattern) for pattern in VARIANTS)
 
 
 def shards_of(index: Path) -> list[str]:
@@ -200,7 +213,6 @@ def _copy(source: Path, target: Path) -> None:
     So do weights that nothing opens: pickles, and other precisions of the same weights.
     """
     for file in sorted(source.rglob("*")):
-        variant = any(fnmatch(file.name, pattern) for pattern in VARIANTS)
-        if file.is_file() and file.suffix not in _NOT_OPENED and not variant:
+        if file.is_file() and file.suffix not in _NOT_OPENED and not is_variant(file):
             (target / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target / file.relative_to(source))

@@ -10,13 +10,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from leapalign.errors import UserError
 from leapalign.storage.files import sha256
-from leapalign.storage.pipeline_folder import VARIANTS, read_json
+from leapalign.storage.pipeline_folder import is_variant, read_json
 from leapalign.storage.safetensors_header import Header, read_header
 from leapalign.verification.checks import Check, different, good, note, some
 
@@ -53,7 +52,7 @@ def weight_files(folder: Path) -> list[Path]:
         if not (folder / index.name.removesuffix(".index.json")).exists():
             return [folder / name for name in sorted(set(_weight_map(index).values()))]
     found = sorted(folder.glob("*.safetensors"))
-    return [file for file in found if not any(fnmatch(file.name, pattern) for pattern in VARIANTS)]
+    return [file for file in found if not is_variant(file)]
 
 
 def shapes(headers: Iterable[Header]) -> dict[str, tuple[int, ...]]:
