@@ -1,4 +1,4 @@
-"""Ways of tuning: which weights are trained, how they begin, are saved and opened. Imports no torch."""
+"""Ways of tuning: which weights are trained, and how they are initialised, saved and loaded. Imports no torch."""
 
 from leapalign.tuning.full import FullFineTuning
 from leapalign.tuning.lora import LoRA

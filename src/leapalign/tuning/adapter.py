@@ -1,7 +1,7 @@
 """The adapter inside a policy: W x + scale B A x (LoRA, arXiv 2106.09685), through diffusers' and peft's own layers.
 
-A and B are float32 whatever the base is held in: with bfloat16 masters and the usual learning rates an update is less
-than half a unit in the last place of A, and A never moves.
+A and B are float32 whatever the base's dtype: in bfloat16, at the usual learning rates, an update is less than half a
+unit in the last place of A, and A never changes.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ ADAPTER = "default"  # peft's name of the one adapter that a policy has
 
 
 class StepDropout(nn.Module):
-    """x [..., in] times a mask over its features, the same for all rows, tokens, steps and recomputations of an update.
+    """Multiply x [..., in] by one mask of its features for all rows, tokens, steps and recomputations of an update.
 
-    So inside an update the velocity is one function, as a rollout and its gradient need; elsewhere it is the identity.
+    Within an update the velocity is then one function, as a rollout and its gradient need. Identity without a mask.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.mask: Tensor | None = None  # [in], 0 or 1 / (1 - p); no buffer, because it is not the model's
+        self.mask: Tensor | None = None  # [in], 0 or 1 / (1 - p); not a buffer, which state dicts would hold
 
     def forward(self, x: Tensor) -> Tensor:
         return x if self.mask is None else x * self.mask.to(x.dtype)
 
 
 def attach(policy: Any, names: Sequence[str], *, rank: int, alpha: float) -> None:
-    """Put an adapter of float32 weights on the linear layers of these full names; everything else stays frozen."""
+    """Add a float32 adapter of this rank to the linear layers with these full names; all other weights stay frozen."""
     from peft import LoraConfig
 
-    with torch.random.fork_rng(devices=[]):  # peft draws an A on the CPU, which `initialise` replaces
+    with torch.random.fork_rng(devices=[]):  # peft draws A on the CPU; `initialise` replaces it
         policy.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(names)))  # pyright: ignore
     for layer in lora_layers(policy).values():
         layer.lora_A.float()
@@ -48,7 +48,7 @@ def attach(policy: Any, names: Sequence[str], *, rank: int, alpha: float) -> Non
 
 
 def lora_layers(policy: nn.Module) -> dict[str, Any]:
-    """Full name of the linear layer -> peft's layer around it, in the model's order."""
+    """Full name of a linear layer -> peft's layer around it, in the model's order."""
     from peft.tuners.lora import LoraLayer
 
     return {name: module for name, module in policy.named_modules() if isinstance(module, LoraLayer)}
@@ -56,7 +56,10 @@ def lora_layers(policy: nn.Module) -> dict[str, Any]:
 
 @torch.no_grad()
 def initialise(policy: nn.Module, init: str, seed: int) -> None:
-    """B = 0, so that the policy is the base; A from (seed, layer's name): "kaiming", peft's default, or "gaussian"."""
+    """Set B = 0, so that the policy equals the base, and draw A from (seed, layer's name).
+
+    `init`: "kaiming", peft's default, or "gaussian", N(0, 1) / rank.
+    """
     for name, layer in lora_layers(policy).items():
         A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight  # [r, in], [out, r]
         rng = generator(seed, step=0, sample=0, purpose=f"lora {name}")
@@ -70,7 +73,7 @@ def initialise(policy: nn.Module, init: str, seed: int) -> None:
 
 @contextmanager
 def dropout(policy: nn.Module, p: float, seed: int, step: int) -> Iterator[None]:
-    """Inside, each input feature of each adapter is dropped with probability `p`, decided by (seed, step, layer)."""
+    """Drop input features of each adapter with probability `p` in [0, 1) while open, drawn from (seed, step, layer)."""
     layers = lora_layers(policy)
     for name, layer in layers.items():
         A = layer.lora_A[ADAPTER].weight
@@ -86,9 +89,9 @@ def dropout(policy: nn.Module, p: float, seed: int, step: int) -> Iterator[None]
 
 @contextmanager
 def switched_off(policy: Any) -> Iterator[None]:
-    """Inside, the policy is its frozen base, and no graph is kept: a reference is a constant.
+    """Turn the adapter and autograd off while open, for a constant reference. Raises UserError without an adapter.
 
-    (A recomputing graph built inside would be recomputed outside, with the adapter.)
+    A graph with recomputation that is built here would be recomputed later, with the adapter; hence no graph.
     """
     if not lora_layers(policy):
         raise UserError(
@@ -107,9 +110,9 @@ def switched_off(policy: Any) -> Iterator[None]:
 
 
 def adapter_state(policy: nn.Module) -> dict[str, Tensor]:
-    """`<layer>.lora_A.weight` [r, in] and `<layer>.lora_B.weight` [out, r], with the scale alpha / r taken into B.
+    """Return `<layer>.lora_A.weight` [r, in] and `<layer>.lora_B.weight` [out, r], on the CPU, B scaled by alpha / r.
 
-    So alpha = r in what is saved, and readers that know no alpha apply the same strength.
+    The saved adapter has alpha = r, so that readers without an alpha apply it at the same strength.
     """
     state = {}
     for name, layer in lora_layers(policy).items():
@@ -121,7 +124,7 @@ def adapter_state(policy: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore(policy: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Put a saved state into an adapter whose alpha is its rank. UserError where names or shapes differ."""
+    """Load a saved state into an adapter with alpha = rank. Raises UserError if names or shapes differ."""
     own = {}
     for name, layer in lora_layers(policy).items():
         own[f"{name}.lora_A.weight"] = layer.lora_A[ADAPTER].weight
@@ -135,10 +138,10 @@ def restore(policy: nn.Module, state: dict[str, Tensor], where: str) -> None:
 
 
 def merged(policy: Any) -> Any:
-    """The policy as a plain transformer with W + scale B A, summed in float32 and rounded once to the base's dtype.
+    """Return a plain transformer with weights W + scale B A, summed in float32 and rounded once to the base's dtype.
 
-    A policy without an adapter is returned as it is. In bfloat16 the rounding is up to 2^-8 of each weight, which may
-    be more than a short training changed. Merged weights are copies; UserError where the base is quantised.
+    Returns a policy without an adapter unchanged. In bfloat16, rounding changes a weight by up to 2^-8 of it, which may
+    be more than a short training does. Merged weights are copies. Raises UserError if the base is quantised.
     """
     from accelerate import init_empty_weights
 

@@ -11,25 +11,25 @@ from torch import Tensor
 
 from leapalign.errors import UserError
 
-FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for in a folder
+FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers' load_lora_weights expects in a folder
 PREFIX = "transformer."
 
 
 def write_lora(folder: Path, state: dict[str, Tensor]) -> None:
-    """`state` as `adapter_state` has it. The metadata says what diffusers needs to build the adapter without guessing.
+    """Write the state of `adapter_state`, with the metadata from which diffusers builds the adapter without guessing.
 
-    alpha is the rank, because the scale is in B.
+    In the metadata alpha is the rank, because B contains the scale.
     """
     rank = {value.shape[0] for name, value in state.items() if name.endswith(".lora_A.weight")}.pop()
     layers = [name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")]
     config = {"r": rank, "lora_alpha": rank, "target_modules": layers, "rank_pattern": {}}  # diffusers 0.39 reads it
-    # one entry: safetensors writes several in any order, and equal adapters should be equal files
+    # one entry only: safetensors writes entries in any order, and equal adapters should give equal files
     metadata = {"lora_adapter_metadata": json.dumps({PREFIX + k: v for k, v in config.items()})}
     save_file({PREFIX + name: value for name, value in state.items()}, folder / FILE, metadata=metadata)
 
 
 def read_lora(folder: Path) -> dict[str, Tensor]:
-    """The state that `write_lora` was given."""
+    """Read the state that `write_lora` wrote. Raises UserError if the file is unreadable or has other names."""
     try:
         tensors = load_file(folder / FILE)
     except (OSError, SafetensorError) as error:

@@ -31,7 +31,7 @@ class FullFineTuning:
     formats: ClassVar[tuple[str, ...]] = ("pipeline",)
 
     def load_policy(self, folder: PipelineFolder, device: str, dtype: torch.dtype, targets: LoraTargets) -> Any:
-        """The transformer in float32; under another `dtype` the forward is autocast over these weights."""
+        """Load the transformer with float32 weights; with another `dtype` its forward runs under autocast."""
         import torch
 
         from leapalign.storage.components import load_policy
@@ -44,19 +44,19 @@ class FullFineTuning:
             raise UserError(QUANTISED)
 
     def in_update(self, policy: Any, seed: int, step: int) -> AbstractContextManager[None]:
-        """Nothing is random in a forward."""
+        """Return an empty context: forwards have no randomness."""
         return nullcontext()
 
     def save(self, model: Any, folder: Path) -> None:
-        """The whole pipeline."""
+        """Write the whole pipeline into the folder."""
         model.save(folder)
 
     def load_tuned(self, model: Any, saved: str, device: str, dtype: str) -> Any:
-        """The run's model, opened from the saved pipeline."""
+        """Load the run's model from the saved pipeline."""
         return model.at(saved).load(device, dtype)
 
     def export(self, model: Any, saved: str, target: Path, *, format: str, dtype: str) -> None:
-        """The pipeline, its transformer in another dtype."""
+        """Write the pipeline, its transformer in this dtype."""
         import torch
 
         tuned = self.load_tuned(model, saved, "cpu", "float32")

@@ -1,10 +1,10 @@
 """LoRA (arXiv 2106.09685): a frozen base, and float32 low-rank matrices beside its linear layers.
 
-Decided here:
-- the adapter's scale is alpha / rank, and alpha follows the rank unless it is given;
-- dropout is a mask over input features, one an update: the velocity stays one function of (x, sigma) through the
-  rollout, its gradient and every recomputation, where a mask a forward would train on the gradient of another model;
-- a base in bfloat16 computes in bfloat16; float32 arithmetic over a bfloat16 base is refused.
+Design choices:
+- the adapter's scale is alpha / rank; alpha defaults to the rank;
+- dropout draws one mask over input features per update: the velocity stays one function of (x, sigma) in the rollout,
+  its gradient and every recomputation. A mask per forward would train on the gradient of another model;
+- a bfloat16 base computes in bfloat16; float32 arithmetic over a bfloat16 base is refused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class LoRA:
     """Low-rank adapters on a frozen base; attention and feed-forward of every block unless told otherwise."""
 
     name: ClassVar[str] = "lora"
-    output: ClassVar[str] = "lora"  # a folder that diffusers' load_lora_weights opens
+    output: ClassVar[str] = "lora"  # a folder for diffusers' load_lora_weights
     formats: ClassVar[tuple[str, ...]] = ("pipeline", "lora")
 
     rank: int = 32
@@ -54,7 +54,7 @@ class LoRA:
             raise UserError("target_modules: an empty name; give ends of module paths, for instance attn.to_q")
 
     def load_policy(self, folder: PipelineFolder, device: str, dtype: torch.dtype, targets: LoraTargets) -> Any:
-        """The frozen transformer with an adapter that changes nothing yet. UserError on targets that match nothing."""
+        """Load the frozen transformer, with an adapter whose B = 0. Raises UserError if a target matches no layer."""
         from leapalign.storage.components import load_policy
         from leapalign.tuning.adapter import attach, initialise
         from leapalign.tuning.quantization import compute_in, quantization_config
@@ -85,33 +85,33 @@ class LoRA:
         return base
 
     def initialise(self, policy: Any, seed: int) -> None:
-        """A from the seed and each layer's name, B = 0; the global generators play no part."""
+        """Draw A from the seed and each layer's name, and set B = 0; independent of the global generators."""
         from leapalign.tuning.adapter import initialise
 
         initialise(policy, self.init, seed)
 
     def in_update(self, policy: Any, seed: int, step: int) -> AbstractContextManager[None]:
-        """The update's dropout mask."""
+        """Return a context with the update's dropout masks."""
         from leapalign.tuning.adapter import dropout
 
         return dropout(policy, self.dropout, seed, step) if self.dropout else nullcontext()
 
     def save(self, model: Any, folder: Path) -> None:
-        """One file, pytorch_lora_weights.safetensors, as diffusers' load_lora_weights reads it; float32."""
+        """Write pytorch_lora_weights.safetensors, in float32, for diffusers' load_lora_weights."""
         from leapalign.tuning.adapter import adapter_state
         from leapalign.tuning.files import write_lora
 
         write_lora(folder, adapter_state(model.policy))
 
     def load_tuned(self, model: Any, saved: str, device: str, dtype: str) -> Any:
-        """The run's base with the saved adapter beside it, not merged, in the dtype that is asked for.
+        """Load the run's base in `dtype`, with the saved adapter, not merged.
 
-        Under bfloat16 the base is quantised as in the run, under float32 it is not.
+        In bfloat16 the base is quantised as in the run; in float32 it is not.
         """
         return self._open(model, saved, device, dtype, self.quantization if dtype == "bfloat16" else "none")
 
     def export(self, model: Any, saved: str, target: Path, *, format: str, dtype: str) -> None:
-        """`pipeline`: base and adapter, merged. `lora`: the adapter's file, in another dtype."""
+        """Write base and adapter merged (format "pipeline"), or the adapter's file (format "lora"), in this dtype."""
         import torch
 
         from leapalign.storage.atomic import complete_folder
@@ -129,7 +129,7 @@ class LoRA:
         from leapalign.tuning.files import read_lora
 
         state = read_lora(Path(saved))
-        # the saved B has the scale in it, so here alpha is the rank
+        # the saved B contains the scale, so alpha must be the rank here
         opened = replace(self, alpha=0.0, base_dtype="", quantization=quantization)
         tuned = model.load(device, dtype, opened)
         restore(tuned.policy, state, saved)

@@ -1,7 +1,7 @@
-"""A frozen base in 8 or 4 bits, through diffusers' own quantisation of a part while it is opened.
+"""Quantise a frozen base to 8 or 4 bits, through diffusers' own quantisation of a component while it is loaded.
 
-int8 is torchao's (weights only, one scale a row), which works on CPU and GPU; nf4 is bitsandbytes' (QLoRA's 4 bits,
-arXiv 2305.14314), for which diffusers wants a GPU.
+int8 is torchao's (weights only, one scale per row) and runs on CPU and GPU; nf4 is bitsandbytes' (QLoRA's 4 bits,
+arXiv 2305.14314), for which diffusers requires a GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}
 
 
 def quantization_config(kind: str) -> Any:
-    """diffusers' configuration; None for "none". UserError names the package that is missing."""
+    """Return diffusers' configuration; None for "none". Raises UserError if a package is missing or too old."""
     if kind == "none":
         return None
     package = PACKAGES[kind]
@@ -24,14 +24,14 @@ def quantization_config(kind: str) -> Any:
         raise UserError(f"quantization {kind} needs the package {package}: {remedy}")
     try:
         return _int8() if kind == "int8" else _nf4()
-    except ImportError as error:  # a version that lacks what is asked of it
+    except ImportError as error:  # the installed version is too old
         raise UserError(f"quantization {kind}: this {package} cannot be used ({error}); {remedy}, upgraded") from error
 
 
 def compute_in(policy: Any, dtype: Any) -> None:
-    """Cast what goes into each quantised layer: autocast does not see these layers, and float32 would go through.
+    """Cast the inputs of each quantised layer to `dtype`: autocast ignores these layers, and float32 would remain.
 
-    Activations would take twice the memory, and FLUX, which takes its time's precision from them, other values.
+    float32 activations would double their memory and change FLUX's results, whose timestep takes their dtype.
     """
     from torch import nn
 
@@ -56,9 +56,9 @@ def _nf4() -> Any:
 
 
 def _refuse_without_gpu() -> None:
-    """As diffusers does, and with reason: on a CPU, layers whose input is no multiple of 64 features come out wrong.
+    """Raise UserError without a GPU, like diffusers: on a CPU, layers with inputs not a multiple of 64 are wrong.
 
-    (bitsandbytes 0.50.2: dequantising begins a new block in each row, quantising does not.)
+    In bitsandbytes 0.50.2 dequantising starts a new block in each row; quantising does not.
     """
     import torch
 

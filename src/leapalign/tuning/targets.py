@@ -1,8 +1,8 @@
-"""Which linear layers get an adapter: those that the user names, else the model family's default.
+"""Select the linear layers that get an adapter: those that the user names, else the model family's default.
 
-Names are those of diffusers' transformers. A family's default is attention and feed-forward of every block; embeddings,
-modulation and the last projection are left out: they are small, shared by all tokens, and public LoRA recipes leave
-them alone.
+Names are those of diffusers' transformers. A family's default is attention and feed-forward of every block, without
+embeddings, modulation and the last projection: these are small and shared by all tokens, and public LoRA recipes leave
+them out.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_contex
 
 @dataclass(frozen=True, kw_only=True)
 class LoraTargets:
-    """A family's default layers, as ends of module paths; * is any text."""
+    """A family's default layers, as ends of module paths; * matches any text."""
 
     layers: tuple[str, ...]
-    optional: tuple[str, ...] = ()  # further ones that not every member of the family has
+    optional: tuple[str, ...] = ()  # further layers that some members of the family lack
 
 
 NO_DEFAULT = LoraTargets(layers=())
 
 
 def find_targets(policy: nn.Module, targets: Sequence[str], default: LoraTargets = NO_DEFAULT) -> list[str]:
-    """Full names of the linear layers that `targets` (or the default, where these are empty) select.
+    """List the full names of the linear layers that `targets` select; empty `targets`: those of the default.
 
-    A target is the end of a module's path, as peft has it ("to_q", "attn.to_q"), or its whole; * stands for any text.
-    Raises UserError if one selects no linear layer.
+    A target is a module's path or the end of one, as in peft ("to_q", "attn.to_q"); * matches any text.
+    Raises UserError if a target selects no linear layer, or if there is no default.
     """
     layers = linear_layers(policy)
     wanted, optional = (tuple(targets), ()) if targets else (default.layers, default.optional)
@@ -58,19 +58,19 @@ def find_targets(policy: nn.Module, targets: Sequence[str], default: LoraTargets
 
 
 def linear_layers(policy: nn.Module) -> list[str]:
-    """Full names, in the model's order; quantised linear layers are linear layers too."""
+    """List the full names of all linear layers, quantised ones too, in the model's order."""
     from torch import nn
 
     return [name for name, module in policy.named_modules() if isinstance(module, nn.Linear)]
 
 
 def endings(layers: Sequence[str]) -> list[str]:
-    """Each layer's name behind its block's number, once."""
+    """List the distinct names of layers within their block."""
     return list(dict.fromkeys(_ending(layer) for layer in layers))
 
 
 def _ending(layer: str) -> str:
-    """transformer_blocks.3.ff.net.2 -> ff.net.2"""
+    """Remove list and index of the block: transformer_blocks.3.ff.net.2 -> ff.net.2."""
     parts = layer.split(".")
     return ".".join(parts[2:]) if len(parts) > 2 and parts[1].isdigit() else layer
 
