@@ -1,4 +1,4 @@
-"""Files that are complete or absent: written beside their place, fsynced, renamed into it; and errors of the disk."""
+"""Write files so that they are complete or absent: to a scratch name, fsynced, renamed; and explain disk errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from leapalign.errors import UserError
 
-SCRATCH = ".tmp-"  # what a killed process may leave behind; never read, removed by the next one
+SCRATCH = ".tmp-"  # prefix of unfinished files: a killed process may leave them, the next one removes them unread
 DISK_PROBLEMS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -32,8 +32,8 @@ DISK_PROBLEMS = {
 def complete_folder(target: Path, shared: str = "") -> Iterator[Path]:
     """Yield a scratch folder to fill; when the block ends without error, it becomes `target` in one rename.
 
-    An older `target` is moved away first and then removed. When the block fails, its half is removed: it may be what
-    fills the disk. With `shared`, other processes fill `scratch_folder(target, shared)` as well, and may have begun.
+    An older `target` is first renamed and then deleted. If the block fails, the scratch folder is deleted: it may be
+    what fills the disk. With `shared`, other processes fill the same scratch folder, and may have created it.
     """
     scratch = scratch_folder(target, shared)
     if not shared:
@@ -67,7 +67,7 @@ def remove_folder(target: Path) -> None:
 
 
 def clear_scratch(folder: Path) -> None:
-    """Remove what killed processes left in a folder."""
+    """Remove unfinished files that killed processes left in a folder."""
     for path in folder.glob(f"{SCRATCH}*"):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
@@ -131,7 +131,7 @@ def _free(out: Path, number: int | None) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Put a file's bytes, or a folder's names, on the disk. Windows opens no folder, and syncs what may be written."""
+    """fsync a file or folder. Windows cannot open folders, and syncs only files that are open for writing."""
     windows = os.name == "nt"
     if windows and path.is_dir():
         return

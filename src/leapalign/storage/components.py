@@ -1,7 +1,7 @@
-"""Components of a checked pipeline folder, loaded: models, tokenizers and schedulers.
+"""Load the components of a checked pipeline folder: models, tokenizers and schedulers.
 
-Each is opened through its own class (of diffusers and transformers only, named in model_index.json), from safetensors
-only: nothing that a folder contains is executed.
+Each is loaded by the class that model_index.json names (from diffusers or transformers), from safetensors only: no
+code in a folder is executed.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from leapalign.storage.single_file import load_single_file
 
 
 def load_component(folder: PipelineFolder, name: str, dtype: Any = None, quantization: Any = None) -> Any:
-    """One component (model, tokenizer or scheduler), frozen and in eval mode if it is a model; None if absent.
+    """Load a component: a model (frozen, in eval mode), tokenizer or scheduler; None if absent.
 
-    `quantization` is diffusers' configuration of how the weights are quantised while they are read.
+    `quantization`: diffusers' configuration for quantising the weights while they are read. Raises UserError if files
+    cannot be opened or lack weights.
     """
     if name not in folder.components:
         return None
@@ -35,13 +36,13 @@ def load_component(folder: PipelineFolder, name: str, dtype: Any = None, quantiz
         kind = getattr(importlib.import_module(library), class_name)
         component, info = _from_pretrained(kind, folder.path / name, library, dtype, quantization)
     missing = sorted(info.get("missing_keys", ())) + sorted(map(str, info.get("mismatched_keys", ())))
-    if missing:  # the libraries would fill these with random numbers and go on
+    if missing:  # the libraries would initialise these at random and continue
         raise UserError(f"{folder.path / name} lacks {len(missing)} weights of {class_name}: {', '.join(missing[:3])}")
     return _own_memory(component) if name == TRANSFORMER and quantization is None else component
 
 
 def load_policy(folder: PipelineFolder, device: str, dtype: Any, quantization: Any = None) -> Any:
-    """The transformer where `folder.loading` puts it; a quantised one always on the device."""
+    """Load the transformer to where `folder.loading` says; a quantised one always to `device`."""
     place = folder.loading.policy
     if place == "device" or quantization is not None:
         return load_component(folder, TRANSFORMER, dtype, quantization).to(device)
@@ -49,7 +50,7 @@ def load_policy(folder: PipelineFolder, device: str, dtype: Any, quantization: A
 
 
 def _without_values(folder: PipelineFolder) -> Any:
-    """The transformer of its configuration: parameters on the meta device, everything else made for real."""
+    """Build the transformer from its configuration, with parameters on the meta device and real buffers."""
     from accelerate import init_empty_weights
 
     library, class_name = folder.components[TRANSFORMER]
@@ -60,7 +61,7 @@ def _without_values(folder: PipelineFolder) -> Any:
 
 
 def _own_memory(model: Any) -> Any:
-    """Weights out of the mapped file: how products are rounded on the CPU depends on where in it a tensor begins."""
+    """Copy weights out of the memory-mapped file: on the CPU their alignment in it would change how products round."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()

@@ -1,4 +1,4 @@
-"""Where the shipped folders lie: `embedded:generator`, `embedded:reward`, `embedded:judge`."""
+"""Paths of the shipped folders: `embedded:generator`, `embedded:reward`, `embedded:judge`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ NAMES = ("generator", "reward", "judge")
 
 
 def resolve(path: str) -> str:
-    """The folder behind an `embedded:NAME` path; any other path or hub id comes back as it is."""
+    """Return the folder of an `embedded:NAME` path, and any other path or hub id unchanged.
+
+    Raises UserError for an unknown NAME.
+    """
     if not path.startswith(PREFIX):
         return path
     name = path[len(PREFIX) :]

@@ -1,4 +1,4 @@
-"""One file: its hash, the JSON object in it, and the suffixes of pickles, which are never opened."""
+"""Hash a file, read a JSON object; suffixes of pickles, which pipelines never open and rewards only as tensors."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 from leapalign.errors import UserError
 
-PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})  # unpickling executes what is in the file
+PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})  # unpickling executes code in the file
 
 
 def sha256(path: Path) -> str:
-    """The file's SHA-256, 64 hexadecimal digits."""
+    """Return the file's SHA-256 as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -22,7 +22,7 @@ def sha256(path: Path) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model's folder. Raises UserError if there is none."""
+    """Read the object in a JSON file of a model's folder. Raises UserError if it is missing or not a JSON object."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -1,7 +1,7 @@
-"""The model hub: only the files that are needed, from the cache where they are, and a sentence where they are not.
+"""Fetch needed files from the model hub or its cache, and explain failed downloads in one sentence.
 
-Everything goes through `snapshot_download`: unlike `hf_hub_download` it asks once, so that without a network a file
-that is not in the cache costs no 25 seconds of retries, and under HF_HUB_OFFLINE=1 it does not ask at all.
+All downloads use `snapshot_download`: unlike `hf_hub_download` it sends one request, so that a missing file costs no
+25 seconds of retries without a network; with HF_HUB_OFFLINE=1 it sends none.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ _ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
 def is_hub_id(word: str) -> bool:
-    """`org/name`, or `org/name@revision` with a branch, a tag or a commit, unless the word means a place on disk.
+    """Return True for `org/name` or `org/name@revision` (branch, tag or commit), unless the word is a path on disk.
 
-    Such a word must not be asked of the hub: the answer would be about the network, and a private path would leave the
-    machine.
+    Asking the hub about a path would report a network problem, and send a private path off the machine.
     """
     return _ID.fullmatch(word) is not None and not _means_a_place(word)
 
 
 def _means_a_place(word: str) -> bool:
-    """It begins with `.`, `/` or `~`, or its first part is `runs` or a folder here; not if the hub's cache has it."""
+    """Return True for a path: starts with `.`, `/`, `~`, `runs/`, or with a local folder and is not in the cache."""
     first = word.partition("/")[0]
     if word.startswith((".", "/", "~")) or first == "runs":
         return True
@@ -38,7 +37,7 @@ def _means_a_place(word: str) -> bool:
 
 
 def no_such_place(word: str) -> str:
-    """The sentence for a word that is neither a folder or file here nor a hub id."""
+    """Return the error message for a word that is neither a local path nor a hub id."""
     parent, name = Path(word).expanduser().parent, Path(word).name
     near: list[str] = []
     with suppress(OSError):  # a parent that does not exist or cannot be read suggests nothing
@@ -51,7 +50,7 @@ def no_such_place(word: str) -> str:
 
 
 def split_id(hub_id: str) -> tuple[str, str]:
-    """`org/name@revision` -> name, revision; without one it is `main`."""
+    """Split `org/name@revision` into (org/name, revision); the default is `main`. Raises UserError if it is no id."""
     match = _ID.fullmatch(hub_id)
     if match is None:
         raise UserError(f"{hub_id!r} is no hub id; expected org/name or org/name@revision")
@@ -59,7 +58,7 @@ def split_id(hub_id: str) -> tuple[str, str]:
 
 
 def snapshot(hub_id: str, patterns: Sequence[str], ignore: Sequence[str] = (), repo_type: RepoType = "model") -> Path:
-    """The folder of the hub's cache with these files (glob patterns); fetches missing ones. Raises UserError."""
+    """Fetch missing files (glob patterns) and return their folder in the hub's cache. Raises UserError if it fails."""
     from huggingface_hub import snapshot_download
 
     repo, revision = split_id(hub_id)
@@ -68,23 +67,23 @@ def snapshot(hub_id: str, patterns: Sequence[str], ignore: Sequence[str] = (), r
             repo, repo_type=repo_type, revision=revision, allow_patterns=[*patterns], ignore_patterns=[*ignore]
         )
         return Path(folder)
-    except Exception as error:  # of requests, httpx or httpx2, of xet or the disk: whichever the hub's client uses
+    except Exception as error:  # from requests, httpx, xet or the disk, depending on the hub client's version
         raise UserError(f"{hub_id}: {explain(hub_id, error, repo_type)}") from error
 
 
 def find_file(hub_id: str, file: str) -> str | None:
-    """The local path of one file; None if it does not exist or cannot be had now."""
+    """Return the local path of one file, fetched if missing; None if it does not exist or cannot be fetched."""
     if not is_hub_id(hub_id):
         return None
     try:
         found = snapshot(hub_id, [file]) / file
-    except UserError:  # the caller knows what the file is for, and says so
+    except UserError:  # the caller reports it, because it knows what the file is for
         return None
     return str(found) if found.is_file() else None
 
 
 def cached_folder(hub_id: str) -> Path | None:
-    """The snapshot that is in the cache, as far as it is there; asks nobody."""
+    """Return the snapshot's folder in the hub's cache, perhaps incomplete; None if absent. Sends no request."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -96,12 +95,12 @@ def cached_folder(hub_id: str) -> Path | None:
 
 
 def commit_of(folder: Path) -> str:
-    """The commit of a folder inside the hub's cache; empty for any other folder."""
+    """Return the commit of a folder in the hub's cache; empty for any other folder."""
     return folder.name if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name) else ""
 
 
 def explain(hub_id: str, error: Exception, repo_type: RepoType = "model") -> str:
-    """The cause of a failed download and its remedy: one sentence for each way in which the hub can fail."""
+    """Return one sentence with the cause of a failed download and its remedy."""
     repo, revision = split_id(hub_id)
     page = f"https://huggingface.co/{'datasets/' if repo_type == 'dataset' else ''}{repo}"
     option, cache = "--repo-type dataset " if repo_type == "dataset" else "", _cache()
@@ -117,7 +116,7 @@ def explain(hub_id: str, error: Exception, repo_type: RepoType = "model") -> str
 
 _NETWORK = {"ConnectError", "TimeoutException", "ConnectionError", "Timeout", "NetworkError", "ProxyError"}
 _TOKENS = "https://huggingface.co/settings/tokens"
-# The first that applies; kinds are the names of the error's classes and of those of its causes.
+# `explain` uses the first that applies. kinds: class names, with base classes, of the error and its causes.
 _SENTENCES: tuple[tuple[Callable[[set[str], int, list[Any]], bool], str], ...] = (
     (
         lambda kinds, status, causes: "GatedRepoError" in kinds,

@@ -1,8 +1,8 @@
-"""The identity of weights and other files: what they hold, whatever their name, place and time.
+"""Hash the content of weights and other files, independent of their names, places and times.
 
-Reading 40 GB of weights to compare them would take minutes, so of a safetensors file every tensor is sampled: small
-tensors whole, of larger ones four pieces. A tensor that was trained, replaced or converted differs in every piece; an
-edit of a few numbers between the pieces of a large tensor is not seen.
+Reading 40 GB of weights would take minutes, so each tensor of a safetensors file is sampled: small tensors whole, large
+ones in four pieces. A tensor that was trained, replaced or converted differs in every piece; an edit of a few numbers
+between the pieces of a large tensor goes unnoticed.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from leapalign.storage.files import PICKLES, read_json
 from leapalign.storage.safetensors_header import read_header
 
 PIECE = 64 * 2**10  # bytes
-PIECES = 4  # of a tensor; of a file that is no safetensors file and above WHOLE: 4 * 256
+PIECES = 4  # per tensor; per other file larger than WHOLE: 4 * 256
 WHOLE = 256 * 2**20  # bytes; other files up to this size are read whole
 SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja"}) | PICKLES
 INDEX = "model_index.json"
 
 
 def content_identity(file: Path) -> str:
-    """SHA-256 over the file's size and samples of its content, 64 hexadecimal digits. Raises OSError."""
+    """Return SHA-256 of the file's size and content samples, as 64 hexadecimal digits. Raises OSError."""
     size = file.stat().st_size
     digest = hashlib.sha256(f"{size}\n".encode())
     with file.open("rb") as stream:
@@ -33,9 +33,9 @@ def content_identity(file: Path) -> str:
 
 
 def folder_identity(folder: Path) -> dict[str, str]:
-    """Relative path -> identity, of the settings and weights in a folder and the folders in it.
+    """Relative path -> `content_identity`, for settings and weights in a folder and its direct subfolders.
 
-    Of a diffusers pipeline: those of the components that its index names. A hidden folder does not count.
+    For a diffusers pipeline: its index, and the components that the index names. Skips hidden folders.
     """
     return {file.relative_to(folder).as_posix(): content_identity(file) for file in sorted(_files(folder))}
 
@@ -52,11 +52,11 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _samples(file: Path, size: int) -> Iterator[tuple[int, int]]:
-    """(first byte, number of bytes) of each sample."""
+    """Yield (first byte, number of bytes) of each sample."""
     if file.suffix == ".safetensors":
         try:
             header = read_header(file)
-        except ValueError:  # whoever opens it says what is wrong with it
+        except ValueError:  # opening the file reports it
             header = {}
         ends = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
         if ends:
@@ -69,7 +69,7 @@ def _samples(file: Path, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _pieces(start: int, length: int, pieces: int, piece: int) -> Iterator[tuple[int, int]]:
-    """All of a stretch of bytes, or that many pieces at equal distances, the first and the last byte among them."""
+    """Yield `length` bytes whole if short, else `pieces` evenly spaced samples that include first and last byte."""
     if length <= pieces * piece:
         yield start, length
         return

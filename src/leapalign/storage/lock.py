@@ -1,4 +1,4 @@
-"""One process per run folder: a lock that the operating system releases when its holder dies, however it dies."""
+"""Allow one process per run folder, by a lock that the operating system releases when its holder exits or is killed."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from filelock import FileLock, Timeout
 
 from leapalign.errors import UserError
 
-LOCK = ".lock"  # stays in the folder: deleting it would let two processes lock two files of one name
+LOCK = ".lock"  # never deleted: two processes could then lock two files of the same name
 HOLDER = ".lock-holder"  # the holder's process id and host; a killed holder leaves it
 WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # some network file systems
 
 
 @contextmanager
 def run_lock(out: Path) -> Iterator[None]:
-    """Hold RUN/.lock inside. Raises UserError that names the process that holds it, if another one does.
+    """Hold RUN/.lock while open. Raises UserError, which names the holder, if another process holds it.
 
-    On a file system without locks, a warning on stderr is all that is possible.
+    On a file system without locks, prints a warning to stderr instead.
     """
     lock = FileLock(out / LOCK, timeout=0)
     try:
@@ -31,7 +31,7 @@ def run_lock(out: Path) -> Iterator[None]:
     except Timeout:
         way_out = "wait for it, or stop it (`kill PID`: it saves and can be resumed)"
         raise UserError(f"{out}: {_holder(out)} works on this run; {way_out}") from None
-    except (OSError, NotImplementedError) as error:  # the latter: an older filelock, instead of ENOSYS
+    except (OSError, NotImplementedError) as error:  # older filelock raises NotImplementedError instead of ENOSYS
         if isinstance(error, OSError) and error.errno not in WITHOUT_LOCKS:
             raise
         print(f"{out}: this file system has no locks; start one process on this run only", file=sys.stderr)
@@ -46,5 +46,5 @@ def run_lock(out: Path) -> Iterator[None]:
 def _holder(out: Path) -> str:
     try:
         return (out / HOLDER).read_text(encoding="utf-8", errors="replace")[:200] or "another process"
-    except FileNotFoundError:  # it has just begun, or just ends
+    except FileNotFoundError:  # the holder is just starting or ending
         return "another process"

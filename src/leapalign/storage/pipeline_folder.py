@@ -1,7 +1,6 @@
-"""A diffusers pipeline, folder or hub id: found, checked before anything is loaded, and written whole.
+"""Find a diffusers pipeline (folder or hub id), check it before anything is loaded, and write it completely.
 
-Its components are loaded by `components.py`. The transformer's weights may come from a file of their own
-(`single_file.py`).
+`components.py` loads its components. The transformer's weights may come from a separate file (`single_file.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ INDEX = "model_index.json"
 TRANSFORMER = "transformer"
 _LIBRARIES = ("diffusers", "transformers")
 _NOT_OPENED = PICKLES | {".msgpack", ".h5", ".onnx"}
-# What a component is made of: its own weights, whole or in shards, and small text files. Not: other precisions
+# Files of a component: its weights, in one file or in shards, and small text files. Excluded: other precisions
 # (model.fp16.safetensors), pickles, and the authors' checkpoints beside the components.
 _WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
 _WEIGHTS += tuple(f"diffusion_pytorch_{name}" for name in _WEIGHTS)
@@ -36,10 +35,10 @@ VARIANTS = ("*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*", "*.no
 
 @dataclass(frozen=True, kw_only=True)
 class Loading:
-    """How the components of a pipeline are loaded: by default from its files, the policy straight to its device."""
+    """How the components of a pipeline are loaded: by default from its files, the policy directly to its device."""
 
-    component: Callable[[PipelineFolder, str, Any], Any] | None = None  # (folder, name, dtype): in place of the files
-    policy: Literal["device", "cpu", "meta"] = "device"  # where the policy's weights are read to; meta: shapes only
+    component: Callable[[PipelineFolder, str, Any], Any] | None = None  # (folder, name, dtype) -> component; not files
+    policy: Literal["device", "cpu", "meta"] = "device"  # the device that policy weights are read to; meta: shapes only
 
 
 FROM_FILES = Loading()
@@ -62,7 +61,10 @@ def open_folder(
     transformer_file: str = "",
     loading: Loading = FROM_FILES,
 ) -> PipelineFolder:
-    """Find and check the folder of a `pipeline_class` with these components; reads headers only. Raises UserError."""
+    """Find and check a `pipeline_class`'s folder with the `required` components, by reading headers only.
+
+    Raises UserError if it is missing, incomplete, damaged, or of another class.
+    """
     weights = check_file(transformer_file) if transformer_file else None
     folder = locate(path, with_transformer=weights is None)
     index = read_json(folder / INDEX)
@@ -85,7 +87,7 @@ def quantised_by(folder: PipelineFolder) -> str:
 
 
 def components_of(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """component -> (library, class), of a model_index.json; components that are null there are left out."""
+    """Component -> (library, class), from a model_index.json; null components are left out. Raises UserError."""
     components = {name: (p[0], p[1]) for name, p in index.items() if isinstance(p, list) and len(p) == 2 and p[1]}
     for name, component in components.items():
         if not all(isinstance(word, str) for word in component) or Path(name).name != name:
@@ -96,7 +98,10 @@ def components_of(index: dict[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def save_with(folder: PipelineFolder, policy: Any, target: str | Path, policy_component: str = "transformer") -> None:
-    """Write the whole pipeline to `target`: the policy's weights, every other component copied. Whole or not at all."""
+    """Write a complete pipeline to `target`, or nothing: save the policy, copy all other components.
+
+    Raises UserError if `target` is the base's folder, or exists and is neither empty nor a pipeline.
+    """
     target = Path(os.path.abspath(target))  # new/.. is the working folder once new is made, and would be replaced
     _check_target(target, folder.path)
     with complete_folder(target) as partial:
@@ -109,7 +114,10 @@ def save_with(folder: PipelineFolder, policy: Any, target: str | Path, policy_co
 
 
 def locate(path: str, *, with_transformer: bool = True) -> Path:
-    """The local folder behind a folder, `embedded:NAME`, or a hub id (fetched, if it is not in the cache)."""
+    """Return the local folder of a path, `embedded:NAME`, or a hub id (fetched if not in the cache).
+
+    Raises UserError if there is none, or if it is not a diffusers pipeline.
+    """
     from leapalign.storage.embedded import resolve
 
     resolved = Path(resolve(path)).expanduser()
@@ -134,7 +142,7 @@ def locate(path: str, *, with_transformer: bool = True) -> Path:
 
 
 def needed_files(components: Iterable[str], *, with_transformer: bool = True) -> list[str]:
-    """Glob patterns of what a pipeline of these components needs; `VARIANTS` are to be left out of what they match."""
+    """Return glob patterns of the files that a pipeline with these components needs; also exclude `VARIANTS`."""
     patterns = [INDEX, "LICENSE*"]
     for component in components:
         names = (*_TEXTS, *_WEIGHTS) if component != TRANSFORMER or with_transformer else ("config.json",)
@@ -153,7 +161,7 @@ def _fetch(hub_id: str, with_transformer: bool) -> Path:
 
 
 def check_component(component: Path, library: str, *, with_weights: bool = True) -> None:
-    """Whole and readable, as far as it shows without loading. Raises UserError."""
+    """Check a component without loading its weights. Raises UserError if files are missing or damaged."""
     if library not in _LIBRARIES:
         raise UserError(f"{component.name} in {component.parent} comes from {library!r}; expected one of {_LIBRARIES}")
     if not component.is_dir():
@@ -191,7 +199,7 @@ def is_variant(file: Path) -> bool:
 
 
 def shards_of(index: Path) -> list[str]:
-    """The files that a *.safetensors.index.json names: beside it, and nowhere else."""
+    """List the shards that a *.safetensors.index.json names. Raises UserError if one is not in the index's folder."""
     named = read_json(index).get("weight_map")
     if not isinstance(named, dict) or not all(isinstance(shard, str) for shard in named.values()):
         raise UserError(f"{index} has no weight_map from weights to file names; copy it again")
@@ -208,9 +216,9 @@ def _check_target(target: Path, source: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Contents only: permissions of a read-only installation and links of the hub cache stay behind.
+    """Copy the files' contents, without a read-only installation's permissions or the hub cache's links.
 
-    So do weights that nothing opens: pickles, and other precisions of the same weights.
+    Skips weights that are never opened: pickles, and other precisions of the same weights.
     """
     for file in sorted(source.rglob("*")):
         if file.is_file() and file.suffix not in _NOT_OPENED and not is_variant(file):

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, without its weights: what is in it, and whether the file is as long as it says."""
+"""Read a safetensors file's header without its weights, and check the file's length against it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Header = dict[str, dict[str, Any]]  # tensor -> {"dtype", "shape", "data_offsets
 
 
 def read_header(file: Path) -> Header:
-    """Raises ValueError, with the reason, unless the header is sound and exactly as many bytes as it announces follow.
+    """Read and check the header. Raises ValueError if it is invalid or the file's length differs from the header's.
 
-    Sound is what safetensors itself opens: known number types, shapes that fill their bytes, nothing twice or between.
+    Valid means that safetensors opens it: known dtypes, shapes that fill their bytes, no overlaps or gaps.
     """
     if file.is_dir():
         raise ValueError("is a folder, not a file")
@@ -34,7 +34,7 @@ def read_header(file: Path) -> Header:
 
 
 def check_safetensors(file: Path) -> None:
-    """Header sound, and exactly as many bytes behind it as it announces: finds every truncated copy."""
+    """Raise UserError for an invalid header or a length that differs from the header's, as in a truncated copy."""
     try:
         read_header(file)
     except OSError as error:

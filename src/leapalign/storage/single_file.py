@@ -1,7 +1,7 @@
-"""A transformer from one safetensors file, in diffusers' key names or in those of its authors' own repository.
+"""Load a transformer from one safetensors file, with diffusers' key names or those of its authors' repository.
 
-The file says nothing about the architecture: config.json of the pipeline's folder does. diffusers' converters do the
-renaming; here is only what they leave out: no tensor may be missing (it would stay without memory) or be left over.
+config.json of the pipeline's folder defines the architecture. diffusers' converters apply the key map; this file adds a
+check that no tensor is missing (it would stay on the meta device) or left over.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from leapalign.errors import UserError
 from leapalign.storage.safetensors_header import check_safetensors, read_header
 
 LORA_MARKS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.")
-# Components that checkpoints of a whole pipeline carry besides the transformer; they come from the folder.
+# Prefixes of other components in checkpoints of a whole pipeline; these components are loaded from the folder instead.
 OTHER_COMPONENTS = ("first_stage_model.", "text_encoders.", "vae.", "conditioner.", "cond_stage_model.")
 
 
 def check_file(path: str) -> Path:
-    """Before anything is loaded: there, safetensors, and as long as its header says."""
+    """Check a transformer file before anything is loaded, and return its path.
+
+    Raises UserError if it is missing, not safetensors, truncated, or a LoRA.
+    """
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"transformer_file {file}: there is no such file; give a .safetensors file, or leave it empty")
@@ -40,7 +43,7 @@ def refuse_lora(file: Path) -> None:
 
 
 def load_single_file(kind: Any, file: Path, config_folder: Path, dtype: Any) -> Any:
-    """A `kind` of that folder's configuration with the file's weights. Raises UserError unless they fill it exactly."""
+    """Load a `kind` with that folder's configuration and the file's weights. Raises UserError unless all keys match."""
     from safetensors.torch import load_file
     from torch import nn
 
@@ -49,9 +52,9 @@ def load_single_file(kind: Any, file: Path, config_folder: Path, dtype: Any) -> 
         raise UserError(f"transformer_file: diffusers opens no single file as {name}; leave it empty, give a folder")
     weights = {key: weight for key, weight in load_file(file).items() if not key.startswith(OTHER_COMPONENTS)}
     try:
-        # the converters take out of `weights` what they use; what stays there has no place in the model
+        # the converters remove used entries from `weights`; the model has no place for those that remain
         model = kind.from_single_file(weights, config=str(config_folder), local_files_only=True)  # in float32
-    except Exception as error:  # KeyError, IndexError, ValueError, RuntimeError: whichever line of the converter it is
+    except Exception as error:  # the converters raise KeyError, IndexError, ValueError or RuntimeError
         raise UserError(
             f"transformer_file {file} cannot be opened as {name} ({_reason(error)}) with the sizes that "
             f"{config_folder / 'config.json'} says; expected the weights of this very architecture, in diffusers' or "
@@ -62,12 +65,12 @@ def load_single_file(kind: Any, file: Path, config_folder: Path, dtype: Any) -> 
             f"transformer_file {file} holds {len(unused)} weights for which {name} has no place, e.g. {unused[0]}; "
             "expected a file of this very architecture that is not quantised"
         )
-    return nn.Module.to(model, dtype)  # not diffusers' own, which warns without a cause
+    return nn.Module.to(model, dtype)  # diffusers' own `to` warns without a cause
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"it has no {error}"
-    if isinstance(error, NotImplementedError):  # torch's word for weights without memory: nothing was there for them
+    if isinstance(error, NotImplementedError):  # torch's error for weights left on the meta device
         return "weights are missing"
     return str(error) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Prompts that are longer than what a text encoder or a reward reads: counted, and told once at the start."""
+"""Count prompts that are longer than a text encoder or a reward reads, for a warning at the start."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class TooLong:
-    """How many texts are longer than what is read of them."""
+    """Number of texts that are longer than a token limit."""
 
     count: int
-    limit: int  # tokens that are read, special ones included
+    limit: int  # tokens read per text, special ones included
 
 
 def count_longer(tokenizer: Any, texts: Sequence[str], limit: int) -> TooLong:
@@ -22,7 +22,7 @@ def count_longer(tokenizer: Any, texts: Sequence[str], limit: int) -> TooLong:
 
 
 def sentence(reader: str, found: TooLong, total: int) -> str:
-    """Say how many of `total` prompts the reader (an encoder, a reward) cuts off."""
+    """Return a sentence with the number of `total` prompts that the reader (an encoder, a reward) truncates."""
     return (
         f"{reader} reads {found.limit} tokens of a prompt: "
         f"{found.count} of {total} prompts are longer and are truncated"
