@@ -160,7 +160,7 @@ def _traffic(planned: Planned, forwards: Forwards) -> list[str]:
 
 
 def _fits(peak: int, device: str) -> bool:
-    """Whether the peak fits the device; True if the device's memory is unknown."""
+    """Return True if the peak fits the device, or if the device's memory is unknown."""
     return not 0 < _capacity(device) < peak
 
 

@@ -123,7 +123,7 @@ def _check_tokenizer(folder: Path, name: str, components: dict[str, tuple[str, s
 
 
 def _is_shortened(said: str, prompt: str) -> bool:
-    """Whether `said` has only words of the prompt, in the prompt's order, and at least one."""
+    """Return True if `said` has only words of the prompt, in the prompt's order, and at least one."""
     words = iter(prompt.lower().split())
     return bool(said.split()) and all(word in words for word in said.lower().split())
 
