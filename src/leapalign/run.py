@@ -1,6 +1,6 @@
-"""A run: everything that decides what a training run does, as one frozen value that run.json replays exactly.
+"""`Run`: all settings of a training run, as one frozen value that run.json replays exactly.
 
-Plug-ins (model, method, rewards, prompts, tuning) are frozen dataclasses that match a protocol of their folder's
+Plug-ins (model, method, rewards, prompts, tuning) are frozen dataclasses that match the protocol in their folder's
 base.py. The type checker sees the protocols; at runtime the fields are `Any`, and this file imports no plug-in.
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from leapalign.tuning.base import Tuning
 
     AnyMethod = Method[Any]
-else:  # what the codec and the command line resolve the annotations to
+else:  # the types that the codec and the command line see
     AnyMethod = ModelConfig = Prompts = RewardConfig = Tuning = Any
 
 
@@ -40,16 +40,16 @@ class RewardTerm:
     reward: RewardConfig  # a dataclass of leapalign.rewards
     threshold: float  # lambda, Eq. 11: samples above it have no gradient
     weight: float = 1.0
-    unit_gradient: bool = False  # bring its gradient at each sample's latent to the norm 1, before the weight
-    device: str = ""  # where it is computed; empty = where the model is
-    dtype: Literal["", "float32", "bfloat16"] = ""  # of its weights; empty = the run's. Scores are float32 in any case
+    unit_gradient: bool = False  # scale its gradient at each sample's latent to norm 1, before the weight
+    device: str = ""  # device of the reward; empty = the model's
+    dtype: Literal["", "float32", "bfloat16"] = ""  # of its weights; empty = the run's. Scores are always float32
 
     def __post_init__(self) -> None:
         check_fields(self)
 
 
 def _takes_former_names(cls: type[R]) -> type[R]:
-    """Let the constructor take a field by its former name too, as run.json and the command line do."""
+    """Let the constructor accept former field names too, as run.json and the command line do."""
     init = cls.__init__
 
     @functools.wraps(init)
@@ -65,50 +65,50 @@ def _takes_former_names(cls: type[R]) -> type[R]:
 class Run:
     """What to train, on what, how and how long. The defaults are the paper's (Sec. 6.1) where it states them."""
 
-    name: str  # shown in reports; names nothing on disk
+    name: str  # shown in reports only
     model: ModelConfig  # a dataclass of leapalign.models
     method: AnyMethod  # a dataclass of leapalign.methods
     rewards: tuple[RewardTerm, ...]
     prompts: Prompts  # a dataclass of leapalign.prompts
-    out: str  # the run's folder; must not exist or be empty
+    out: str  # the run's folder; must be new or empty
     tuning: Tuning = FULL  # which weights are trained: a dataclass of leapalign.tuning
     steps: int = 300  # updates
-    batch_size: int = 64  # samples an update
-    micro_batch_size: int = 1  # samples at a time; divides batch_size and changes no result
-    samples_per_draw: int = 0  # neighbours that share one draw (k, j, ...); a multiple of micro_batch_size, 0 = all
+    batch_size: int = 64  # samples per update
+    micro_batch_size: int = 1  # samples at a time; divides batch_size, changes no result
+    samples_per_draw: int = 0  # neighbours that share a draw (k, j, ...); a multiple of micro_batch_size; 0 = all
     num_sampling_steps: int = 25  # T of the training rollout
     learning_rate: float = 1e-5
-    warmup_steps: int = 0  # updates over which the learning rate rises in a straight line to its value; 0 = none
-    decay_steps: int = 0  # updates over which it then falls, as half a cosine, to a tenth of its value; 0 = it stays
+    warmup_steps: int = 0  # updates of linear learning-rate warm-up; 0 = none
+    decay_steps: int = 0  # updates of cosine decay to a tenth after the warm-up; 0 = constant
     betas: tuple[float, float] = (0.9, 0.999)
-    adam_eps: float = 1e-8  # AdamW's term in the denominator (the paper states none; torch's default)
+    adam_eps: float = 1e-8  # AdamW's epsilon (not in the paper; torch's default)
     weight_decay: float = 1e-4
-    decay_biases_and_norms: bool = True  # False: weights with one axis have no weight decay (the paper states neither)
-    max_grad_norm: float = 1.0  # 0 = no clipping (the paper states none; public code clips at 1)
-    ema_decay: float = 0.995  # of the weights that are saved and evaluated; 0 = no averaging
-    graph: Literal["all", "blocks", "inputs"] = "all"  # what the rollout keeps for the backward pass
+    decay_biases_and_norms: bool = True  # False: no weight decay for 1-D weights (not in the paper)
+    max_grad_norm: float = 1.0  # 0 = no clipping (not in the paper; public code clips at 1)
+    ema_decay: float = 0.995  # of the averaged weights, which are saved and evaluated; 0 = no averaging
+    graph: Literal["all", "blocks", "inputs"] = "all"  # activations kept for the backward pass (flow/graph.py)
     reward_chunk: int = 0  # samples decoded and scored at a time; 0 = the micro-batch
     pixel_gradient: Literal["straight-through", "clamp"] = (
-        "straight-through"  # of pixels that are decoded outside [0, 1]
+        "straight-through"  # gradient of pixels decoded outside [0, 1]
     )
     seed: int = 0
-    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto = cuda where there is one
+    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto = cuda if available
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 computes in it over float32 weights
-    checkpoint_every: int = 50  # steps; the last step always saves
+    checkpoint_every: int = 50  # steps; the last step is always saved
     keep_checkpoints: int = 2
-    async_checkpoints: bool = True  # copied to CPU memory at once and written beside the training
-    max_hours: float = 0.0  # of one process: it stops in time to save, with exit status 75; 0 = no limit
-    max_nonfinite_batches: int = 0  # batches of NaN or infinity that are left out and counted before the run stops
-    self_checks: bool = True  # at start-up and at the first save; seconds
+    async_checkpoints: bool = True  # copied to CPU memory, then written while training continues
+    max_hours: float = 0.0  # per process, which saves in time and exits with status 75; 0 = no limit
+    max_nonfinite_batches: int = 0  # batches with NaN or infinity to skip before the run stops
+    self_checks: bool = True  # at start-up and at the first save; takes seconds
     sharding: Literal["auto", "replicate", "full", "hybrid"] = "auto"  # of the weights over ranks (docs/distributed.md)
-    shard_ranks: int = 0  # hybrid: ranks that share one copy of the weights; 0 = those of a machine
-    gather_dtype: Literal["float32", "bfloat16"] = "float32"  # of trained weights when shards are gathered
-    gather_in_rollout: bool = False  # sharded weights stay whole between forwards without graph: memory for traffic
-    shard_rewards: tuple[str, ...] = ()  # names of rewards whose weights are spread over the ranks too: hpsv3, ...
-    shard_text_encoders: bool = False  # spread them over the ranks while prompts are encoded
-    evaluate_every: int = 10  # steps between two scores of the averaged weights on fixed prompts and noise; 0 = never
-    evaluation_size: int = 32  # samples of that fixed set
-    evaluation_seed: int = 0  # of that fixed set: not of the run, so that runs compare
+    shard_ranks: int = 0  # hybrid: ranks that share one copy of the weights; 0 = ranks per machine
+    gather_dtype: Literal["float32", "bfloat16"] = "float32"  # dtype in which trained shards are gathered
+    gather_in_rollout: bool = False  # keep weights gathered between forwards without graph: more memory, less traffic
+    shard_rewards: tuple[str, ...] = ()  # names of rewards to shard over the ranks: hpsv3, ...
+    shard_text_encoders: bool = False  # shard text encoders over the ranks while encoding
+    evaluate_every: int = 10  # steps between evaluations of the averaged weights on the fixed set; 0 = never
+    evaluation_size: int = 32  # samples of the fixed set
+    evaluation_seed: int = 0  # seed of the fixed set, apart from the run's so that runs compare
 
     renamed_fields: ClassVar[Mapping[str, str]] = {  # former name -> name; both are read
         "probe_every": "evaluate_every",
@@ -133,13 +133,13 @@ class Run:
             raise UserError("out: a run needs a folder, for instance runs/first")
 
 
-# What may differ between a run and its resumption: none of these changes a step that both take.
+# Settings that may change on resuming: none changes a step that both runs take.
 FREE_FIELDS = frozenset(
     {"name", "out", "steps", "checkpoint_every", "keep_checkpoints", "async_checkpoints"}
     | {"max_hours", "max_nonfinite_batches", "self_checks", "sharding", "shard_ranks", "gather_in_rollout"}
     | {"shard_rewards", "shard_text_encoders"}
 )
-MOST = 10**9  # of anything that is counted: beyond it is a slip of the hand, or a file that lies
+MOST = 10**9  # upper limit of all counts, to catch typing errors and corrupt files
 _LEAST = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "num_sampling_steps": 1, "checkpoint_every": 1}
 _LEAST |= {"keep_checkpoints": 1, "evaluation_size": 1, "samples_per_draw": 0, "reward_chunk": 0, "evaluate_every": 0}
 _LEAST |= {"warmup_steps": 0, "decay_steps": 0, "max_nonfinite_batches": 0, "shard_ranks": 0}
@@ -167,7 +167,7 @@ def _check_reals(run: Run) -> None:
 
 
 def _check_geometry(run: Run) -> None:
-    """batch = whole micro-batches, and no draw is cut by a micro-batch: so accumulation changes no result."""
+    """Raise UserError unless micro-batches divide the batch and the draws, so that accumulation changes no result."""
     batch, micro, share = run.batch_size, run.micro_batch_size, run.samples_per_draw
     if batch % micro:
         sizes = [m for m in range(1, batch + 1) if batch % m == 0]
@@ -183,29 +183,29 @@ def _check_geometry(run: Run) -> None:
 
 
 def nearest_multiples(value: int, unit: int) -> str:
-    """The next multiple down, or up."""
+    """Nearest multiples of `unit` below and above `value`, as text."""
     below = value // unit * unit
     return f"{below} or {below + unit}" if below else f"{unit}"
 
 
 def nearest(choices: list[int], value: int) -> str:
-    """Of ascending choices that begin with 1: the next one down, or up, from a value that is none of them."""
+    """Nearest allowed values below and above `value`, as text; `choices` ascend from 1."""
     below, above = max(c for c in choices if c <= value), [c for c in choices if c > value]
     return f"{below} or {above[0]}" if above else f"{below}"
 
 
 def trajectory(record: dict[str, Any]) -> dict[str, Any]:
-    """The part of a run's JSON that decides its numbers: all but where it is written and how often."""
+    """Return the part of a run's JSON that determines its numbers: all but FREE_FIELDS."""
     return {key: value for key, value in record.items() if key not in FREE_FIELDS}
 
 
 def config_hash(record: dict[str, Any]) -> str:
-    """sha256 of a run's JSON, as `leapalign.codec.encode` makes it, without the fields that change no number."""
+    """Return the sha256 of a run's JSON (from `leapalign.codec.encode`), without fields that change no number."""
     return hashlib.sha256(json.dumps(trajectory(record), sort_keys=True).encode()).hexdigest()
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """The leaves in which two JSON values differ, as `a.b: 1 -> 2`."""
+    """List the leaves in which two JSON values differ, as `a.b: 1 -> 2`."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = sorted(old.keys() | new.keys())
         return [d for k in keys for d in differences(old.get(k), new.get(k), f"{where}.{k}".lstrip("."))]

@@ -1,8 +1,8 @@
-"""Dataclasses to JSON and back, strictly: what run.json holds replays the run, and a typo in it is an error.
+"""Convert dataclasses to JSON and back, strictly: run.json replays the run, and a typo in it is an error.
 
-Each plug-in names its class: {"type": "leapalign.methods.leapalign.LeapAlign", ...}. Reading imports nothing but
-modules of leapalign, each in its own folder. A class of the user's own file is recorded as "my_recipe.py:MyReward" and
-is found only when the user gives that file again: a run.json never runs code by itself.
+Each plug-in names its class: {"type": "leapalign.methods.leapalign.LeapAlign", ...}. Reading imports only modules of
+leapalign, each from its field's folder. A user-defined class is recorded as "my_recipe.py:MyReward" and found only if
+the user gives that file again: a run.json never runs code by itself.
 """
 
 from leapalign.codec.messages import suggestion

@@ -1,4 +1,4 @@
-"""Places and values in words, for messages about a run's settings."""
+"""Describe places and values in error messages about a run's settings."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class PluginKind:
-    """A field that takes a plug-in: where the package's own classes are, and how each class is called."""
+    """A field that takes a plug-in: the folder of its built-in classes, and the methods that are called."""
 
-    folder: str  # of leapalign
-    calls: Mapping[str, int]  # method -> number of arguments that it must take
+    folder: str  # in leapalign
+    calls: Mapping[str, int]  # method -> number of positional arguments
 
 
-KINDS = {  # by name of the field
+KINDS = {  # by field name
     "model": PluginKind("models", {"load": 4}),  # device, dtype, tuning, loading
     "method": PluginKind("methods", {"draw": 3, "__call__": 4}),
     "reward": PluginKind("rewards", {"load": 2}),  # device, dtype
@@ -30,9 +30,9 @@ KINDS = {  # by name of the field
 
 @dataclass(frozen=True)
 class Where:
-    """The place of a value, for messages: `run.json: rewards[0].reward`."""
+    """Place of a value in messages: `run.json: rewards[0].reward`."""
 
-    source: str  # a file, or the word that the user typed; empty: a value in Python
+    source: str  # a file or a command-line argument; empty: a value in Python
     path: str = ""
 
     def key(self, name: str) -> Where:
@@ -47,7 +47,7 @@ class Where:
 
     @property
     def kind_of(self) -> str:
-        """` of leapalign.models`, for the field `model`."""
+        """Return ` of leapalign.models` for the field `model`."""
         return f" of leapalign.{self.kind.folder}" if self.kind else ""
 
     def __str__(self) -> str:
@@ -55,13 +55,13 @@ class Where:
 
 
 def suggestion(word: Any, choices: Iterable[Any]) -> str:
-    """'; did you mean x?' where one of the choices is close, else nothing."""
+    """Return '; did you mean x?' if one of the choices is close, else an empty string."""
     near = difflib.get_close_matches(str(word), [str(choice) for choice in choices], n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def described(value: Any) -> str:
-    """A value that came in place of another, in a few words: `a text "abc"`, `the class SD3`, `a Flux`."""
+    """Describe an unexpected value briefly: `a text "abc"`, `the class SD3`, `a Flux`."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     if value is None:
@@ -82,7 +82,7 @@ def kind_word(kind: Any) -> str:
 
 
 def short(value: Any) -> str:
-    """JSON of a value, or what Python calls it, cut to 60 characters."""
+    """Return a value's JSON, or its repr, cut to 60 characters."""
     try:
         text = json.dumps(value)
     except (TypeError, ValueError):
@@ -95,17 +95,17 @@ def listed(items: Iterable[Any]) -> str:
 
 
 def call_of(cls: Any) -> str:
-    """A dataclass with its required fields: `RewardTerm(reward=..., threshold=...)`."""
+    """Return a dataclass call with its required fields: `RewardTerm(reward=..., threshold=...)`."""
     return f"{cls.__name__}({', '.join(f'{name}=...' for name in required(cls))})"
 
 
 def required(cls: Any) -> list[str]:
-    """Names of the fields without a default."""
+    """List the names of fields without a default."""
     missing = dataclasses.MISSING
     return [f.name for f in dataclasses.fields(cls) if f.init and f.default is missing and f.default_factory is missing]
 
 
 def how_to_call(value: Any) -> str:
-    """Where a class stands for its instance: how to make one."""
+    """Return '; write X(...)' if a dataclass was given in place of its instance, else an empty string."""
     is_config = isinstance(value, type) and dataclasses.is_dataclass(value)
     return f"; write {call_of(value)}" if is_config else ""

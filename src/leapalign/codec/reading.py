@@ -1,7 +1,7 @@
-"""JSON values to dataclasses, each checked against its annotation.
+"""Convert JSON values to dataclasses, checking each against its annotation.
 
-`decode` also takes dataclass instances in place of JSON objects, and tuples in place of lists. So a value built in
-Python passes the same checks as a file (`check_fields`), and 1 becomes 1.0 in a field that is a float.
+`decode` also accepts dataclass instances for JSON objects and tuples for lists, so that values built in Python pass the
+same checks as a file (`check_fields`), and 1 becomes 1.0 in a float field.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ Plugins = Mapping[str, types.ModuleType]  # the user's own files, by file name
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """The classes that a name may mean besides those of this package."""
+    """Classes that a name may refer to besides those of this package."""
 
     plugins: Plugins = field(default_factory=dict)
     classes: Mapping[str, type] = field(default_factory=dict)
 
 
 def loads(text: str, annotation: type, *, plugins: Plugins | None = None, where: str = "run.json") -> Any:
-    """Strict JSON text to a value of `annotation`; UserError says where and what is wrong."""
+    """Parse strict JSON text to a value of `annotation`. Raises UserError with place and cause."""
 
     def constant(name: str) -> None:
         raise UserError(f"{where}: {name} is not JSON; use a finite number")
@@ -65,9 +65,9 @@ def decode(
     classes: Mapping[str, type] | None = None,
     where: str = "run.json",
 ) -> Any:
-    """JSON values to `annotation`: a dataclass, a plain type, Literal, tuple, list, dict or a union of them.
+    """Convert JSON values to `annotation`: a dataclass, plain type, Literal, tuple, list, dict or a union of them.
 
-    `plugins` and `classes` are the user's files and classes that a "type" may name. UserError names the field.
+    `plugins` and `classes`: the user's files and classes that a "type" may name. Raises UserError with the field.
     """
     return _decode(annotation, value, Known(plugins=plugins or {}, classes=classes or {}), Where(where))
 
@@ -75,8 +75,8 @@ def decode(
 def check_fields(instance: Any) -> None:
     """Check a new dataclass instance against its annotations: for `__post_init__`, before values are compared.
 
-    Fields get the type that they have when they are read again: 1 becomes 1.0, a list a tuple. UserError names the
-    field, what came and what was expected.
+    Fields get the type that they have after reading: 1 becomes 1.0, a list a tuple. Raises UserError with field, value
+    and expected type.
     """
     hints = field_types(type(instance))
     for each in dataclasses.fields(instance):
@@ -179,7 +179,7 @@ def _find_class(name: str, plugins: Plugins, where: Where) -> type:
 
 
 def _check_home(cls: type, where: Where) -> None:
-    """A class of this package belongs to the field's folder; one of the user's own has the methods that are called."""
+    """Raise UserError for a built-in class of another folder, or a user-defined one without the needed methods."""
     if cls.__module__.startswith("leapalign."):
         _check_folder(cls.__module__, f"{cls.__module__}.{cls.__qualname__}", where)
         return
@@ -195,7 +195,7 @@ def _check_home(cls: type, where: Where) -> None:
 
 
 def _check_folder(module: str, name: str, where: Where) -> None:
-    """Only a module of the folder that the field belongs to: a file must not choose what is imported."""
+    """Raise UserError for a module outside the field's folder: a file must not choose what is imported."""
     homes = [f"leapalign.{kind.folder}" for kind in ([where.kind] if where.kind else KINDS.values())]
     if not any(module == home or module.startswith(home + ".") for home in homes):
         raise UserError(f"{where}: {name} is not a class of {' or '.join(homes)}; see `leapalign list`")
@@ -224,18 +224,18 @@ def _decode_dataclass(cls: Any, value: Any, known: Known, where: Where) -> Any:
 def _construct(cls: Any, items: dict[str, Any], where: Where) -> Any:
     try:
         return cls(**items)
-    except (UserError, ValueError, TypeError) as error:  # a plug-in checks its own values
+    except (UserError, ValueError, TypeError) as error:  # raised by a plug-in's own checks
         raise UserError(f"{where}: {error}") from None
 
 
 def with_new_names(values: dict[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
-    """Give values under a field's former name its new one. `renamed`: former -> new."""
+    """Rename former field names to new ones. `renamed`: former -> new."""
     return {renamed.get(name, name): value for name, value in values.items()}
 
 
 @cache
 def field_types(cls: type) -> dict[str, Any]:
-    """The fields' annotations as types. UserError for one that cannot be resolved at runtime."""
+    """Return field name -> type. Raises UserError for an annotation that cannot be resolved at runtime."""
     try:
         return get_type_hints(cls)
     except (NameError, TypeError) as error:
@@ -247,7 +247,7 @@ def _is_instance(value: Any) -> bool:
 
 
 def _takes(function: Callable[..., Any], number: int) -> bool:
-    """Whether a function can be called with so many arguments by place."""
+    """Return True if a function accepts `number` positional arguments."""
     try:
         inspect.signature(function).bind(*[None] * number)
     except (TypeError, ValueError):
@@ -256,7 +256,7 @@ def _takes(function: Callable[..., Any], number: int) -> bool:
 
 
 def _as_list(kind: Any, value: Any) -> str:
-    """Where one element stands for a tuple of it."""
+    """Explain how to write a tuple, if a single element was given in its place."""
     return f"; write ({type(value).__name__}(...),)" if isinstance(kind, type) and type(value) is kind else ""
 
 

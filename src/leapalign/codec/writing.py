@@ -1,4 +1,4 @@
-"""Dataclasses to JSON values."""
+"""Convert dataclasses to JSON values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from leapalign.errors import UserError
 
 
 def encode(value: Any) -> Any:
-    """A dataclass as JSON values, each dataclass with the "type" that `decode` needs."""
+    """Convert a dataclass to JSON values, each dataclass with the "type" that `decode` needs."""
     return _encode(value, Where(""))
 
 
@@ -34,7 +34,7 @@ def _encode(value: Any, where: Where) -> Any:
 
 
 def type_name(cls: type) -> str:
-    """The name that run.json records; UserError for a class that no file defines."""
+    """Return the class name for run.json. Raises UserError for a class that no file defines."""
     if cls.__module__.startswith("leapalign."):
         return f"{cls.__module__}.{cls.__qualname__}"
     try:
@@ -48,7 +48,7 @@ def dumps(value: Any) -> str:
 
 
 def classes_in(value: Any) -> dict[str, type]:
-    """The classes of all dataclass instances inside a value, by the name that run.json records."""
+    """Return all classes of dataclass instances inside a value, by their names in run.json."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         inner = [getattr(value, f.name) for f in dataclasses.fields(value)]
         return {type_name(type(value)): type(value)} | classes_in(inner)

@@ -49,7 +49,7 @@ class Guidance:
 
 @dataclass(frozen=True)
 class GuidedVelocity:
-    """Velocity after guidance, of one forward or two; `wrap` is put around each of them."""
+    """Velocity after guidance, from one forward or two; `wrap` is applied to each forward."""
 
     predict: Predict
     conditioning: Conditioning

@@ -1,6 +1,6 @@
-"""Rewards: images [B, 3, H, W] in [0, 1] and prompts to one score an image [B], differentiable in the images.
+"""Rewards: images [B, 3, H, W] in [0, 1] and prompts -> one score per image [B], differentiable in the images.
 
-One folder a published reward. Importing this package imports no torch.
+Each published reward has its own folder. Importing this package imports no torch.
 """
 
 from leapalign.rewards.aesthetic import Aesthetic

@@ -1,6 +1,6 @@
-"""Rewards of the user's own, completed: whatever a dataclass or a callable leaves out gets its default here.
+"""Complete user-defined rewards: members that a dataclass or callable lacks get defaults here.
 
-The rest of leapalign relies on the protocols of `leapalign.rewards.base` and probes for nothing.
+The rest of leapalign relies on the protocols of `leapalign.rewards.base`, without attribute checks.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def described(config: RewardConfig) -> DescribedReward:
-    """Return the configuration, or one of the user's own with the facts and methods that it lacks.
+    """Return the configuration; a user-defined one gets the facts and methods that it lacks.
 
-    Raises UserError for a value that has no `load`.
+    Raises UserError for a value without `load`.
     """
     if isinstance(config, DescribedReward):
         return config
@@ -37,7 +37,7 @@ def load_reward(config: RewardConfig, device: str, dtype: str) -> Reward:
 
 
 def complete(name: str, loaded: Callable[..., Tensor]) -> Reward:
-    """Return a loaded reward, or a callable of the user's own with the members of `Reward` that it lacks."""
+    """Return a loaded reward; a user-defined callable gets the members of `Reward` that it lacks."""
     return loaded if isinstance(loaded, Reward) else Adapted(name=name, reward=loaded)
 
 
@@ -51,10 +51,10 @@ def tell_longer(rewards: Mapping[str, Reward], prompts: Sequence[str]) -> None:
 
 
 class Described(DescribedReward):
-    """A dataclass of the user's own that does not inherit from `DescribedReward`."""
+    """A user-defined dataclass that does not inherit from `DescribedReward`."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]] = {}
-    name: ClassVar[str] = ""  # of the instance, below
+    name: ClassVar[str] = ""  # set per instance in __init__
 
     def __init__(self, config: RewardConfig) -> None:
         self.config = config
@@ -75,7 +75,7 @@ class Described(DescribedReward):
 
 @dataclass(frozen=True, kw_only=True)
 class Adapted(Reward):
-    """A loaded reward of the user's own: any callable (images, prompts) -> [B]."""
+    """A loaded user-defined reward: any callable (images, prompts) -> [B]."""
 
     name: str
     reward: Callable[..., Any]
@@ -84,7 +84,7 @@ class Adapted(Reward):
         return self.reward(images, prompts)
 
     def score_pil(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
-        """Score by its own `score_pil`, or as tensors, each image in its own size."""
+        """Score with its own `score_pil` if it has one, else as tensors, each image in its own size."""
         own = getattr(self.reward, "score_pil", None)
         return own(images, prompts) if own else score_as_tensors(self.name, self.reward, images, prompts)
 
@@ -101,7 +101,7 @@ class Adapted(Reward):
         return bool(own()) if own else False
 
     def network(self) -> nn.Module | None:
-        """Return its `model`, if that is a module."""
+        """Return its `model` if that is an nn.Module, else None."""
         from torch import nn
 
         found = getattr(self.reward, "model", None)
@@ -110,7 +110,7 @@ class Adapted(Reward):
 
 @dataclass(frozen=True, kw_only=True)
 class Wrapped(Reward):
-    """A reward that is called in another way; the rest is its own."""
+    """A reward with a different call; all other members are passed through."""
 
     reward: Reward
 

@@ -2,7 +2,7 @@
 
 A published reward is one folder: its configuration (`__init__.py`, which imports no torch), its network (`model.py`),
 its sizes (`sizes.py`) and its texts. `DescribedReward` holds all facts about it, so that planning, verification and the
-command line know no reward by name. `leapalign.rewards.BUILT_IN` lists those of the package.
+command line need no names of rewards. `leapalign.rewards.BUILT_IN` lists the built-in ones.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ if TYPE_CHECKING:
 
     from leapalign.storage.token_limits import TooLong
 
-RANGE_SLACK = 0.01  # decoders round; an image in [-1, 1] or [0, 255] is far outside
+RANGE_SLACK = 0.01  # allows for rounding; images in [-1, 1] or [0, 255] are far outside
 
 
 @runtime_checkable
 class Reward(Protocol):
     """A loaded reward, frozen and in eval mode. Inherit from it to get the defaults below.
 
-    A reward of the user's own may be a plain callable `(images, prompts) -> [B]`: `leapalign.rewards.adapt` completes
-    it.
+    A user-defined reward may be a plain callable `(images, prompts) -> [B]`, which `leapalign.rewards.adapt` completes.
     """
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -42,23 +41,23 @@ class Reward(Protocol):
     def score_pil(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
         """Score 8-bit images of any size through Pillow, as published scores of files were made: [N], no gradient.
 
-        Raises `UnfitImage` for one that the preprocessing cannot take, ValueError for a wrong number of prompts.
+        Raises `UnfitImage` for an image that the preprocessing cannot take, ValueError for a wrong number of prompts.
         """
         ...
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        """Compute and keep what depends on the prompts alone; by default nothing does."""
+        """Compute and cache features that depend on the prompts alone; by default none."""
 
     def longer(self, prompts: Sequence[str]) -> TooLong | None:
-        """Count the prompts whose end the reward does not read; None where it reads prompts of any length."""
+        """Count the prompts that exceed the reward's token limit; None if it reads prompts of any length."""
         return None
 
     def may_fail(self) -> bool:
-        """Whether a score may be NaN because a generated text holds no number; anywhere else NaN is an error."""
+        """Return True if a score may be NaN because a generated text has no number; otherwise NaN is an error."""
         return False
 
     def network(self) -> nn.Module | None:
-        """Return its network, whose memory is counted and whose blocks can be sharded; None where it has none."""
+        """Return the network, for memory plans and for sharding; None if there is none."""
         return None
 
 
@@ -66,24 +65,24 @@ class Reward(Protocol):
 class Source:
     """Files that a reward reads: a local file or folder, a hub id, or `embedded:NAME`."""
 
-    field: str  # of the configuration: path, processor, head
+    field: str  # field of the configuration: path, processor, head
     path: str
-    weights: bool = True  # False: tokenizer and settings alone, whatever else lies there
-    file: str = ""  # of a published repository; empty: not known
-    bytes: int = 0  # about, of that file; 0: not known
+    weights: bool = True  # False: only tokenizer and settings are read
+    file: str = ""  # file in a published repository; empty: unknown
+    bytes: int = 0  # approximate size of that file; 0: unknown
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weightless:
-    """A reward of known sizes whose weights need no memory: for plans and benches."""
+    """A reward on the meta device, for plans and benchmarks."""
 
-    make: Callable[[], Any]  # a loaded reward with `model`, built where weights have no memory (the meta device)
-    score: Callable[[Any, Tensor], Tensor]  # that reward and images [B, 3, H, W] -> [B]; reads no value of the images
-    heads: tuple[str, ...] = ()  # submodules of `model` that compute in float32 at least
+    make: Callable[[], Any]  # builds a loaded reward with `model` on the meta device
+    score: Callable[[Any, Tensor], Tensor]  # (reward, images [B, 3, H, W]) -> [B]; does not depend on image values
+    heads: tuple[str, ...] = ()  # submodules of `model` that compute in at least float32
 
 
 class RewardConfig(Protocol):
-    """A reward's settings, as a run needs it: a frozen, keyword-only dataclass that imports no torch before `load`."""
+    """A reward's settings: a frozen, keyword-only dataclass that imports no torch before `load`."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]  # so that dataclasses.replace() takes one
     name: ClassVar[str]
@@ -94,27 +93,27 @@ class RewardConfig(Protocol):
     def load(self, device: str = "cpu", dtype: str = "float32") -> Callable[..., Tensor]:
         """Load a `Reward`, or any callable (images, prompts) -> [B], which `leapalign.rewards.adapt` completes.
 
-        Raises UserError if files are missing or are not the reward's own.
+        Raises UserError if files are missing or belong to another model.
         """
         ...
 
 
 @runtime_checkable
 class DescribedReward(RewardConfig, Protocol):
-    """A reward's settings with its facts: for plans, `verify`, `list`. Inherit from it to get the defaults below.
+    """A reward's settings with facts for plans, `verify` and `list`. Inherit from it to get the defaults below.
 
-    `leapalign.rewards.adapt` fills them in for a dataclass of the user's own that does not inherit.
+    `leapalign.rewards.adapt` adds them to a user-defined dataclass that does not inherit.
     """
 
     differentiable: ClassVar[bool] = True
     reads_prompt: ClassVar[bool] = True
-    """False: the score depends on the image alone, though a prompt an image must still be given."""
+    """False: the score depends on the image alone, but one prompt per image is still required."""
     resolution: ClassVar[str] = "not stated"
     """Size and crop of the image that the network sees."""
     prompt_length: ClassVar[str] = "not stated"
     """How much of a prompt the network reads."""
     output_range: ClassVar[str] = "not stated"
-    """Range of the scores at the default settings, and where published models usually lie."""
+    """Range of the scores at the default settings, and typical scores of published models."""
     code_licence: ClassVar[str] = "not stated"
     weights_licence: ClassVar[str] = "not stated"
     memory: ClassVar[str] = "not stated"
@@ -125,12 +124,12 @@ class DescribedReward(RewardConfig, Protocol):
         return ()
 
     def weightless(self) -> Weightless | None:
-        """Return the reward without weights, if its sizes are known before they are read; by default they are not."""
+        """Return the reward on the meta device if its sizes are known without reading weights; by default None."""
         return None
 
 
 class UnfitImage(UserError, ValueError):
-    """An image that a reward's preprocessing cannot take. `index`: its place among those that were given."""
+    """An image that a reward's preprocessing cannot take. `index`: its index in the input."""
 
     def __init__(self, problem: str, index: int = 0) -> None:
         super().__init__(f"image {index + 1}: {problem}")
@@ -141,7 +140,7 @@ R = TypeVar("R", bound=Reward)
 
 
 def tried(name: str, folder: str, reward: R) -> R:
-    """Return the reward once it has scored a grey image: its files fit together in more than names and shapes."""
+    """Score a grey image to test that the loaded files work together; return the reward. Raises UserError."""
     from PIL import Image
 
     with opening(f"{name}: the files at {folder} do not fit together", "fetch or copy all of them again"):
@@ -158,7 +157,7 @@ def check_inputs(name: str, images: Tensor, prompts: Sequence[str]) -> None:
 
 
 def check_prompts(name: str, images: Sequence[Image] | Tensor, prompts: Sequence[str]) -> None:
-    """Raise ValueError unless images and prompts are equally many."""
+    """Raise ValueError unless there is one prompt per image."""
     if len(images) != len(prompts):
         raise ValueError(f"{name}: {len(images)} images and {len(prompts)} prompts; give one prompt an image")
 
@@ -179,7 +178,7 @@ def check_images(name: str, images: Tensor) -> None:
         raise ValueError(f"{name}: images are {images.dtype}; expected float in [0, 1]: divide 8-bit images by 255")
     low, high = (float(bound) for bound in images.detach().aminmax())
     outside = low < -RANGE_SLACK or high > 1 + RANGE_SLACK
-    # NaN and infinity are no mistake of range: they go on into the score, where the run stops and names them.
+    # NaN and infinity pass the range check; the run stops at the score and names them.
     if outside and math.isfinite(low) and math.isfinite(high):
         raise ValueError(
             f"{name}: pixels lie in [{low:.3g}, {high:.3g}]; expected [0, 1]. "

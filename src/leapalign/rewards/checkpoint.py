@@ -1,6 +1,6 @@
-"""Published checkpoints of one file: found, read without unpickling, renamed, put into a model that they must fill.
+"""Single-file published checkpoints: find, read without unpickling, rename keys, load strictly into a model.
 
-The sizes of a model come from the shapes of its weights, so that a small copy of an architecture needs no code.
+Model sizes follow from the weights' shapes, so a small copy of an architecture needs no code.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """The weights of one file, and the names that messages need."""
+    """The weights of one file, with names for messages."""
 
-    name: str  # of the reward
+    name: str  # name of the reward
     file: str
     weights: Mapping[str, Tensor]
 
     def shape(self, key: str, axes: int) -> tuple[int, ...]:
-        """Of a weight that must be there with so many axes."""
+        """Shape of a required weight. Raises UserError if it is missing or has another number of axes."""
         if key not in self.weights:
             raise UserError(
                 f"{self.name}: {self.file} has no weight {key}, but {len(self.weights)} others, e.g. "
@@ -42,22 +42,22 @@ class Checkpoint:
         return shape
 
     def count(self, before: str) -> int:
-        """The number of layers whose keys start with `before` and a number."""
+        """Number of layers whose keys start with `before` and an index."""
         found = (re.match(re.escape(before) + r"(\d+)\.", key) for key in self.weights)
         return len({match[1] for match in found if match})
 
     def side(self, positions: int, patch: int) -> int:
-        """Side in pixels of the square image of a ViT with that many positions, the class token's included."""
+        """Side in pixels of a ViT's square image, from its number of positions (class token included)."""
         side = math.isqrt(max(0, positions - 1))
         if not side or side**2 != positions - 1:
             raise UserError(f"{self.name}: {self.file} has {positions - 1} patch positions, which make no square")
         return side * patch
 
     def fill(self, build: Callable[[], M], weights: Mapping[str, Tensor]) -> M:
-        """The model of `build` with exactly these weights in float32, frozen, in eval mode; nothing stays random."""
+        """Build the model with exactly these weights: float32, frozen, eval mode. Raises UserError on any mismatch."""
         from accelerate import init_empty_weights
 
-        with init_empty_weights(include_buffers=False):  # weights without memory, buffers as they are
+        with init_empty_weights(include_buffers=False):  # weights on the meta device, buffers initialised
             model = build()
         shapes = {key: tuple(weight.shape) for key, weight in model.state_dict().items()}
         self._agree(shapes, {key: tuple(weight.shape) for key, weight in weights.items()})
@@ -77,7 +77,7 @@ class Checkpoint:
 
 
 def read_checkpoint(name: str, path: str, files: Sequence[str]) -> Checkpoint:
-    """The file `path` itself, or the first of `files` in the folder or hub id `path`."""
+    """Read the file `path`, or the first of `files` in the folder or hub id `path`. Raises UserError."""
     file = locate(name, path, files)
     return Checkpoint(name=name, file=file, weights=read_weights(name, file))
 
@@ -95,7 +95,7 @@ def locate(name: str, path: str, files: Sequence[str]) -> str:
 
 
 def read_weights(name: str, file: str) -> dict[str, Tensor]:
-    """Names to tensors, of safetensors or of torch's format; a dict under `state_dict` counts as the file's content."""
+    """Read name -> tensor from safetensors or torch's format, from the entry `state_dict` if there is one."""
     content = _safetensors(name, file) if file.endswith(".safetensors") else _torch(name, file)
     weights = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(weights, dict) or not weights or not all(isinstance(w, Tensor) for w in weights.values()):
@@ -115,10 +115,10 @@ def _safetensors(name: str, file: str) -> Any:
 def _torch(name: str, file: str) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # for other objects, half a file, and what is no checkpoint at all: of any kind
+    except Exception as error:  # torch raises many types for truncated files and other content
         if is_out_of_memory(error):
             raise
-        # Torch's own message recommends to unpickle, which would run whatever code the file contains.
+        # torch's own message suggests unpickling, which would run code from the file
         raise UserError(
             f"{name}: {file} cannot be read as a file of tensors alone ({type(error).__name__}). It is broken, or it "
             "holds other Python objects, which are never unpickled here: fetch it again, or convert it to safetensors"
@@ -126,7 +126,7 @@ def _torch(name: str, file: str) -> Any:
 
 
 def rename(weights: Mapping[str, Tensor], rules: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
-    """The same weights under other names: each regular expression of `rules` in turn is replaced in each name."""
+    """Apply the key map `rules` (regular expression, replacement), in order, to each name."""
     renamed = {}
     for key, weight in weights.items():
         for pattern, replacement in rules:
@@ -136,7 +136,7 @@ def rename(weights: Mapping[str, Tensor], rules: Iterable[tuple[str, str]]) -> d
 
 
 def whole_numbers(name: str, where: str, config: Mapping[str, Any], *keys: str) -> tuple[int, ...]:
-    """Positive integers of a config.json's object."""
+    """Return positive integers of a config.json object. Raises UserError if one is missing or invalid."""
     values = tuple(config.get(key) for key in keys)
     if not all(type(value) is int and value > 0 for value in values):
         raise UserError(f"{name}: {where} says {dict(zip(keys, values))}; expected positive whole numbers")

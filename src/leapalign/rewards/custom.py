@@ -1,7 +1,7 @@
-"""Your own reward: any callable on image tensors, or a dataclass, in a Python file of yours.
+"""User-defined rewards: any callable on image tensors, or a dataclass, in the user's Python file.
 
-Nothing here runs a file because a run.json names it: the file must have been given on the command line (as the recipe,
-as `--reward file.py:name`, or by `--plugin`).
+A run.json never runs the file that it names: the file must be given on the command line (as the recipe, as
+`--reward file.py:name`, or by `--plugin`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Custom(DescribedReward):
     memory: ClassVar[str] = "yours"
 
     function: str
-    """file.py:name; images are float [B, 3, H, W] in [0, 1], prompts a list of B texts, the answer is [B]."""
+    """file.py:name; images are float [B, 3, H, W] in [0, 1], prompts a list of B texts, the result is [B]."""
 
     def __post_init__(self) -> None:
         file, _, name = self.function.rpartition(":")
@@ -45,7 +45,7 @@ class Custom(DescribedReward):
             raise UserError(f"custom: function is {self.function!r}; expected file.py:name, as in my_reward.py:redness")
 
     def load(self, device: str = "cpu", dtype: str = "float32") -> CustomReward:
-        """Return the function with checks around it. It moves its own weights, if any, to the images' device itself."""
+        """Return the function with input and output checks. It must move its own weights to the images' device."""
         file, _, name = self.function.rpartition(":")
         function = getattr(module_of(self.function), name, None)
         if not callable(function):
@@ -55,14 +55,14 @@ class Custom(DescribedReward):
 
 @dataclass(frozen=True)
 class CustomReward(Reward):
-    """The function, with every reward's checks of inputs and scores."""
+    """The user's function with the checks of inputs and scores that every reward has."""
 
     label: str
     function: Callable[..., Any]
     prompted: bool
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """-> [B], float32 at least."""
+        """Score images [B, 3, H, W] in [0, 1]: [B], at least float32."""
         import torch
 
         check_inputs("custom", images, prompts)
@@ -82,7 +82,7 @@ class CustomReward(Reward):
 
 
 def module_of(function: str) -> ModuleType:
-    """The loaded module of `file.py:name`: that file, or else the one of its name. Raises UserError."""
+    """Return the loaded module of `file.py:name`: the same path, or else the same file name. Raises UserError."""
     file = Path(function.rpartition(":")[0])
     loaded = [module for name, module in list(sys.modules.items()) if name.startswith("leapalign_user_")]
     files = {Path(str(module.__file__)).resolve(): module for module in loaded}
@@ -98,7 +98,7 @@ def module_of(function: str) -> ModuleType:
 
 
 def takes_prompts(label: str, function: Callable[..., Any]) -> bool:
-    """Whether the function takes prompts beside the images. UserError if it takes neither one nor two arguments."""
+    """Return True if the function takes images and prompts. Raises UserError unless it takes 1 or 2 arguments."""
     by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     places = [p for p in inspect.signature(function).parameters.values() if p.kind in by_place]
     needed = [p for p in places if p.default is p.empty]

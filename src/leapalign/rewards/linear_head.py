@@ -1,7 +1,7 @@
-"""Linear layers in a row without an activation between them: the head of ImageReward and of LAION's aesthetic score.
+"""Linear layers without activations in between: the head of ImageReward and of LAION's aesthetic score.
 
-The published Sequential has dropouts at 1, 3 and 5, which do nothing in eval mode. The row is kept, though it could be
-one matrix: so it rounds like the published one.
+The published Sequential has dropouts at 1, 3 and 5, which do nothing in eval mode. The layers are not merged into one
+matrix, so that rounding is as published.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from leapalign.errors import UserError
 if TYPE_CHECKING:
     from leapalign.rewards.checkpoint import Checkpoint
 
-PLACES = (0, 2, 4, 6, 7)  # of the linear layers in the published Sequential
-WIDTHS = (1024, 128, 64, 16, 1)  # of their outputs, as published
+PLACES = (0, 2, 4, 6, 7)  # indices of the linear layers in the published Sequential
+WIDTHS = (1024, 128, 64, 16, 1)  # their output widths, as published
 
 
 class LinearHead(nn.Module):
-    """Features [B, D] to scores [B], in float32 (float64 for a model in float64). Key names as published."""
+    """Map features [B, D] to scores [B], in float32 (float64 for a float64 model). Keys as published."""
 
     def __init__(self, widths: tuple[int, ...]) -> None:
-        """`widths`: D, then the output of each layer; the last is 1."""
+        """`widths`: D, then each layer's output width; the last is 1."""
         super().__init__()
         self.layers = nn.ModuleDict({str(at): nn.Linear(*ends) for at, ends in zip(PLACES, pairwise(widths))})
 
@@ -41,7 +41,7 @@ class LinearHead(nn.Module):
 
 
 def head_widths(checkpoint: Checkpoint, before: str = "") -> tuple[int, ...]:
-    """D and the output of each layer, from the shapes of the weights whose names start with `before`."""
+    """Return D and each layer's output width, from the shapes of weights whose names start with `before`."""
     shapes = [checkpoint.shape(f"{before}layers.{at}.weight", 2) for at in PLACES]
     if shapes[-1][0] != 1:
         raise UserError(f"{checkpoint.name}: the head in {checkpoint.file} ends in {shapes[-1][0]} numbers; expected 1")
@@ -49,5 +49,5 @@ def head_widths(checkpoint: Checkpoint, before: str = "") -> tuple[int, ...]:
 
 
 def head_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Half precision has two digits, which is too coarse for a score: the head computes in at least float32."""
+    """The head computes in at least float32, because half precision has only two digits."""
     return torch.promote_types(dtype, torch.float32)

@@ -1,9 +1,9 @@
 """Resize, crop or pad, and normalise an image as a reward network expects: differentiably on tensors, and by Pillow.
 
 The tensor path (`F.interpolate`, bicubic, antialiased, not clamped) equals torchvision's resize of a float tensor bit
-for bit and carries the gradient. The Pillow path is that of the published scores of files; it rounds
-to 8 bits and clips overshoot, so the two differ by 0.2 to 0.3 levels of 255 on average and by up to 20 at strong edges.
-Without antialiasing the error would be 7 to 10 levels on average.
+for bit and is differentiable. The Pillow path reproduces published scores of image files; it rounds to 8 bits and clips
+overshoot, so the two differ by 0.2 to 0.3 levels of 255 on average and by up to 20 at strong edges. Without
+antialiasing the error would be 7 to 10 levels on average.
 
 Departure: open_clip returns a non-square image whose longer side is already the target unpadded; here it is padded.
 """
@@ -25,7 +25,7 @@ from leapalign.rewards.base import UnfitImage
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # red, green, blue of CLIP's training images
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-MAX_RATIO = 200  # of the longer to the shorter edge; Qwen2-VL's own limit, here for all
+MAX_RATIO = 200  # longer / shorter edge; Qwen2-VL's limit, used for all rewards
 
 T = TypeVar("T")
 Rounding = Literal["floor", "half-even"]
@@ -34,14 +34,14 @@ Fit = Literal["crop", "pad"]
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocess:
-    """Resize to `resize`, cut or fill to `size` x `size`, normalise.
+    """Resize to `resize`, crop or pad to `size` x `size`, normalise.
 
-    `fit="crop"`: the shortest edge becomes `resize`, the centre is kept (CLIP, PickScore, ImageReward).
-    `fit="pad"`: the longest edge becomes `resize`, zeros (black) fill the rest (HPSv2).
-    `rounding`: where an odd remainder goes: "floor" in transformers, "half-even" (Python's round) in torchvision.
+    `fit="crop"`: the shortest edge becomes `resize`, then centre crop (CLIP, PickScore, ImageReward).
+    `fit="pad"`: the longest edge becomes `resize`, zeros (black) pad the rest (HPSv2).
+    `rounding` of an odd remainder: "floor" as in transformers, "half-even" (Python's round) as in torchvision.
     """
 
-    size: int  # pixels, of the square that the network sees
+    size: int  # pixels, side of the network's square input
     resize: int = 0  # pixels; 0: the same as size
     fit: Fit = "crop"
     rounding: Rounding = "floor"
@@ -49,8 +49,8 @@ class Preprocess:
     std: tuple[float, float, float] = CLIP_STD
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images float [B, 3, H, W] in [0, 1] to [B, 3, size, size], normalised, with gradient. At least float32."""
-        # CPUs have no antialiased resize in half precision, and bfloat16 is coarser than a level of 255.
+        """Preprocess float images [B, 3, H, W] in [0, 1]: [B, 3, size, size], differentiable, at least float32."""
+        # CPUs have no antialiased resize in half precision, and bfloat16 is coarser than 1/255
         images = images if images.dtype == torch.float64 else images.float()
         return normalise(self._fit(resize(images, self._resized(images.shape[-2:]))), self.mean, self.std)
 
@@ -74,7 +74,7 @@ class Preprocess:
 
 
 def each(images: Sequence[Image.Image], convert: Callable[[Image.Image], T]) -> list[T]:
-    """Convert the images one by one; an `UnfitImage` names its place among them."""
+    """Convert the images one by one; an `UnfitImage` gets the index of its image."""
     converted = []
     for index, image in enumerate(images):
         try:
@@ -85,13 +85,13 @@ def each(images: Sequence[Image.Image], convert: Callable[[Image.Image], T]) -> 
 
 
 def check_ratio(height: int, width: int) -> None:
-    """Raise UnfitImage for a strip: resized, one edge would vanish, or the other fill the memory."""
+    """Raise UnfitImage for an extreme aspect ratio, where a resized edge would vanish or fill the memory."""
     if max(height, width) > MAX_RATIO * min(height, width):
         raise UnfitImage(f"{width} x {height} pixels: one edge is over {MAX_RATIO} times the other; crop it first")
 
 
 def shortest_edge(shape: Sequence[int], target: int) -> tuple[int, int]:
-    """(height, width) whose shorter edge is `target`; the longer one is cut to an integer in both conventions."""
+    """Return (height, width) with shorter edge `target`; the longer is rounded down in both conventions."""
     height, width = shape
     if height <= width:
         return target, int(target * width / height)
@@ -99,14 +99,14 @@ def shortest_edge(shape: Sequence[int], target: int) -> tuple[int, int]:
 
 
 def longest_edge(shape: Sequence[int], target: int) -> tuple[int, int]:
-    """(height, width) whose longer edge is `target`; edges are rounded, half to even (open_clip's ResizeMaxSize)."""
+    """Return (height, width) with longer edge `target`, rounded half to even (open_clip's ResizeMaxSize)."""
     scale = target / max(shape)
     height, width = (max(1, round(edge * scale)) for edge in shape)
     return height, width
 
 
 def resize(images: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Antialiased bicubic resize of [B, 3, H, W] to (height, width); overshoot at edges is kept."""
+    """Resize [B, 3, H, W] to (height, width), bicubic and antialiased; overshoot at edges is kept."""
     return F.interpolate(images, size=shape, mode="bicubic", antialias=True, align_corners=False)
 
 
@@ -116,13 +116,13 @@ def crop_offset(length: int, size: int, rounding: Rounding) -> int:
 
 
 def centre_crop(images: Tensor, size: int, rounding: Rounding) -> Tensor:
-    """[..., H, W] to [..., size, size]; both edges must be at least `size`."""
+    """Centre-crop [..., H, W] to [..., size, size]; both edges must be at least `size`."""
     top, left = (crop_offset(length, size, rounding) for length in images.shape[-2:])
     return images[..., top : top + size, left : left + size]
 
 
 def centre_pad(images: Tensor, size: int) -> Tensor:
-    """[..., H, W] to [..., size, size] with zeros around it; the odd pixel goes to the right and to the bottom."""
+    """Zero-pad [..., H, W] to [..., size, size]; an odd pixel goes to the right and the bottom."""
     height, width = images.shape[-2:]
     top, left = (size - height) // 2, (size - width) // 2
     return F.pad(images, (left, size - width - left, top, size - height - top))

@@ -1,6 +1,6 @@
 """Load weights (safetensors), preprocessing and tokenizer from a folder that transformers wrote, strictly.
 
-transformers silently completes a folder with random weights, another resize or an empty vocabulary; here it is refused.
+transformers silently fills gaps with random weights, another resize or an empty vocabulary; here they raise UserError.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BICUBIC = 3  # Pillow's number, which preprocessor_config.json stores as "resamp
 
 
 def load_model(name: str, folder: str, device: str, dtype: str) -> tuple[CLIPModel, float]:
-    """The frozen CLIPModel in eval mode, and exp(logit_scale) unrounded. Every weight must be in the file."""
+    """Load a frozen CLIPModel in eval mode and exp(logit_scale) unrounded. Raises UserError if a weight is missing."""
     from transformers import CLIPModel
 
     target = torch_dtype(name, dtype)
@@ -42,7 +42,7 @@ def torch_dtype(name: str, dtype: str) -> torch.dtype:
 
 
 def read_model(name: str, folder: str, model_class: type, model_type: str, dtype: torch.dtype) -> Any:
-    """A transformers model of a folder or hub id, frozen and in eval mode. UserError unless it is there as a whole."""
+    """Load a transformers model of a folder or hub id, frozen, in eval mode. Raises UserError if it is incomplete."""
     kind = model_class.__name__
     check_architecture(name, folder, kind, model_type)
     with opening(f"{name}: {folder} has no weights that {kind} can read (model.safetensors)", "fetch or copy it again"):
@@ -56,7 +56,7 @@ def read_model(name: str, folder: str, model_class: type, model_type: str, dtype
 
 
 def check_architecture(name: str, folder: str, kind: str, model_type: str) -> dict[str, Any]:
-    """The folder's config.json. UserError unless it is there and of that type."""
+    """Read the folder's config.json. Raises UserError if it is missing or of another model type."""
     config = read_json(folder, "config.json")
     if not config:
         raise UserError(
@@ -69,7 +69,7 @@ def check_architecture(name: str, folder: str, kind: str, model_type: str) -> di
 
 
 def load_preprocess(name: str, folder: str, image_size: int, rounding: Rounding) -> Preprocess:
-    """The folder's numbers; without a preprocessor file, CLIP's mean and std at the model's image size."""
+    """Read the folder's preprocessing; without a file, CLIP's mean and std at the model's image size."""
     config = read_json(folder, "preprocessor_config.json") or read_json(folder, "processor_config.json")
     config = config.get("image_processor", config)  # transformers 5 nests it
     crop, resize = square(config.get("crop_size", image_size)), shortest(config.get("size", image_size))
@@ -90,22 +90,22 @@ def load_preprocess(name: str, folder: str, image_size: int, rounding: Rounding)
 
 
 def square(size: int | dict[str, int]) -> int:
-    """Pixels from 224 or {"height": 224, "width": 224}; 0 for anything else."""
+    """Return pixels from 224 or {"height": 224, "width": 224}; 0 for anything else."""
     if isinstance(size, int):
         return size
     return size.get("height", 0) if size.get("height") == size.get("width") else 0
 
 
 def shortest(size: int | dict[str, int]) -> int:
-    """Pixels from 224 or {"shortest_edge": 224}; 0 for a resize that ignores the aspect ratio."""
+    """Return pixels from 224 or {"shortest_edge": 224}; 0 for a resize that ignores the aspect ratio."""
     return size if isinstance(size, int) else size.get("shortest_edge", 0)
 
 
 def load_tokenizer(name: str, folder: str, vocabulary: int, sets: FileSets = CLIP_TOKENIZER) -> Any:
-    """The tokenizer of a folder or hub id that has one of the `sets` of files; its ids must fit the model's table."""
+    """Load the tokenizer, from one of the `sets` of files. Raises UserError if ids exceed the model's vocabulary."""
     from transformers import AutoTokenizer
 
-    # Asked for first: transformers builds an empty tokenizer from config.json alone, and says nothing.
+    # checked first: transformers silently builds an empty tokenizer from config.json alone
     if not any(all(find(folder, file) for file in files) for files in sets):
         expected = ", or ".join(" with ".join(files) for files in sets)
         raise UserError(
@@ -124,13 +124,13 @@ def load_tokenizer(name: str, folder: str, vocabulary: int, sets: FileSets = CLI
 
 
 def read_json(folder: str, file: str) -> dict[str, Any]:
-    """The file's content, empty where there is none."""
+    """Return the file's content; empty if it does not exist."""
     found = find(folder, file)
     return files.read_json(Path(found)) if found else {}
 
 
 def find(folder: str, file: str) -> str | None:
-    """The local path of a file of a folder or hub id; None where it does not exist or cannot be fetched."""
+    """Return the local path of a file of a folder or hub id; None if it is missing or cannot be downloaded."""
     if Path(folder).is_dir():
         return str(Path(folder, file)) if Path(folder, file).is_file() else None
     return find_file(folder, file)

@@ -1,7 +1,7 @@
 """Inputs of Qwen2-VL and Qwen2.5-VL (arXiv 2409.12191, 2502.13923): an image as patches, a chat text as ids.
 
-An image is resized to whole blocks of 28 x 28 pixels and cut into patches of 14 x 14, in the order in which four of
-them are merged to one token. The tensor path carries the gradient; the Pillow path is the one of image files.
+An image is resized to whole blocks of 28 x 28 pixels and cut into patches of 14 x 14, ordered so that each four form
+one token. The tensor path is differentiable; the Pillow path reproduces published scores of image files.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from leapalign.rewards import preprocess
 from leapalign.rewards.base import UnfitImage
 from leapalign.rewards.preprocess import CLIP_MEAN, CLIP_STD, check_ratio, normalise
 
-PATCH, MERGE, FRAMES = 14, 2, 2  # pixels; patches an edge of a token; a still image is shown twice
-BLOCK = PATCH * MERGE  # pixels an edge of a token
+PATCH, MERGE, FRAMES = 14, 2, 2  # pixels; patches per token edge; a still image is repeated as two frames
+BLOCK = PATCH * MERGE  # pixels per token edge
 PLACEHOLDER, IMAGE_TOKEN = "{text_prompt}", "<|image_pad|>"
 
 
@@ -42,18 +42,18 @@ class Patches:
 
 @dataclass(frozen=True, kw_only=True)
 class QwenPreprocess:
-    """Resize to about min_pixels to max_pixels (height x width), normalise, cut into patches."""
+    """Resize to an area of about min_pixels to max_pixels, normalise, cut into patches."""
 
     min_pixels: int
     max_pixels: int
 
     def __call__(self, images: Tensor) -> list[Patches]:
-        """Images float [B, 3, H, W] in [0, 1] to the patches of B images, with gradient. At least float32."""
+        """Cut float images [B, 3, H, W] in [0, 1] into patches, differentiable, at least float32."""
         images = images if images.dtype == torch.float64 else images.float()  # as in leapalign.rewards.preprocess
         return self._patches(preprocess.resize(images, self._resized(images.shape[-2:])))
 
     def from_pil(self, image: Image.Image) -> Patches:
-        """Patches of an image file by the reference path: resized by Pillow to 8 bits."""
+        """Cut an 8-bit image into patches by the reference path: resized by Pillow to 8 bits."""
         image = image.convert("RGB")
         height, width = self._resized((image.height, image.width))
         return self._patches(to_tensor(image.resize((width, height), Image.Resampling.BICUBIC))[None])[0]
@@ -67,10 +67,10 @@ class QwenPreprocess:
 
 
 def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """(height, width) in multiples of 28 with an area in [min_pixels, max_pixels] and about the same ratio.
+    """Return (height, width) in multiples of 28 with an area in [min_pixels, max_pixels] and about the same ratio.
 
-    The order of the float operations is part of the result: 768 x 768 becomes 420 x 420 at 448 * 448 pixels, since
-    768 / sqrt(768 * 768 / 448 / 448) is a hair below 448. UnfitImage for images too narrow to keep a block.
+    The order of float operations matters: 768 x 768 becomes 420 x 420 at 448 * 448 pixels, because
+    768 / sqrt(768 * 768 / 448 / 448) is just below 448. Raises UnfitImage for images too narrow for a block.
     """
     check_ratio(height, width)
     size = [max(BLOCK, round(edge / BLOCK) * BLOCK) for edge in (height, width)]  # Python rounds halves to even
@@ -86,7 +86,7 @@ def smart_resize(height: int, width: int, min_pixels: int, max_pixels: int) -> t
 
 
 def patchify(images: Tensor) -> Tensor:
-    """[B, 3, H, W] to [B, N, 3 * 2 * 14 * 14]: tokens row by row, the 2 x 2 patches of a token side by side."""
+    """Cut [B, 3, H, W] into [B, N, 3 * 2 * 14 * 14]: tokens row by row, the 2 x 2 patches of a token adjacent."""
     batch, channels, height, width = images.shape
     rows, columns = height // BLOCK, width // BLOCK
     blocks = images.reshape(batch, channels, rows, MERGE, PATCH, columns, MERGE, PATCH)
@@ -97,43 +97,43 @@ def patchify(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Chat:
-    """From a prompt and a number of image tokens to ids, by a text with a placeholder."""
+    """Chat template with a placeholder: a prompt and a number of image tokens -> ids."""
 
     tokenizer: Any  # transformers has no common public type
     template: str
 
     def __call__(self, prompt: str, num_tokens: int) -> Tensor:
-        """Ids [L]; the template's one image token is repeated `num_tokens` times."""
+        """Return ids [L]; the template's image token is repeated `num_tokens` times."""
         text = fill(self.template, without_tokens(prompt, self.tokenizer.get_added_vocab()))
         ids = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return repeat_token(ids, self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), num_tokens)
 
 
 def read_template(file: Path) -> str:
-    """Read a chat text byte by byte: trailing spaces and line ends are part of it."""
+    """Read a chat template exactly: trailing spaces and line ends belong to it."""
     return file.read_bytes().decode("utf-8")
 
 
 def fill(template: str, prompt: str) -> str:
-    """The placeholder replaced as it stands: a prompt may hold braces."""
+    """Replace the placeholder without str.format, because a prompt may hold braces."""
     return template.replace(PLACEHOLDER, prompt)
 
 
 def without_tokens(prompt: str, tokens: Iterable[str]) -> str:
-    """The prompt without the texts of special tokens, which would end the turn or stand for an image."""
+    """Remove the texts of special tokens from the prompt; they could end the turn or stand for an image."""
     pattern = "|".join(re.escape(token) for token in tokens)
     while pattern and (shorter := re.sub(pattern, "", prompt)) != prompt:
-        prompt = shorter  # taking one out can make another: <|im_<|im_end|>end|>
+        prompt = shorter  # removing one can form another: <|im_<|im_end|>end|>
     return prompt
 
 
 def repeat_token(ids: Tensor, token: int, times: int) -> Tensor:
-    """Ids [L] with each `token` repeated: [L + (times - 1) * how often it occurs]."""
+    """Repeat each `token` in ids [L]: [L + (times - 1) * occurrences]."""
     return ids.repeat_interleave(torch.where(ids == token, times, 1))
 
 
 def check_tokens(name: str, folder: str, tokenizer: Any, template: str, image_token_id: int) -> None:
-    """UserError unless each <|…|> of the template is one token of its own and the image token is the model's."""
+    """Raise UserError unless each <|…|> of the template is a single token and the image token is the model's."""
     known, needed = tokenizer.get_added_vocab(), sorted(set(re.findall(r"<\|\w+\|>", template)))
     missing = [token for token in needed if token not in known]
     if missing:
@@ -149,7 +149,7 @@ def check_tokens(name: str, folder: str, tokenizer: Any, template: str, image_to
 
 
 def check_vision(name: str, folder: str, vision: dict[str, Any]) -> None:
-    """UserError unless config.json's patches are the ones that are cut here."""
+    """Raise UserError unless config.json has the patch sizes of this module."""
     for key, value in (("patch_size", PATCH), ("spatial_merge_size", MERGE), ("temporal_patch_size", FRAMES)):
         if vision.get(key, value) != value:
             raise UserError(

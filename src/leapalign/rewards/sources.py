@@ -1,4 +1,4 @@
-"""Where a reward's files are: the checkpoint, and the tokenizer beside it or in its published repository."""
+"""Locate a reward's files: the checkpoint, and the tokenizer beside it or in its published repository."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from leapalign.rewards.base import Source
 from leapalign.storage.embedded import resolve
 
-FileSets = Sequence[Sequence[str]]  # any one of these sets of files is enough
+FileSets = Sequence[Sequence[str]]  # one complete set is enough
 CLIP_TOKENIZER: FileSets = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 BERT_TOKENIZER: FileSets = (("tokenizer.json",), ("vocab.txt", "tokenizer_config.json"))
 
@@ -19,12 +19,12 @@ def folder_of(path: str) -> str:
 
 
 def is_here(path: str) -> bool:
-    """Whether a path is a local file or folder (embedded ones included) and no hub id."""
+    """Return True for a local file or folder (embedded ones included), False for a hub id."""
     return Path(resolve(path)).exists()
 
 
 def processor_for(path: str, given: str, sets: FileSets, published: str) -> str:
-    """Return where the tokenizer is: as given; else beside a local checkpoint that has one; else as published."""
+    """Return the tokenizer's folder or hub id: as given, else beside a local checkpoint, else as published."""
     folder = Path(folder_of(path))
     beside = any(all(Path(folder, file).is_file() for file in files) for files in sets)
     return given or (str(folder) if beside else published)

@@ -1,8 +1,8 @@
 """LAION's aesthetic score v2 (christophschuhmann/improved-aesthetic-predictor): a linear head on a CLIP feature.
 
-It was trained on human ratings from 1 to 10 and reads no prompt: prompts are counted and otherwise ignored.
+It was trained on human ratings from 1 to 10. Prompts are only counted; their text is ignored.
 
-Departures: none known. The head has no activations, so it could be one vector; see `linear_head`.
+Departures: none known. The head has no activations and is kept as published; see `linear_head`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Aesthetic(DescribedReward):
     """The head's file (sac+logos+ava1-l14-linearMSE.pth or the same keys in safetensors), or its folder or hub id.
     The default is a copy in another repository; whether it equals LAION's file byte for byte is unverified."""
     processor: str = ""
-    """Where preprocessor_config.json is; empty: with the model."""
+    """Folder or hub id of preprocessor_config.json; empty: same as `path`."""
 
     def load(self, device: str = "cpu", dtype: str = "float32") -> AestheticReward:
         from leapalign.rewards.aesthetic.model import load_aesthetic

@@ -42,7 +42,7 @@ class AestheticReward(Reward):
     preprocess: Preprocess
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Differentiable scores [B]."""
+        """Score images [B, 3, H, W] in [0, 1]: [B], differentiable."""
         check_inputs(self.name, images, prompts)
         return self.score_images(images)
 
@@ -51,7 +51,7 @@ class AestheticReward(Reward):
         check_images(self.name, images)
         return self.scores(self.preprocess(images))
 
-    @torch.no_grad()  # Pillow's path is for evaluating files
+    @torch.no_grad()  # the Pillow path only evaluates files
     def score_pil(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
         """Score 8-bit images of any size through the reference preprocessing: [B]."""
         check_prompts(self.name, images, prompts)
@@ -65,18 +65,18 @@ class AestheticReward(Reward):
         return self.model
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
-        """Normalised pixels [B, 3, size, size] to projected features [B, D] of any length, on the model's device."""
+        """Project normalised pixels [B, 3, size, size] to features [B, D], not normalised, on the model's device."""
         return project(self.model.vision_model, self.model.visual_projection, pixel_values)
 
     def score(self, features: Tensor) -> Tensor:
-        """Features [B, D] of any length to scores [B], at least float32."""
+        """Score features [B, D] of any norm: [B], at least float32."""
         return self.model.head(unit_length(features))
 
 
 def load_aesthetic(
     name: str, path: str, head: str, files: Sequence[str], processor: str, device: str, dtype: str
 ) -> AestheticReward:
-    """Load CLIP and head. UserError if one is missing, if they do not fit, or if the CLIP has another activation."""
+    """Load CLIP and head. Raises UserError if one is missing, if they do not fit, or for another CLIP activation."""
     target, folder = torch_dtype(name, dtype), resolve(path)
     checkpoint = read_checkpoint(name, head, files)
     widths = head_widths(checkpoint)

@@ -1,4 +1,4 @@
-"""LAION's aesthetic score without weights, at its published sizes."""
+"""LAION's aesthetic score on the meta device, with its published sizes."""
 
 from __future__ import annotations
 

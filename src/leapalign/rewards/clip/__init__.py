@@ -1,10 +1,10 @@
 """PickScore (arXiv 2305.01569) and CLIPScore (arXiv 2104.08718): the cosine between an image and its prompt.
 
 Both run on any folder of a transformers `CLIPModel` with safetensors weights: published or embedded, local or hub id.
-The numbers in papers come on different scales; the scale is a field here, and nothing rescales behind it.
+Papers use different scales; the scale is a field here, and scores are not rescaled elsewhere.
 
-Departure: the published CLIPScores end in max(., 0), whose gradient vanishes for every image that fits badly. It is
-left out unless `clamp` is set.
+Departure: published CLIPScores end in max(., 0), whose gradient is zero for poorly matching images. It is omitted
+unless `clamp` is set.
 """
 
 from __future__ import annotations
@@ -114,6 +114,6 @@ class CLIPScore(DescribedReward):
 
 
 def _sources(path: str, processor: str) -> tuple[Source, ...]:
-    """The model, and the tokenizer where it lies elsewhere."""
+    """List the model, and the tokenizer if it is in another place."""
     texts = (Source(field="processor", path=processor, weights=False),) if processor else ()
     return published("path", path, FILES), *texts

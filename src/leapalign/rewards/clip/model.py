@@ -31,38 +31,38 @@ class Head:
     scale: float = 1.0
     logit_scale: bool = False  # multiply by the model's exp(logit_scale)
     clamp: bool = False  # max(., 0): NaN stays NaN
-    prefix: str = ""  # stands before every caption
-    rounding: Literal["floor", "half-even"] = "floor"  # of the centre crop
+    prefix: str = ""  # put before every caption
+    rounding: Literal["floor", "half-even"] = "floor"  # rounding of the centre crop's offset
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipReward(Reward):
     """The cosine of image and text; see `leapalign.rewards.base.Reward`.
 
-    Text features are computed once a prompt, without graph, and kept: 4 KB each for ViT-H. One prompt at a time, so
-    that a feature never depends in its last bits on which other prompts were new, and a resumed run repeats exactly.
+    Text features are computed once per prompt, without graph, and cached (4 KB each for ViT-H). Prompts are encoded one
+    at a time, so features are bit-identical in any batch and a resumed run repeats exactly.
     """
 
     name: str
     model: CLIPModel
     preprocess: Preprocess
     head: Head
-    logit_scale: float  # exp of the model's parameter, taken before its weights are rounded to half precision
+    logit_scale: float  # exp of the model's parameter, before rounding to half precision
     tokenizer: Any  # transformers has no common public type; None: ids only
     cache: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Differentiable scores [B]."""
+        """Score images [B, 3, H, W] in [0, 1]: [B], differentiable."""
         check_inputs(self.name, images, prompts)
         return self.score(self.image_features(self.preprocess(images)), self.text_features(prompts))
 
     def score_ids(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Differentiable scores [B] for captions given as token ids [B, L], the head's prefix included."""
+        """Score captions given as token ids [B, L], prefix included: [B], differentiable."""
         check_ids(self.name, images, input_ids)
         text = self.text_features_of_ids(input_ids, attention_mask)
         return self.score(self.image_features(self.preprocess(images)), text)
 
-    @torch.no_grad()  # Pillow's path is for evaluating files
+    @torch.no_grad()  # the Pillow path only evaluates files
     def score_pil(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
         """Score 8-bit images of any size through the reference preprocessing: [B]."""
         check_prompts(self.name, images, prompts)
@@ -72,18 +72,18 @@ class ClipReward(Reward):
         return self.model
 
     def score(self, image_features: Tensor, text_features: Tensor) -> Tensor:
-        """Normalised features [..., D], which may broadcast, to scores [...]."""
+        """Score normalised features [..., D], which may broadcast: [...]."""
         cosine = (image_features * text_features.to(image_features)).sum(-1)
         scaled = cosine * (self.logit_scale if self.head.logit_scale else self.head.scale)
         return scaled.clamp(min=0) if self.head.clamp else scaled
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
-        """Normalised pixels [B, 3, size, size] to [B, D] of length 1, on the device of the pixels."""
+        """Encode normalised pixels [B, 3, size, size] to unit vectors [B, D], on the pixels' device."""
         features = project(self.model.vision_model, self.model.visual_projection, pixel_values)
         return unit_length(features).to(pixel_values.device)
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        """Compute and keep the text features of the prompts that have none yet."""
+        """Compute and cache the text features of new prompts."""
         for prompt in prompts:
             if prompt not in self.cache:
                 self.cache[prompt] = self.text_features_of_ids(*self.tokenize(prompt))[0]
@@ -93,24 +93,24 @@ class ClipReward(Reward):
 
     @property
     def text_length(self) -> int:
-        """Tokens that the model reads, start and end included."""
+        """Token limit of the model, start and end tokens included."""
         config: Any = self.model.config.text_config
         return config.max_position_embeddings
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts to [B, D] of length 1, on the model's device."""
+        """Encode prompts to unit vectors [B, D], on the model's device."""
         self.prepare(prompts)
         return torch.stack([self.cache[prompt] for prompt in prompts])
 
-    @torch.no_grad()  # nothing upstream of the text is trained
+    @torch.no_grad()  # the text has no trained inputs
     def text_features_of_ids(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Token ids [B, L] to [B, D] of length 1. What follows the end token has no influence."""
+        """Encode token ids [B, L] to unit vectors [B, D]. Tokens after the end token have no influence."""
         mask = None if attention_mask is None else attention_mask.to(self.model.device)
         pooled = self.model.text_model(input_ids=input_ids.to(self.model.device), attention_mask=mask).pooler_output
         return unit_length(self.model.text_projection(pooled))
 
     def tokenize(self, prompt: str) -> tuple[Tensor, Tensor]:
-        """Ids and mask [1, L], L = the model's text length; longer prompts are cut and keep their end token."""
+        """Return ids and mask [1, L], L = the token limit; longer prompts are cut and keep their end token."""
         if self.tokenizer is None:
             raise UserError(f"{self.name}: loaded with prompts=False; only score_ids works. Load with prompts=True")
         tokens = self.tokenizer(
@@ -124,26 +124,26 @@ class ClipReward(Reward):
 
 
 def project(vision: nn.Module, projection: nn.Linear, pixel_values: Tensor) -> Tensor:
-    """Normalised pixels [B, 3, size, size] to projected features [B, D] of any length, on the weights' device."""
-    # The weight itself as the target: its device and its dtype.
+    """Project normalised pixels [B, 3, size, size] to features [B, D], not normalised, on the weights' device."""
+    # `to(weight)` sets both device and dtype
     return projection(vision(pixel_values=pixel_values.to(projection.weight)).pooler_output)
 
 
 def unit_length(features: Tensor) -> Tensor:
-    """L2-normalised in at least float32: a half-precision cosine has two digits."""
+    """L2-normalise in at least float32, because a half-precision cosine has two digits."""
     features = features if features.dtype == torch.float64 else features.float()
     return features / features.norm(dim=-1, keepdim=True)
 
 
 def torchmetrics_mean(scores: Tensor) -> Tensor:
-    """torchmetrics' value of a batch: it averages the raw 100 cos first and clamps the mean, not the pairs."""
+    """Return torchmetrics' batch value, which averages 100 cos first and clamps the mean, not the pairs."""
     return scores.mean().clamp(min=0)
 
 
 def load_clip_reward(
     name: str, path: str, processor: str, head: Head, device: str, dtype: str, *, prompts: bool
 ) -> ClipReward:
-    """Load weights, preprocessing and (for `prompts`) tokenizer of a folder or hub id. UserError if one is missing."""
+    """Load weights, preprocessing and (for `prompts`) tokenizer of a folder or hub id. Raises UserError."""
     folder = resolve(path)
     processor_folder = resolve(processor) if processor else folder
     model, logit_scale = load_model(name, folder, device, dtype)

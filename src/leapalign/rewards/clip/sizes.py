@@ -1,4 +1,4 @@
-"""CLIP rewards without weights: the published sizes, and those of a folder's config.json."""
+"""CLIP rewards on the meta device, with published sizes or those of a folder's config.json."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from leapalign.storage.embedded import resolve
 
 
 def vit_h() -> Any:
-    """CLIP ViT-H/14: HPSv2 and PickScore."""
+    """Return the config of CLIP ViT-H/14: HPSv2 and PickScore."""
     from transformers import CLIPConfig
 
     vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
@@ -30,7 +30,7 @@ def vit_h() -> Any:
 
 
 def vit_l() -> Any:
-    """OpenAI's CLIP ViT-L/14: CLIPScore and the aesthetic score."""
+    """Return the config of OpenAI's CLIP ViT-L/14: CLIPScore and the aesthetic score."""
     from transformers import CLIPConfig
 
     vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}

@@ -1,10 +1,10 @@
 """HPSv2 and HPSv2.1 (arXiv 2306.09341): the cosine of a CLIP ViT-H/14 that was tuned on human preferences.
 
-The published checkpoint is read as it is and runs on transformers' `CLIPModel`; neither open_clip nor the base weights
-of LAION are needed. An image keeps its whole area: the longest side becomes 224 and zeros (black) fill the rest.
+The published checkpoint is read unchanged and runs on transformers' `CLIPModel`, without open_clip or LAION's base
+weights. Images are not cropped: the longest side becomes 224 and zeros (black) pad the rest.
 
-Departures: an image that is not square and whose longer side is 224 already is padded, where the published code leaves
-it as it is. HTML entities in captions stay as they are written, and `<end_of_text>` in a caption is plain text.
+Departures: a non-square image whose longer side is already 224 is padded, which the published code does not do. HTML
+entities in captions are not decoded, and `<end_of_text>` in a caption is plain text.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class HPSv2(DescribedReward):
     memory: ClassVar[str] = "3.9 GB in float32 (ViT-H/14, 986 M parameters)"
 
     path: str = "xswu/HPSv2"
-    """The checkpoint file (.pt or .safetensors, original key names), or a folder or hub id that has it."""
+    """The checkpoint file (.pt or .safetensors, original key names), or a folder or hub id that holds it."""
     version: Literal["2.1", "2.0"] = "2.1"
-    """Which file of a folder or hub id; one architecture, one scale. A file as `path` is taken as it is."""
+    """Which file of a folder or hub id; one architecture, one scale. Ignored if `path` is a file."""
     processor: str = ""
     """Folder or hub id of CLIP's tokenizer; empty: beside a local checkpoint, or else laion/CLIP-ViT-H-14-..."""
 

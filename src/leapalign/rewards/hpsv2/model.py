@@ -1,6 +1,6 @@
 """Key map from open_clip to transformers' `CLIPModel`: names, fused projections, transposes.
 
-All sizes but the number of heads follow from the shapes of the weights. The heads of ViT-H/14 are known; for another
+All sizes except the number of heads follow from the weights' shapes. The heads of ViT-H/14 are known; for another
 size, a config.json beside the checkpoint (as in open_clip's model_configs) states `vision_cfg.head_width` and
 `text_cfg.heads`.
 """
@@ -37,7 +37,7 @@ RULES = (
     (r"^visual\.class_embedding$", "vision_model.embeddings.class_embedding"),
     (r"^visual\.positional_embedding$", "vision_model.embeddings.position_embedding.weight"),
     (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
-    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),  # spelled so in transformers
+    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),  # transformers' spelling
     (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
     (r"^visual\.proj$", "visual_projection.weight"),
     (r"^positional_embedding$", "text_model.embeddings.position_embedding.weight"),
@@ -51,7 +51,7 @@ TRANSPOSED = ("visual_projection.weight", "text_projection.weight")  # open_clip
 def load_hpsv2(
     name: str, path: str, files: Sequence[str], processor: str, device: str, dtype: str, *, prompts: bool
 ) -> ClipReward:
-    """The cosine reward of an open_clip checkpoint. UserError if something is missing, unknown or of another shape."""
+    """Load the cosine reward of an open_clip checkpoint. Raises UserError for missing, unknown or misshapen weights."""
     from transformers import CLIPModel
 
     target, folder = torch_dtype(name, dtype), folder_of(path)
@@ -72,7 +72,7 @@ def load_hpsv2(
 
 
 def from_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights under `CLIPModel`'s names and in its shapes; a key that is unknown keeps its name."""
+    """Convert weights to `CLIPModel`'s names and shapes; an unknown key keeps its name."""
     converted = {}
     for key, weight in rename(weights, RULES).items():
         before, in_proj, kind = key.partition(".in_proj_")  # kind: weight or bias
@@ -84,7 +84,7 @@ def from_open_clip(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def clip_config(checkpoint: Checkpoint, told: Mapping[str, Any]) -> CLIPConfig:
-    """Sizes from the shapes; heads and activation from `told`, an open_clip configuration, where it is one."""
+    """Derive sizes from the shapes; heads and activation from `told`, an open_clip config, if given."""
     from transformers import CLIPConfig
 
     width, _, patch, _ = checkpoint.shape("visual.conv1.weight", 4)
@@ -108,13 +108,13 @@ def clip_config(checkpoint: Checkpoint, told: Mapping[str, Any]) -> CLIPConfig:
         "num_attention_heads": text_heads,
         "vocab_size": vocabulary,
         "max_position_embeddings": checkpoint.shape("positional_embedding", 2)[0],
-        "eos_token_id": 2,  # transformers' sign for open_clip's pooling: at the highest id, which is the end token
+        "eos_token_id": 2,  # makes transformers pool like open_clip: at the highest id, the end token
     }
     return CLIPConfig(vision_config=vision | common, text_config=text | common, projection_dim=dimension)
 
 
 def _heads(checkpoint: Checkpoint, told: Mapping[str, Any], width: int, text_width: int) -> tuple[int, int]:
-    """Of vision and text."""
+    """Return the number of heads of vision and text. Raises UserError if unknown."""
     name, vision, text = checkpoint.name, told.get("vision_cfg"), told.get("text_cfg")
     if isinstance(vision, dict) and isinstance(text, dict):
         (head_width,) = whole_numbers(name, "config.json, vision_cfg,", vision, "head_width")

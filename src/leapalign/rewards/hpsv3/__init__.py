@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from leapalign.rewards.hpsv3.model import HPSv3Reward
 
 PROCESSOR = "Qwen/Qwen2-VL-7B-Instruct"
-PROCESSOR_FILES = tuple((*tokenizer, "config.json") for tokenizer in CLIP_TOKENIZER)  # byte-level BPE, as CLIP's
+PROCESSOR_FILES = tuple((*tokenizer, "config.json") for tokenizer in CLIP_TOKENIZER)  # byte-level BPE, like CLIP's
 
 
 @dataclass(frozen=True, kw_only=True)

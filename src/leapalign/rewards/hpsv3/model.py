@@ -1,13 +1,13 @@
-"""HPSv3 (arXiv 2508.03789) on transformers' Qwen2VLModel: the published weights, renamed, and their conventions.
+"""HPSv3 (arXiv 2508.03789) on transformers' Qwen2VLModel: key map and published conventions.
 
 - Positions are sequential (0, 1, 2, …) on all three rotary axes: as trained, not Qwen2-VL's own two-dimensional ones.
 - The head runs in float32 over a backbone of any precision, on the hidden state at <|Reward|>. Attention is causal, so
-  the tokens behind it are not computed.
-- One sample at a time: no padding, so a score has the same bits in any company. 8 G parameters over some 800 tokens
+  tokens after it are not computed.
+- One sample at a time: without padding, scores are bit-identical in any batch. 8 G parameters over some 800 tokens
   keep a device busy without a batch.
 
-Departures: texts of special tokens are taken out of prompts; an image too narrow for a block of 28 pixels is an error,
-where published code goes on with a size of 0.
+Departures: texts of special tokens are removed from prompts; an image too narrow for a block of 28 pixels is an error,
+while the published code continues with a size of 0.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 
 FILE, REWARD_TOKEN = "HPSv3.safetensors", "<|Reward|>"
 TEMPLATE = Path(__file__).with_name("prompt.txt")
-PIXELS = 448 * 448  # smallest and largest area that an image is resized to
+PIXELS = 448 * 448  # area of every resized image
 EMBEDDING = "model.embed_tokens.weight"  # the published name
-WIDTHS = (1024, 16, 2)  # of the head's three layers
-DROPOUT = 0.05  # of the training; it only gives the layers their published numbers
+WIDTHS = (1024, 16, 2)  # output widths of the head's three layers
+DROPOUT = 0.05  # as in training; in eval mode it only keeps the published layer indices
 
 
 class HPSv3Model(nn.Module):
-    """Backbone and head; ids [L] and one image to (mean, log standard deviation) [2]."""
+    """Backbone and head: ids [L] and one image -> (mean, log standard deviation) [2]."""
 
     def __init__(self, backbone: Qwen2VLModel) -> None:
         super().__init__()
@@ -57,13 +57,13 @@ class HPSv3Model(nn.Module):
         )
 
     def forward(self, ids: Tensor, image: Patches) -> Tensor:
-        """`ids` ends with the token whose hidden state is read."""
+        """Score one image; `ids` ends with <|Reward|>, whose hidden state is read."""
         head: Any = self.rm_head[0]
         with KeepDouble() if head.weight.dtype == torch.float64 else nullcontext():
             return self.rm_head(self.hidden(ids, image).to(head.weight.dtype))
 
     def hidden(self, ids: Tensor, image: Patches) -> Tensor:
-        """The last hidden state [width] of ids [L]."""
+        """Return the last hidden state [width] of ids [L]."""
         backbone: Any = self.backbone  # transformers' annotations are narrower than its code
         device = backbone.device
         ids, grid = ids.to(device)[None], torch.tensor([image.grid], device=device)
@@ -77,7 +77,7 @@ class HPSv3Model(nn.Module):
 
 
 class KeepDouble(TorchFunctionMode):
-    """transformers computes norms and rotations in float32, whatever the weights are; float64 stays float64 here."""
+    """Keep float64 through norms and rotations, which transformers always computes in float32."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         lowers = func is Tensor.float or (func is Tensor.to and torch.float32 in (*args[1:], *(kwargs or {}).values()))
@@ -97,7 +97,7 @@ class HPSv3Reward(Reward):
     chat: Chat | None  # None: ids only
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Differentiable scores [B]."""
+        """Score images [B, 3, H, W] in [0, 1]: [B], differentiable."""
         check_inputs(self.name, images, prompts)
         patches = self.preprocess(images)
         return self.outputs(patches, self.tokenize(prompts, patches))[:, 0].to(images.device)
@@ -106,11 +106,11 @@ class HPSv3Reward(Reward):
         return self.model
 
     def score_ids(self, images: Tensor, input_ids: Sequence[Tensor]) -> Tensor:
-        """Differentiable scores [B] for whole chat texts as rows of ids [L]; what follows <|Reward|> is not read."""
+        """Score whole chat texts given as rows of ids [L]: [B], differentiable. Ids after <|Reward|> are ignored."""
         check_ids(self.name, images, input_ids)
         return self.outputs(self.preprocess(images), input_ids)[:, 0].to(images.device)
 
-    @torch.no_grad()  # Pillow's path is for evaluating files
+    @torch.no_grad()  # the Pillow path only evaluates files
     def score_pil(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
         """Score 8-bit images of any size through the reference preprocessing: [B]."""
         check_prompts(self.name, images, prompts)
@@ -118,12 +118,12 @@ class HPSv3Reward(Reward):
         return self.outputs(patches, self.tokenize(prompts, patches))[:, 0]
 
     def outputs(self, images: Sequence[Patches], input_ids: Sequence[Tensor]) -> Tensor:
-        """(mean, log standard deviation) [B, 2] of B images with a row of ids each."""
+        """Return (mean, log standard deviation) [B, 2] of B images with a row of ids each."""
         rows = [self.until_reward(ids, image) for ids, image in zip(input_ids, images)]
         return torch.stack([self.model(ids, image) for ids, image in zip(rows, images)])
 
     def until_reward(self, ids: Tensor, image: Patches) -> Tensor:
-        """Ids up to <|Reward|>, included. ValueError without one, or with another number of image tokens."""
+        """Return ids up to and including <|Reward|>. Raises ValueError without it, or for a wrong image token count."""
         ends = (ids == self.reward_token_id).nonzero()
         found = int((ids == self.model.backbone.config.image_token_id).sum())
         if len(ends) != 1 or found != image.num_tokens:
@@ -134,17 +134,17 @@ class HPSv3Reward(Reward):
         return ids[: int(ends) + 1]
 
     def tokenize(self, prompts: Sequence[str], images: Sequence[Patches]) -> list[Tensor]:
-        """The chat text of each prompt as ids [L], with the image tokens that its image needs."""
+        """Return each prompt's chat text as ids [L], with as many image tokens as its image needs."""
         if self.chat is None:
             raise UserError(f"{self.name}: loaded with prompts=False; only score_ids works. Load with prompts=True")
         return [self.chat(prompt, image.num_tokens) for prompt, image in zip(prompts, images)]
 
 
 def load_hpsv3(name: str, path: str, processor: str, device: str, dtype: str, *, prompts: bool) -> HPSv3Reward:
-    """Published weights on the backbone that `processor` describes. UserError if something is missing or other."""
+    """Load published weights into the backbone that `processor` describes. Raises UserError on any mismatch."""
     known = torch_dtype(name, dtype)
     config, weights = load_config(name, processor), load_weights(name, path)
-    vocabulary = len(weights[EMBEDDING])  # <|Reward|> came last, so config.json's number is another
+    vocabulary = len(weights[EMBEDDING])  # includes <|Reward|>, unlike config.json's number
     config.text_config.vocab_size = vocabulary
     chat = load_chat(name, processor, vocabulary, config.image_token_id) if prompts else None
     reward = HPSv3Reward(
@@ -158,7 +158,7 @@ def load_hpsv3(name: str, path: str, processor: str, device: str, dtype: str, *,
 
 
 def load_config(name: str, folder: str) -> Any:
-    """The backbone's sizes as a Qwen2VLConfig."""
+    """Return the backbone's config as a Qwen2VLConfig."""
     from transformers import Qwen2VLConfig
 
     config = read_json(folder, "config.json")
@@ -174,7 +174,7 @@ def load_config(name: str, folder: str) -> Any:
 
 
 def load_weights(name: str, path: str) -> dict[str, Tensor]:
-    """The file's tensors by their published names, without lm_head, which scores nothing."""
+    """Read the file's tensors by their published names, without the unused lm_head."""
     from safetensors import SafetensorError, safe_open
 
     file = path if Path(path).is_file() else find(path, FILE)
@@ -196,7 +196,7 @@ def load_weights(name: str, path: str) -> dict[str, Tensor]:
 def build_model(
     name: str, path: str, config: Qwen2VLConfig, weights: dict[str, Tensor], dtype: torch.dtype
 ) -> HPSv3Model:
-    """Frozen, in eval mode; the head in at least float32. `weights` is emptied. UserError unless they fit exactly."""
+    """Build it frozen, in eval mode, head in at least float32. Empties `weights`. Raises UserError on a mismatch."""
     from transformers import Qwen2VLModel
 
     head = {key: weights.pop(key) for key in list(weights) if key.startswith("rm_head.")}
@@ -212,7 +212,7 @@ def build_model(
 
 
 def renamed(key: str) -> str:
-    """A published name to that of transformers' Qwen2VLModel: model.layers.0… to language_model.layers.0…"""
+    """Map a published key to transformers' Qwen2VLModel: model.layers.0… -> language_model.layers.0…"""
     return "language_model." + key.removeprefix("model.") if key.startswith("model.") else key
 
 
@@ -232,7 +232,7 @@ def check_weights(name: str, path: str, expected: dict[str, list[int]], weights:
 
 
 def expected_shapes(config: Qwen2VLConfig) -> dict[str, list[int]]:
-    """Name and shape of each weight, backbone's and head's, without memory for any."""
+    """Return name -> shape of all weights of backbone and head, from the meta device."""
     from transformers import Qwen2VLModel
 
     with torch.device("meta"):
@@ -241,7 +241,7 @@ def expected_shapes(config: Qwen2VLConfig) -> dict[str, list[int]]:
 
 
 def load_chat(name: str, folder: str, vocabulary: int, image_token_id: int) -> Chat:
-    """The backbone's tokenizer with <|Reward|> as its last token, and the instruction."""
+    """Load the backbone's tokenizer with <|Reward|> as last token, and the instruction."""
     tokenizer, template = load_tokenizer(name, folder, vocabulary), read_template(TEMPLATE)
     tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
     if len(tokenizer) != vocabulary or tokenizer.convert_tokens_to_ids(REWARD_TOKEN) != vocabulary - 1:

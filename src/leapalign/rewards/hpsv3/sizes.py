@@ -1,4 +1,4 @@
-"""HPSv3 without weights, at its published sizes."""
+"""HPSv3 on the meta device, with its published sizes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from leapalign.rewards.base import Weightless
 from leapalign.rewards.hpsv3.model import PIXELS, HPSv3Model, HPSv3Reward
 from leapalign.rewards.qwen_vl import QwenPreprocess
 
-INSTRUCTION_TOKENS = 500  # about: the instruction and a prompt
-VOCABULARY = 151_658  # <|Reward|> comes last
+INSTRUCTION_TOKENS = 500  # approximate tokens of the instruction and a prompt
+VOCABULARY = 151_658  # including <|Reward|>, the last
 IMAGE_TOKEN = 151_655
-ORDINARY_TOKENS = 150_000  # ids below it are no special tokens
+ORDINARY_TOKENS = 150_000  # ids below this are not special tokens
 
 
 def qwen2_vl_7b(text_layers: int = 28, vision_layers: int = 32) -> Any:
-    """Return the configuration of HPSv3's backbone; fewer layers are a cut of the same width."""
+    """Return the configuration of HPSv3's backbone; fewer layers keep the width."""
     from transformers import Qwen2VLConfig
 
     text = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": text_layers}

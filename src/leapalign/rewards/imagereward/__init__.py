@@ -1,9 +1,9 @@
 """ImageReward (arXiv 2304.05977): BLIP's text tower attends to the image, and a small head scores it.
 
-The published checkpoint is read as it is and runs on transformers' BLIP classes. The score is standardised with the
+The published checkpoint is read unchanged and runs on transformers' BLIP classes. The score is standardised with the
 published mean and deviation of the training set.
 
-Departures: none known. The text is cut to 35 tokens as published, so that the end of a long prompt has no influence.
+Departures: none known. Prompts are cut to 35 tokens, as published.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ImageReward(DescribedReward):
     memory: ClassVar[str] = "1.8 GB in float32 (446 M parameters)"
 
     path: str = "THUDM/ImageReward"
-    """The checkpoint file (.pt or .safetensors, original key names), or a folder or hub id that has it."""
+    """The checkpoint file (.pt or .safetensors, original key names), or a folder or hub id that holds it."""
     processor: str = ""
     """Folder or hub id of BERT's uncased tokenizer; empty: beside a local checkpoint, or else google-bert/..."""
 

@@ -1,6 +1,6 @@
-"""ImageReward on transformers' BLIP classes: key map from the original names, one forward a pair.
+"""ImageReward on transformers' BLIP classes: key map from the original names, one forward per pair.
 
-All sizes but the number of heads follow from the shapes of the weights. The heads of the published widths are known;
+All sizes except the number of heads follow from the weights' shapes. The heads of the published widths are known;
 for another size, a config.json beside the checkpoint states `vision.num_heads` and `text.num_attention_heads`.
 """
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import BlipTextConfig, BlipVisionConfig
 
-MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output on the training set
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # statistics of the head's output on the training set
 TEXT_LENGTH = 35  # tokens, [CLS] and [SEP] included
 HEADS = {(1024, 768): (16, 12)}  # (vision width, text width) -> heads: ViT-L/16 and BERT-base
 
@@ -42,7 +42,7 @@ RULES = (
     (r"\.attn\.proj\.", ".self_attn.projection."),
     (r"^blip\.text_encoder\.", "text."),
 )
-# BLIP's contrastive projections, and a table of 0, 1, 2, ... that transformers makes itself.
+# BLIP's contrastive projections, and position ids, which transformers creates itself
 UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
 
 
@@ -62,7 +62,7 @@ class BlipScorer(nn.Module):
 class BlipReward(Reward):
     """ImageReward; see `leapalign.rewards.base.Reward`.
 
-    The text tower attends to the image in each layer, so nothing of a prompt can be computed in advance.
+    The text tower attends to the image in each layer, so no prompt features can be computed in advance.
     """
 
     name: str
@@ -71,7 +71,7 @@ class BlipReward(Reward):
     tokenizer: Any  # transformers has no common public type; None: ids only
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Differentiable scores [B]."""
+        """Score images [B, 3, H, W] in [0, 1]: [B], differentiable."""
         check_inputs(self.name, images, prompts)
         return self.scores(self.preprocess(images), *self.tokenize(prompts))
 
@@ -79,11 +79,11 @@ class BlipReward(Reward):
         return self.model
 
     def score_ids(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Differentiable scores [B] for prompts given as token ids [B, L] that begin with [CLS]."""
+        """Score prompts given as token ids [B, L] that begin with [CLS]: [B], differentiable."""
         check_ids(self.name, images, input_ids)
         return self.scores(self.preprocess(images), input_ids, attention_mask)
 
-    @torch.no_grad()  # Pillow's path is for evaluating files
+    @torch.no_grad()  # the Pillow path only evaluates files
     def score_pil(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
         """Score 8-bit images of any size through the reference preprocessing: [B]."""
         check_prompts(self.name, images, prompts)
@@ -95,13 +95,13 @@ class BlipReward(Reward):
         return self.score(hidden).to(pixel_values.device)
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
-        """Normalised pixels [B, 3, size, size] to patches [B, 1 + N, D], on the model's device."""
-        # The weight itself as the target: its device and its dtype.
+        """Encode normalised pixels [B, 3, size, size] to patches [B, 1 + N, D], on the model's device."""
+        # `to(weight)` sets both device and dtype
         pixels = pixel_values.to(self.model.vision.embeddings.patch_embedding.weight)
         return self.model.vision(pixel_values=pixels).last_hidden_state
 
     def hidden(self, image_features: Tensor, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Patches [B, 1 + N, D] and ids [B, L] to the hidden state at [CLS] [B, E]."""
+        """Return the hidden state at [CLS], [B, E], from patches [B, 1 + N, D] and ids [B, L]."""
         device = image_features.device
         mask = None if attention_mask is None else attention_mask.to(device)
         states = self.model.text(
@@ -110,14 +110,14 @@ class BlipReward(Reward):
         return states[:, 0]
 
     def score(self, hidden: Tensor) -> Tensor:
-        """[B, E] to standardised scores [B], at least float32."""
+        """Map hidden states [B, E] to standardised scores [B], at least float32."""
         return (self.model.mlp(hidden) - MEAN) / STD
 
     def longer(self, prompts: Sequence[str]) -> TooLong:
         return count_longer(self.tokenizer, prompts, TEXT_LENGTH)
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Ids and mask [B, 35]; longer prompts are cut and keep their [SEP]."""
+        """Return ids and mask [B, 35]; longer prompts are cut and keep their [SEP]."""
         if self.tokenizer is None:
             raise UserError(f"{self.name}: loaded with prompts=False; only score_ids works. Load with prompts=True")
         tokens = self.tokenizer(
@@ -129,7 +129,7 @@ class BlipReward(Reward):
 def load_imagereward(
     name: str, path: str, files: Sequence[str], processor: str, device: str, dtype: str, *, prompts: bool
 ) -> BlipReward:
-    """The reward of the published checkpoint. UserError if something is missing, unknown or of another shape."""
+    """Load the published checkpoint. Raises UserError for missing, unknown or misshapen weights."""
     target, folder = torch_dtype(name, dtype), folder_of(path)
     checkpoint = read_checkpoint(name, path, files)
     vision, text = blip_configs(checkpoint, read_json(folder, "config.json"))
@@ -146,18 +146,18 @@ def load_imagereward(
 
 
 def imagereward_preprocess(vision: BlipVisionConfig) -> Preprocess:
-    """Shortest edge, and torchvision's centre crop."""
-    size: Any = vision.image_size  # may be a pair in general; here it is one number
+    """Return the preprocessing: resize the shortest edge, then torchvision's centre crop."""
+    size: Any = vision.image_size  # typed as number or pair; here a number
     return Preprocess(size=size, rounding="half-even")
 
 
 def from_original(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights under `BlipScorer`'s names, without those that the score does not use."""
+    """Rename weights to `BlipScorer`'s names, without those that the score does not use."""
     return rename({key: weight for key, weight in weights.items() if not key.startswith(UNUSED)}, RULES)
 
 
 def blip_configs(checkpoint: Checkpoint, told: Mapping[str, Any]) -> tuple[BlipVisionConfig, BlipTextConfig]:
-    """Sizes from the shapes; heads from `told` where it has them. Dropout stays at transformers' 0."""
+    """Derive sizes from the shapes, heads from `told` if given. Dropout stays at transformers' 0."""
     from transformers import BlipTextConfig, BlipVisionConfig
 
     image, words = "blip.visual_encoder.", "blip.text_encoder."
@@ -190,7 +190,7 @@ def blip_configs(checkpoint: Checkpoint, told: Mapping[str, Any]) -> tuple[BlipV
 
 
 def _heads(checkpoint: Checkpoint, told: Mapping[str, Any], width: int, text_width: int) -> tuple[int, int]:
-    """Of vision and text."""
+    """Return the number of heads of vision and text. Raises UserError if unknown."""
     name, vision, text = checkpoint.name, told.get("vision"), told.get("text")
     if isinstance(vision, dict) and isinstance(text, dict):
         (heads,) = whole_numbers(name, "config.json, vision,", vision, "num_heads")

@@ -1,4 +1,4 @@
-"""ImageReward without weights, at its published sizes."""
+"""ImageReward on the meta device, with its published sizes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def imagereward() -> Weightless:
         vision = BlipVisionConfig(
             hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224
         )
-        text = BlipTextConfig(encoder_hidden_size=1024, num_attention_heads=12)  # the rest is BERT-base's, as it is
+        text = BlipTextConfig(encoder_hidden_size=1024, num_attention_heads=12)  # defaults are BERT-base's
         return BlipReward(
             name="imagereward",
             model=BlipScorer(vision, text, (768, *WIDTHS)),

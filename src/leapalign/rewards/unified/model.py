@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 MODEL_TYPE = "qwen2_5_vl"
 HIGHEST = 5.0
-MIN_PIXELS, MAX_PIXELS = 56 * 56, 3584 * 3584  # Qwen2.5-VL's own
+MIN_PIXELS, MAX_PIXELS = 56 * 56, 3584 * 3584  # Qwen2.5-VL's defaults
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """The prompt's template, and the line of the answer that counts."""
+    """A prompt template and the line of the answer to read."""
 
     template: str  # name of a file beside this module
     axis: str  # "Alignment", "Coherence" or "Style"
@@ -42,8 +42,8 @@ class Question:
 class UnifiedJudge(Reward):
     """UnifiedReward, without gradient; see `leapalign.rewards.base.Reward`.
 
-    `failures` counts the texts without a readable number since loading; their scores are NaN. An image that is not
-    finite has the score NaN as well, and the model is not asked.
+    `failures` counts answers without a readable number since loading; their scores are NaN. Non-finite images score NaN
+    too, without running the model.
     """
 
     name: str
@@ -54,7 +54,7 @@ class UnifiedJudge(Reward):
     failures: int = 0
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores [B]."""
+        """Score images [B, 3, H, W] in [0, 1]: [B], without gradient."""
         check_inputs(self.name, images, prompts)
         return self.scores(self.preprocess(images.detach()), prompts).to(images.device)
 
@@ -70,21 +70,21 @@ class UnifiedJudge(Reward):
         return self.model
 
     def scores(self, images: Sequence[Patches], prompts: Sequence[str]) -> Tensor:
-        """One number an image, float32 (float64 for a model in float64)."""
+        """Return one number per image, float32 (float64 for a float64 model)."""
         numbers = [self.score(image, prompt) for image, prompt in zip(images, prompts)]
         return torch.tensor(numbers, dtype=torch.promote_types(self.model.dtype, torch.float32))
 
     def score(self, image: Patches, prompt: str) -> float:
-        """The number in the model's answer; NaN without one."""
+        """Return the number in the model's answer; NaN without one."""
         if not bool(image.values.isfinite().all()):
-            return math.nan  # the network would answer something
+            return math.nan  # the network would still answer with a number
         number = parse(self.answer(image, prompt), self.question.axis)
         self.failures += math.isnan(number)
         return number
 
     @torch.no_grad()  # a text has no gradient
     def answer(self, image: Patches, prompt: str) -> str:
-        """Generate the answer; one that met the length limit loses its last line, which may end in half a number."""
+        """Generate the answer; at the length limit the last line is dropped, because its number may be cut."""
         ids = self.chat(prompt, image.num_tokens)[None].to(self.model.device)
         model: Any = self.model  # transformers' annotations are narrower than its code
         out = model.generate(
@@ -107,7 +107,7 @@ class UnifiedJudge(Reward):
             "pixel_values": image.values.to(device),
             "image_grid_thw": torch.tensor([image.grid], device=device),
         }
-        # Newer releases of transformers ask where the image tokens are, older ones refuse the argument.
+        # newer transformers need the positions of image tokens, older ones reject the argument
         if "mm_token_type_ids" in inspect.signature(self.model.forward).parameters:
             inputs["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
         return inputs
@@ -118,7 +118,7 @@ class UnifiedJudge(Reward):
 
 
 def parse(text: str, axis: str) -> float:
-    """The number in "Alignment Score (1-5): 3.62", the first such line of `axis`; NaN without one in [0, 5].
+    """Parse the first "Alignment Score (1-5): 3.62" of `axis`; NaN without a number in [0, 5].
 
     The published pattern is [0-5](?:\\.\\d+)?, which reads 4 from 45 and 3 from 3,5; those are NaN here.
     """
@@ -128,12 +128,12 @@ def parse(text: str, axis: str) -> float:
 
 
 def load_unified(name: str, folder: str, processor: str, question: Question, device: str, dtype: str) -> UnifiedJudge:
-    """Load weights, preprocessing and tokenizer of a folder or hub id. UserError if one is missing or does not fit."""
+    """Load weights, preprocessing and tokenizer of a folder or hub id. Raises UserError on a mismatch."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     architecture = Qwen2_5_VLForConditionalGeneration
     config = check_architecture(name, folder, architecture.__name__, MODEL_TYPE)
-    check_vision(name, folder, config.get("vision_config", {}))  # before gigabytes are read
+    check_vision(name, folder, config.get("vision_config", {}))  # checked before gigabytes are read
     model = read_model(name, folder, architecture, MODEL_TYPE, torch_dtype(name, dtype))
     tokenizer = load_tokenizer(name, processor, len(model.get_input_embeddings().weight))
     template = read_template(Path(__file__).with_name(question.template))
@@ -148,7 +148,7 @@ def load_unified(name: str, folder: str, processor: str, question: Question, dev
 
 
 def load_limits(name: str, folder: str) -> QwenPreprocess:
-    """Read the folder's pixel limits, which have two spellings; without a file they are Qwen2.5-VL's own."""
+    """Read the folder's pixel limits, in either spelling; without a file, Qwen2.5-VL's defaults."""
     config = read_json(folder, "preprocessor_config.json") or read_json(folder, "processor_config.json")
     config = config.get("image_processor", config)  # transformers 5 nests it
     size = config.get("size") or {}
