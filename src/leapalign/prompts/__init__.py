@@ -1,6 +1,6 @@
 """Sources of prompts, some with GenEval's metadata (docs/prompts.md). Imports no torch.
 
-Files of the user's and the embedded world are defined here, published sets in sets.py, GenEval's prompts in geneval.py.
+User files and the embedded world are defined here, published sets in sets.py, GenEval's prompts in geneval.py.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class ShapeWorldPrompts:
     licence: ClassVar[str] = "Apache-2.0 (ours)"
 
     split: Literal["train", "test"] = "train"  # test combinations never appear among the training prompts
-    num: int = 4096  # prompts in all (train), prompts a task (test)
-    seed: int = 0  # which training prompts; not the run's seed
+    num: int = 4096  # prompts in total (train) or per task (test)
+    seed: int = 0  # selects the training prompts; not the run's seed
 
     def __post_init__(self) -> None:
         check_generated("shapeworld", self.num, self.seed)

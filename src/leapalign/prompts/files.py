@@ -1,7 +1,7 @@
 """Prompt files, read strictly: .txt, .jsonl and .csv files of the user, and the JSON files of published sets.
 
-Accepted: UTF-8, or UTF-16 and UTF-32 with a byte-order mark; lines that end in \\n, \\r\\n or \\r, also mixed; and the
-byte-order marks that joining files leaves at the start of lines. Everything else is refused with file and line.
+Accepted: UTF-8, or UTF-16 and UTF-32 with a byte-order mark; line ends \\n, \\r\\n or \\r, also mixed; and byte-order
+marks at the start of lines, as left by concatenating files. Anything else raises UserError with file and line.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ENCODINGS = (  # byte-order mark -> encoding; UTF-32's begins with UTF-16's
 
 
 def read_prompts(file: str) -> list[Prompt]:
-    """The prompts of a .txt, .jsonl or .csv file. Raises UserError with the line that is wrong."""
+    """Read the prompts of a .txt, .jsonl or .csv file. Raises UserError with the invalid line."""
     readers: dict[str, Callable[[str, Path], Iterator[Prompt]]] = {
         ".txt": _read_txt,
         ".jsonl": _read_jsonl,
@@ -43,7 +43,7 @@ def read_prompts(file: str) -> list[Prompt]:
 
 
 def read_records(path: Path) -> Any:
-    """The content of a .json file."""
+    """Read the content of a .json file. Raises UserError if it is invalid."""
     try:
         return json.loads(_read_text(path))
     except (ValueError, RecursionError) as error:
@@ -51,7 +51,7 @@ def read_records(path: Path) -> Any:
 
 
 def _read_text(path: Path) -> str:
-    """The text with lines that end in \\n and without byte-order marks. Raises UserError with the line."""
+    """Read text, with \\n as line end and without byte-order marks. Raises UserError with the invalid line."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -82,12 +82,12 @@ def _decode(content: bytes, path: Path) -> str:
 
 
 def _one_ending(text: str) -> str:
-    """The text with \\n at the end of every line."""
+    """Convert all line ends to \\n."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _line(text: str, character: str) -> int:
-    """Number of the line in which the character first comes."""
+    """Return the number of the first line with the character."""
     return 1 + text[: text.index(character)].count("\n")
 
 

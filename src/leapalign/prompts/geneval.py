@@ -1,13 +1,13 @@
-"""GenEval's prompts (arXiv 2310.11513): the 553 of the test, and training prompts that share nothing with them.
+"""GenEval's prompts (arXiv 2310.11513): the 553 test prompts, and training prompts disjoint from them.
 
 The test prompts are generated, not shipped: `generate(43, 100)` gives the published file of 553 lines byte for byte
 (tests/golden/test_geneval_prompts.py). Its wordings and their quirks ("knifes") are those of `geneval.wording`.
 
 Training prompts are ours, in the ratio of arXiv 2505.05470, which arXiv 2604.15311 trains on (Sec. 6.1): position 7,
 counting 5, attribute binding 3, colors 1, two objects 1, single object 0. Departures from that set's public script:
-- what is held out is the *claim*, so "a photo of a cup and a dog" also keeps out "a photo of a dog and a cup", and "a
-  left of b" keeps out "b right of a"; the script compares texts only;
-- prompts come from everything that a task can say, not from a sample of it, so that fewer are drawn twice.
+- *claims* are held out, so "a photo of a cup and a dog" also excludes "a photo of a dog and a cup", and "a left of b"
+  excludes "b right of a"; the script compares texts only;
+- prompts are drawn from all combinations of a task, not from a sample of them, so fewer are repeated.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ OBJECTS = (  # COCO's 80, in its order, three of them with GenEval's longer name
     *("vase", "scissors", "teddy bear", "hair drier", "toothbrush"),
 )
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-PEOPLE = 1  # "person" stands first and is never coloured
-RATIO = {"position": 7, "color_attr": 3, "colors": 1, "counting": 5, "two_object": 1}  # ties are broken in this order
+PEOPLE = 1  # "person" is first and never coloured
+RATIO = {"position": 7, "color_attr": 3, "colors": 1, "counting": 5, "two_object": 1}  # this order breaks ties
 TEST_SEED, TEST_NUM = 43, 100
 
 
@@ -61,7 +61,7 @@ class GenEvalPrompts:
 
     split: Literal["train", "test"] = "train"
     num: int = 50_000  # training prompts
-    seed: int = 0  # which training prompts; not the run's seed
+    seed: int = 0  # selects the training prompts; not the run's seed
 
     def __post_init__(self) -> None:
         check_generated("geneval", self.num, self.seed)
@@ -72,7 +72,7 @@ class GenEvalPrompts:
 
 
 def generate(seed: int, num: int) -> list[Metadata]:
-    """GenEval's own generator: every object once, then `num` draws of each other task, without repetitions."""
+    """Run GenEval's own generator: every object once, then `num` draws of each other task, without repetitions."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
@@ -86,7 +86,7 @@ def generate(seed: int, num: int) -> list[Metadata]:
 
 
 def metadata_file(records: Iterable[Metadata]) -> str:
-    """evaluation_metadata.jsonl, as GenEval writes it."""
+    """Return evaluation_metadata.jsonl as GenEval writes it."""
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
@@ -118,7 +118,7 @@ def _draw_bound(rng: np.random.Generator) -> Metadata:
 
 
 def train_prompts(num: int, seed: int) -> list[Metadata]:
-    """`num` prompts in the ratio, shuffled; each at most once while its task has enough that the test does not ask."""
+    """Generate `num` shuffled training prompts in RATIO; a task repeats prompts only when all are used."""
     import numpy as np
 
     rng = np.random.default_rng([seed, TEST_SEED])
@@ -128,14 +128,14 @@ def train_prompts(num: int, seed: int) -> list[Metadata]:
         pool = list(sayings(tag))
         unseen = (pool[i] for i in rng.permutation(len(pool)) if _claim(tag, pool[i]) not in tested)
         words = list(islice(unseen, count))
-        if len(words) < count:  # a small task repeats itself
+        if len(words) < count:  # a small task repeats its prompts
             words += [words[i] for i in rng.integers(len(words), size=count - len(words))]
         chosen += [_WORDED[tag](*each) for each in words]
     return [chosen[i] for i in rng.permutation(num)]
 
 
 def shares(total: int, ratio: Mapping[str, int]) -> dict[str, int]:
-    """`total` divided in the ratio: rounded down, what is left over goes to the largest remainders."""
+    """Split `total` in the ratio: rounded down, the rest goes to the largest remainders."""
     whole = sum(ratio.values())
     counts = {tag: total * part // whole for tag, part in ratio.items()}
     by_remainder = sorted(ratio, key=lambda tag: -(total * ratio[tag] % whole))  # stable: ties in the ratio's order
@@ -145,7 +145,7 @@ def shares(total: int, ratio: Mapping[str, int]) -> dict[str, int]:
 
 
 def sayings(tag: str) -> Iterator[tuple[Any, ...]]:
-    """Everything that a task can say, as the arguments of its wording."""
+    """List all combinations of a task, as arguments of its wording."""
     things = OBJECTS[PEOPLE:]
     if tag == "two_object":
         return permutations(OBJECTS, 2)
@@ -162,11 +162,11 @@ _WORDED = {"two_object": two, "counting": counted, "colors": colored, "position"
 
 
 def claim(record: Metadata) -> tuple[Any, ...]:
-    """What a prompt claims, without the order of its words."""
+    """Return a prompt's claim, independent of word order."""
     tag, include = record["tag"], record["include"]
     names = [item["class"] for item in include]
     colors = [item.get("color") for item in include]
-    if tag == "position":  # the reference object stands first in the metadata
+    if tag == "position":  # the reference object is first in the metadata
         return _claim(tag, (names[1], include[1]["position"][0], names[0]))
     if tag == "counting":
         return _claim(tag, (names[0], include[0]["count"]))

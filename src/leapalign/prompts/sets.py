@@ -1,9 +1,9 @@
-"""Published prompt sets: fetched by the hub's client when first used, never shipped (licences: docs/prompts.md).
+"""Published prompt sets: downloaded by the hub's client on first use, never shipped (licences: docs/prompts.md).
 
-Only the small file with the texts is fetched, never the images. `path` names a copy of that file on disk instead.
+Only the small file with the texts is downloaded, never images. `path` names a copy of that file on disk instead.
 
-A choice of some prompts (a training sample, a test split) is made by the sha256 of seed and text: it depends neither on
-the order of the file nor on the version of any random generator. Equal texts count once, blank ones not at all.
+Subsets (a training sample, a test split) are chosen by the sha256 of seed and text, independent of the file's order and
+of any random generator's version. Duplicate texts count once; blank ones are dropped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class HPDv2:
     licence: ClassVar[str] = "Apache-2.0 by its card (unverified)"
 
     split: Literal["train", "test"] = "train"
-    num: int = 0  # this many of them, chosen by `seed`; 0 = all
+    num: int = 0  # number of prompts, chosen by `seed`; 0 = all
     seed: int = 0
     path: str = ""  # train.json or test.json on disk; empty = from the hub
 
@@ -48,7 +48,7 @@ class MJHQ30k:
 
     split: Literal["train", "test"] = "train"
     test_size: int = 500  # prompts held out; the paper's own 500 are not published
-    split_seed: int = 0  # which ones
+    split_seed: int = 0  # selects them
     path: str = ""  # meta_data.json on disk; empty = from the hub
 
     @property
@@ -82,7 +82,7 @@ class DrawBench:
 
 
 def choose(texts: Iterable[str], num: int, seed: int) -> list[Prompt]:
-    """`num` of the texts in their own order; 0 = all."""
+    """Choose `num` of the texts, in their own order; 0 = all."""
     texts = list(texts)
     if num < 0 or num > len(texts):
         raise UserError(f"num {num}: this set has {len(texts)} different prompts; use 0 for all of them")
@@ -95,7 +95,7 @@ def _rank(text: str, seed: int) -> bytes:
 
 
 def texts_in(file: Path) -> list[str]:
-    """Different texts of a .json file: a list of texts or of objects with "prompt", or an object of such objects."""
+    """Read unique texts from a .json file: a list of texts or of objects with "prompt", or an object of these."""
     from leapalign.prompts.files import read_records
 
     content = read_records(file)
@@ -114,7 +114,7 @@ def _text(file: Path, place: int, record: Any) -> str:
 
 
 def _file(path: str, source: HubFile) -> Path:
-    """The file on disk, or the hub's copy of it in the hub's cache."""
+    """Return the file on disk, or the copy in the hub's cache. Raises UserError if it is missing."""
     if path:
         return Path(path)
     remedy = (
@@ -125,6 +125,6 @@ def _file(path: str, source: HubFile) -> Path:
         found = snapshot(source.repo, [source.file], repo_type="dataset") / source.file
     except UserError as error:
         raise UserError(f"the prompts {source.file} of {error}; {remedy}") from error
-    if not found.is_file():  # offline, a snapshot without this file is all there is
+    if not found.is_file():  # offline, the cached snapshot may lack this file
         raise UserError(f"the prompts {source.file} of {source.repo} are not in the hub's cache; {remedy}")
     return found

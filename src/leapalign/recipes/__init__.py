@@ -1,4 +1,4 @@
-"""Named runs. A recipe is a function that returns a `Run`; one of your own: `leapalign train my.py:mine`."""
+"""Named runs. A recipe is a function that returns a `Run`; a user-defined one: `leapalign train my.py:mine`."""
 
 from __future__ import annotations
 

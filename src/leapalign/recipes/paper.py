@@ -1,23 +1,23 @@
 """The paper's runs (arXiv 2604.15311): FLUX.1-dev and SD3.5-M, four methods, its rewards and prompt sets.
 
-Stated there, and taken: AdamW, learning rate 1e-5 (HPSv3: 8e-6), betas 0.9 and 0.999, weight decay 1e-4, batch 64, EMA
+Taken from the paper: AdamW, learning rate 1e-5 (HPSv3: 8e-6), betas 0.9 and 0.999, weight decay 1e-4, batch 64, EMA
 0.995, 300 updates at 720 x 720 (SD3.5-M: 200 at 512 x 512), 25 steps, guidance 3.5 (Sec. 6.1, App. B); alpha 0.3 for
 HPSv2.1 and 0.1 for the others, lambda 0.55, 0.4, 13.5 (App. E); tau 0.1 (Sec. 6.1); n = 2 copies, K = 2 steps, early
 stop among the last 11 of 25 (App. E). It evaluates at 50 steps: `leapalign evaluate RUN --steps 50`.
 
-Where the paper is silent, decided here:
-- one process, samples one by one: the paper's 16 GPUs hold 4 each. Accumulation changes no number;
-- four neighbours share (k, j): as if each of the 16 GPUs drew its own;
-- gradients are clipped at 1, as in public code;
-- bfloat16 arithmetic over float32 weights, and the blocks' inputs kept: full fine-tuning would not fit otherwise. CLIP
-  rewards in float32 (2 GB more, beside some 300), HPSv3 in bfloat16 as published;
-- the other methods have LeapAlign's learning rate and lambda: the paper gives none of their own;
+Our choices, where the paper states none:
+- one process with micro-batches of one sample (the paper's 16 GPUs hold 4 each); accumulation changes no number;
+- four neighbouring samples share (k, j), as if each of the 16 GPUs drew its own;
+- gradients are clipped at norm 1, as in public code;
+- bfloat16 arithmetic over float32 weights with block checkpointing, without which full fine-tuning would not fit; CLIP
+  rewards in float32 (2 GB more, out of some 300), HPSv3 in bfloat16 as published;
+- the other methods use LeapAlign's learning rate and lambda, because the paper gives none for them;
 - SD3.5-M has FLUX's guidance scale 3.5 ("all other settings follow"), here as true guidance with an empty negative
   prompt and the gradient through both branches, since the paper's v is after guidance; T5 reads 256 tokens, as in
   diffusers;
-- which 50,000 prompts of HPDv2 and which 500 of MJHQ-30k: chosen by seed 0 (docs/prompts.md); GenEval's training
+- the 50,000 prompts of HPDv2 and the 500 of MJHQ-30k are chosen by seed 0 (docs/prompts.md); GenEval's training
   prompts are generated here, in the stated ratio;
-- 32 fixed samples are scored every 50 updates; one checkpoint is kept, because it is as large as 16 bytes a weight.
+- 32 fixed samples are evaluated every 50 updates; one checkpoint is kept, because it takes 16 bytes per weight.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ EARLY_STOP = 11 / 25  # App. E: "the last 11 generation steps out of the total 2
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is rewarded, on which prompts, and the numbers that go with it (Sec. 6.1, App. E)."""
+    """A reward, its prompts and its hyperparameters (Sec. 6.1, App. E)."""
 
     name: str
     term: RewardTerm
@@ -239,7 +239,7 @@ def sd35m_refl_hpsv21() -> Run:
 def sd35m_draft_lv_hpsv21() -> Run:
     """DRaFT-LV on SD3.5-M with HPSv2.1 on HPDv2 (App. B, Table 4).
 
-    On SD3's grid the last step is nearly empty (sigma_1 = 0.0089), so this method hardly trains anything here.
+    On SD3's grid the last step is tiny (sigma_1 = 0.0089), so this method hardly trains.
     """
     return sd35m(draft_lv(), PREFERENCE)
 

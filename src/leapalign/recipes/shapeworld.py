@@ -1,8 +1,8 @@
-"""Runs on the embedded pipeline and reward, without any download.
+"""Runs on the embedded pipeline and reward, without downloads.
 
-They differ in their method alone, so that methods can be compared; LoRA and guidance have a recipe each beside them.
-Departures from the paper's numbers (Sec. 6.1): a small model and few steps want a larger learning rate (3e-4, with a
-warm-up and a decay), a shorter average (0.95) and, for LeapAlign, the whole nested gradient (alpha 1; LOG.md).
+They differ only in the method, so that methods can be compared; two more recipes show LoRA and guidance. Departures
+from the paper's numbers (Sec. 6.1): a small model and few steps need a larger learning rate (3e-4, with warm-up and
+decay), a faster average (0.95) and, for LeapAlign, the whole nested gradient (alpha 1; LOG.md).
 """
 
 from __future__ import annotations
@@ -80,14 +80,14 @@ SHAPEWORLD: dict[str, Callable[[], Run]] = {
 
 
 def shapeworld(method: Any) -> Run:
-    """What the ShapeWorld recipes share."""
+    """Return the run that all ShapeWorld recipes share."""
     return Run(
         name=f"shapeworld-{method.name}",
         model=SD3(
             path="embedded:generator", height=32, width=32, guidance_scale=1.0, max_sequence_length=5, decode_chunk=0
         ),
         method=method,
-        rewards=(RewardTerm(reward=PickScore(path="embedded:reward"), threshold=1.0),),  # a cosine: never above
+        rewards=(RewardTerm(reward=PickScore(path="embedded:reward"), threshold=1.0),),  # cosine: always below
         prompts=ShapeWorldPrompts(),
         out=f"runs/shapeworld-{method.name}",
         steps=300,

@@ -1,8 +1,8 @@
-"""LoRA runs for one card of 48 and one of 24 GB: the paper's task and method, with what does not fit made smaller.
+"""LoRA runs of the paper's task and method on one GPU of 48 GB or 24 GB.
 
-Not the paper's: it trains all weights on 16 GPUs. Decided here, and not measured on published weights: rank 32 and
-scale 1, learning rate 1e-4 (adapters start at zero and want a larger step than 1e-5), the reward in bfloat16. What a
-run takes: `leapalign train NAME --dry-run`; decoding one picture under gradient is the largest part beside the base.
+Departures: the paper trains all weights on 16 GPUs. Our choices, not measured on published weights: rank 32 and scale
+1, learning rate 1e-4 (adapters start at zero and need a larger step than 1e-5), the reward in bfloat16. Memory of a
+run: `leapalign train NAME --dry-run`; decoding one image with gradient takes most memory after the base.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The samples of an update: prompts in a seeded order for each epoch, noise by (seed, step, sample).
+"""Samples of an update: prompts in a seeded order per epoch, noise from (seed, step, sample).
 
-Accumulation and the number of ranks change nothing. A resumed run reads on at the prompt where the checkpoint's run
-stopped, also with another batch size: checkpoints count the samples.
+Accumulation and the number of ranks change no sample. A resumed run continues at the checkpoint's prompt, even with
+another batch size, because checkpoints count samples.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from leapalign.seeds import generator
 
 
 class Start(NamedTuple):
-    """Where this process begins to read prompts: after `step` updates, which have read `samples` prompts."""
+    """Start of this process in the prompts: after `step` updates, which have read `samples` prompts."""
 
     step: int = 0
     samples: int = 0
 
     def place(self, step: int, batch_size: int) -> int:
-        """Place of the first prompt of update `step` in the endless sequence of prompts."""
+        """Return the index of update `step`'s first prompt in the endless sequence of prompts."""
         return self.samples + (step - self.step) * batch_size
 
 
@@ -37,18 +37,18 @@ class MicroBatch:
     """Neighbouring samples of one update."""
 
     step: int  # updates before this one
-    samples: range  # their numbers in the batch
+    samples: range  # their indices in the batch
     prompts: tuple[str, ...]
 
     def generators(self, seed: int, purpose: str = "noise") -> list[torch.Generator]:
-        """One generator a sample."""
+        """Return one generator per sample."""
         return noise_generators(seed, self.step, self.samples, purpose)
 
 
 def micro_batches(
     run: Run, prompts: Sequence[Prompt], step: int, rank: int = 0, ranks: int = 1, begin: Start = BEGINNING
 ) -> Iterator[MicroBatch]:
-    """The rank's micro-batches of one update; neighbouring micro-batches of the batch go to neighbouring ranks."""
+    """Yield this rank's micro-batches of one update; neighbouring micro-batches go to neighbouring ranks."""
     for start in range(rank * run.micro_batch_size, run.batch_size, ranks * run.micro_batch_size):
         samples = range(start, start + run.micro_batch_size)
         places = [begin.place(step, run.batch_size) + sample for sample in samples]
@@ -57,7 +57,7 @@ def micro_batches(
 
 
 def prompt_index(seed: int, place: int, count: int, purpose: str = "prompt order") -> int:
-    """Index of the prompt at a place of the endless sequence in which each epoch is another permutation."""
+    """Return the index of a prompt in the endless sequence, where each epoch is a new permutation."""
     return _epoch_order(seed, place // count, count, purpose)[place % count]
 
 
@@ -70,7 +70,7 @@ def _epoch_order(seed: int, epoch: int, count: int, purpose: str) -> tuple[int, 
 def prompts_used(
     run: Run, prompts: Sequence[Prompt], begin: Start = BEGINNING, rank: int = 0, ranks: int = 1
 ) -> list[str]:
-    """All texts that this rank encodes, in a fixed order: sample 0 (self-checks), its samples, the evaluation set."""
+    """List the texts that this rank needs, in a fixed order: sample 0 (self-checks), its samples, the fixed set."""
     training = {prompt_index(run.seed, 0, len(prompts)): None} if run.self_checks else {}
     first, last = (begin.place(step, run.batch_size) for step in (begin.step, max(begin.step, run.steps)))
     for place in range(first, last):
@@ -83,7 +83,7 @@ def prompts_used(
 
 
 def evaluation_prompts(run: Run, prompts: Sequence[Prompt]) -> list[str]:
-    """Prompts of the fixed evaluation set, in an order of its own: not those of the first update.
+    """Return the prompts of the fixed evaluation set, in its own order, unrelated to that of training.
 
     The same for every run with this evaluation_seed and these prompts.
     """
@@ -92,11 +92,11 @@ def evaluation_prompts(run: Run, prompts: Sequence[Prompt]) -> list[str]:
 
 
 def noise_generators(seed: int, step: int, samples: Sequence[int], purpose: str = "noise") -> list[torch.Generator]:
-    """One CPU generator a sample, a function of (seed, step, sample, purpose)."""
+    """Return one CPU generator per sample, seeded by (seed, step, sample, purpose)."""
     return [generator(seed, step=step, sample=sample, purpose=purpose) for sample in samples]
 
 
 def draw_generator(run: Run, micro: MicroBatch) -> torch.Generator:
-    """Generator of the structural draws (k, j, ...), shared by `samples_per_draw` neighbouring samples."""
+    """Return the generator of the structural draws (k, j, ...), shared by `samples_per_draw` neighbouring samples."""
     share = micro.samples.start // (run.samples_per_draw or run.batch_size)
     return generator(run.seed, step=micro.step, sample=share, purpose="draw")

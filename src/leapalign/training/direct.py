@@ -3,10 +3,10 @@
 Micro-batches are whole: noise, rollout, the reward's gradient at the latent, backward, then the next one. The loss is
 divided by the whole batch, so that 1 x 8 = 2 x 4 = 8 x 1.
 
-Decided on purpose:
-- an update without gradient (every sample above its threshold, or a draw that leaves no differentiated step) takes no
-  step at all: no AdamW, no weight decay, no EMA; it counts as a step and in `skipped`;
-- gradients are clipped at 1 by default, which the paper does not state and public code does.
+Our choices, where the paper states none:
+- an update without gradient (every sample above its threshold, or a draw without differentiated step) changes nothing:
+  no AdamW, weight decay or EMA; it counts as a step and in `skipped`;
+- gradients are clipped at norm 1 by default, as in public code.
 """
 
 from __future__ import annotations
@@ -52,22 +52,21 @@ def update(engine: Engine, step: int) -> Metrics:
 
 
 def micro_batch(engine: Engine, micro: MicroBatch) -> Part:
-    """Add the gradient of some samples of the batch to the weights' .grad.
+    """Add the gradient of a micro-batch to the weights' .grad.
 
-    The surrogate lives no longer than this call, so that its graph is freed before the next rollout even where the
-    rewards leave no gradient.
+    The surrogate is freed on return, so that its graph never outlives the call, even if the rewards leave no gradient.
     """
     surrogate = roll_out(engine, micro)
     result = gradient_at_latent(engine, micro, surrogate)
     trained = surrogate.has_gradient and result.has_gradient
-    if engine.world.any(trained) if engine.shards else trained:  # with sharded weights all ranks go backward, or none
+    if engine.world.any(trained) if engine.shards else trained:  # with sharded weights all ranks run backward, or none
         surrogate.backward(result.grad)
     return part_of(surrogate, result, trained)
 
 
 @voted
 def roll_out(engine: Engine, micro: MicroBatch) -> Surrogate:
-    """The rollout from noise to image, with the method's differentiated forwards in it. Raises NotFinite."""
+    """Roll out from noise to image, with the method's differentiated forwards. Raises NotFinite."""
     method = engine.run.method
     draws = method.draw(
         engine.run.num_sampling_steps, batches.draw_generator(engine.run, micro), _renoise(engine, micro)
@@ -80,7 +79,7 @@ def roll_out(engine: Engine, micro: MicroBatch) -> Surrogate:
 
 @voted
 def gradient_at_latent(engine: Engine, micro: MicroBatch, surrogate: Surrogate) -> LatentGradient:
-    """The loss (Eqs. 11, 13) and its gradient at the latent; the graph of decoder and rewards is freed. NotFinite."""
+    """Return the loss (Eqs. 11, 13) and its gradient at the latent; frees the rewards' graph. Raises NotFinite."""
     score = partial(engine.score, micro.prompts)
     chunk, batch_size = engine.run.reward_chunk, engine.run.batch_size
     result = latent_gradient(surrogate, score, engine.terms, chunk=chunk, batch_size=batch_size)
@@ -93,7 +92,7 @@ def gradient_at_latent(engine: Engine, micro: MicroBatch, surrogate: Surrogate) 
 def whole_gradient(engine: Engine, step: int) -> Tensor:
     """Sum the gradients over the ranks and return their norm, 0-dim. Raises NotFinite, the same on every rank."""
     replicated = {name: p for name, p in engine.parameters.items() if not isinstance(p, DTensor)}
-    sum_gradients(engine.world, replicated)  # those of sharded weights were summed in the backward pass
+    sum_gradients(engine.world, replicated)  # gradients of sharded weights are summed in the backward pass
     norm = gradient_norm(engine.parameters)
     if not math.isfinite(value := float(norm)):
         micros = batches.micro_batches(engine.run, engine.prompts, step, begin=engine.begin)  # of all ranks
@@ -110,7 +109,7 @@ def set_learning_rate(engine: Engine, step: int) -> None:
 
 
 def learning_rate(run: Run, step: int) -> float:
-    """The learning rate after `step` updates: a function of the step alone, so no scheduler has a state to resume."""
+    """Return the learning rate after `step` updates: a function of the step alone, without scheduler state."""
     if step < run.warmup_steps:
         return run.learning_rate * (step + 1) / run.warmup_steps
     passed = min(1.0, (step - run.warmup_steps) / run.decay_steps) if run.decay_steps else 0.0
@@ -118,6 +117,6 @@ def learning_rate(run: Run, step: int) -> float:
 
 
 def _renoise(engine: Engine, micro: MicroBatch) -> Noise:
-    """noise(n) [n, B, ...] for methods that draw noise of their own, seeded per sample."""
+    """Return noise(n) -> [n, B, ...], seeded per sample, for methods that draw their own noise."""
     generators = micro.generators(engine.run.seed, "method noise")
     return lambda n: torch.stack([engine.model.noise(generators) for _ in range(n)])

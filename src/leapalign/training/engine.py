@@ -1,7 +1,7 @@
-"""A run with everything loaded: model, rewards, prompts, optimiser and average, on one rank or spread over several.
+"""A loaded run: model, rewards, prompts, optimiser and average, on one rank or several.
 
-The order keeps memory low: the policy is read and sharded before text encoders and rewards are loaded; the encoders are
-freed before the rewards come.
+The loading order saves memory: the policy is loaded and sharded before text encoders and rewards; the encoders are
+freed before the rewards are loaded.
 """
 
 from __future__ import annotations
@@ -44,25 +44,25 @@ ALONE = World()
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """A run with everything loaded: what an update needs."""
+    """A loaded run with everything that an update needs."""
 
     run: Run
     model: Model
     rewards: dict[str, Reward]
     terms: dict[str, Hinge]
     prompts: list[Prompt]
-    begin: Start  # where this process takes up the prompts
+    begin: Start  # where this process starts in the prompts
     parameters: Named
     optimizer: torch.optim.AdamW
     ema: EMA
     sigmas: Tensor  # [T + 1], ascending, on the model's device
     world: World
     shards: Shards | None  # None: every rank has the whole policy
-    notes: tuple[str, ...] = ()  # sentences for the user, about what was decided while the run was loaded
+    notes: tuple[str, ...] = ()  # messages for the user about choices made on loading
 
     @property
     def rewards_in_step(self) -> bool:
-        """Whether all ranks must score equally many images."""
+        """True if all ranks must score the same number of images."""
         return self.world.size > 1 and bool(self.run.shard_rewards)
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
@@ -70,30 +70,30 @@ class Engine:
         return batches.micro_batches(self.run, self.prompts, step, self.world.rank, self.world.size, self.begin)
 
     def noise(self, micro: MicroBatch, purpose: str = "noise") -> Tensor:
-        """Standard normal [B, *latent], a function of (seed, step, sample) in each row."""
+        """Draw standard normal noise [B, *latent]; each row is a function of (seed, step, sample)."""
         return self.model.noise(micro.generators(self.run.seed, purpose)).to(self.sigmas.device)
 
     def velocity(self, prompts: Sequence[str]) -> Velocity:
-        """The policy's velocity for these prompts, keeping as much of its graph as the run's setting says."""
+        """Return the policy's velocity for these prompts, with activations kept as `Run.graph` says."""
         velocity = self.model.velocity(self.model.encode(list(prompts)))
         if self.shards is None:
             return with_graph(velocity, self.run.graph)
         return self.shards.velocity(with_graph(velocity, self.run.graph, self.shards.recomputation))
 
     def rollout(self) -> AbstractContextManager[None]:
-        """Around the forwards of a rollout."""
+        """Context for the forwards of a rollout."""
         return self.shards.rollout() if self.shards else nullcontext()
 
     def score(self, prompts: Sequence[str], latents: Tensor, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Each reward [n] of the latents [n, ...], decoded; latents[i] belongs to prompts[rows[i]]. Differentiable."""
+        """Decode latents [n, ...]; return each reward [n], differentiable. latents[i] belongs to prompts[rows[i]]."""
         images = with_pixel_gradient(self.model.decode(latents), self.run.pixel_gradient)
         texts = [prompts[row] for row in rows]
         return {name: reward(images, texts) for name, reward in self.rewards.items()}
 
     def whole_model(self, *, frozen: bool) -> Model | None:
-        """The model with whole weights on rank 0 (a copy if they are sharded), None on the others. Every rank calls it.
+        """Return the model with whole weights on rank 0 (a copy if sharded), None elsewhere. Every rank must call it.
 
-        Without `frozen`, weights that are not trained may lack values.
+        Without `frozen`, frozen weights of the copy may be on the meta device.
         """
         if self.shards is None:
             return self.model if self.world.main else None
@@ -106,7 +106,7 @@ class Engine:
 
 
 def build(run: Run, world: World = ALONE, begin: Start = BEGINNING) -> Engine:
-    """Load model, rewards and prompts, encode every prompt that the run reaches, and shard if the run asks for it."""
+    """Load model, rewards and prompts; encode every prompt that the run reaches; shard if the run asks for it."""
     refuse_without_gradient(run)
     names = reward_names(run)
     check_names(run, names)
@@ -163,7 +163,7 @@ def load_reward(term: RewardTerm, device: str, dtype: str) -> Reward:
 
 
 def reward_names(run: Run) -> list[str]:
-    """Each reward's name; a second one of the same class gets a number."""
+    """Return each reward's name; repeated names get a number."""
     names: list[str] = []
     for term in run.rewards:
         name = adapt.described(term.reward).name
@@ -182,7 +182,7 @@ def refuse_without_gradient(run: Run) -> None:
 
 
 def inputs_record(engine: Engine) -> dict[str, Any]:
-    """What the run depends on, as checkpoints keep it: see leapalign.checkpoint.inputs. Files are read by rank 0."""
+    """Return the run's inputs as checkpoints record them (leapalign.checkpoint.inputs). Rank 0 reads the files."""
     noise = engine.model.noise(batches.noise_generators(engine.run.seed, 0, [0]))
     derived = {
         "sigmas": [float(sigma) for sigma in engine.sigmas],
@@ -200,7 +200,7 @@ def _checkpoint_blocks(policy: nn.Module) -> None:
 
 
 def _adamw(run: Run, parameters: Named) -> torch.optim.AdamW:
-    """AdamW, one tensor after another: torch's default on CUDA makes temporaries for all of them at once."""
+    """Create AdamW with foreach off: torch's default on CUDA allocates temporaries for all tensors at once."""
     decayed = [p for p in parameters.values() if run.decay_biases_and_norms or p.ndim > 1]
     others = [p for p in parameters.values() if not run.decay_biases_and_norms and p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": run.weight_decay}, {"params": others, "weight_decay": 0.0}]

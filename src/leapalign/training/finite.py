@@ -1,4 +1,4 @@
-"""NaN and infinity stop an update before any weight changes, with step, prompt and tensor named."""
+"""Stop an update at NaN or infinity, before any weight changes, naming step, prompt and tensor."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_finite(tensors: Mapping[str, Tensor], prompts: Sequence[str], step: in
 
 
 def not_finite(norm: float, parameters: Named, prompts: Sequence[str], step: int) -> NotFinite:
-    """The error for a gradient norm that is NaN or infinite; it names the first weight whose gradient shows it.
+    """Return the error for a gradient norm of NaN or infinity; it names the first weight with a non-finite gradient.
 
     Every rank must call it: gradients of sharded weights are gathered.
     """

@@ -1,7 +1,7 @@
-"""The reward on a fixed set of prompts and noises, with the averaged weights: one curve that methods share.
+"""Evaluation reward on a fixed set of prompts and noises, with averaged weights: comparable between methods.
 
-The batch's own reward is noisy and is another quantity for each method (ReFL's reward sees a leapt prediction). The set
-depends on `evaluation_seed` and the prompts alone.
+The training reward is noisy and differs in meaning between methods (ReFL's reward sees a leapt prediction). The set
+depends only on `evaluation_seed` and the prompts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from leapalign.training.tracking import Metrics
 
 @torch.no_grad()
 def evaluation_reward(engine: Engine) -> Metrics:
-    """Mean r(x_0) over the set as `evaluation_reward` (several rewards: their sum, and `evaluation_reward/NAME`).
+    """Return the mean r(x_0) over the set as `evaluation_reward` (several rewards: sum, and `evaluation_reward/NAME`).
 
     Every rank must call it; each scores its part of the set.
     """
@@ -34,9 +34,9 @@ def evaluation_reward(engine: Engine) -> Metrics:
 
 
 def _sums(engine: Engine, texts: list[str], rows: range, start: int) -> torch.Tensor:
-    """Each reward [R], summed over these rows of the set; zeros for none."""
+    """Return each reward [R], summed over these rows of the set; zeros for no rows."""
     run = engine.run
-    made = rows or range(1)  # past the end: a forward like the other ranks', which counts for nothing
+    made = rows or range(1)  # no rows left: an unused forward, because sharded ranks must all run it
     if engine.rewards_in_step:
         made = [min(row, len(texts) - 1) for row in range(start, start + run.micro_batch_size)]
     prompts = [texts[row] for row in made]

@@ -1,7 +1,7 @@
-"""The trained weights as training left them, beside their average, which is what a run saves and evaluates.
+"""The live (not averaged) trained weights; a run saves and evaluates their average.
 
-The average starts at the base. After n updates of decay d the training makes up at most 1 - d^n of it: 0.2 % of 20
-updates at 0.9999, 78 % of the paper's 300 at 0.995 (arXiv 2604.15311, Sec. 6.1).
+The average starts at the base. After n updates with decay d, training contributes at most 1 - d^n of it: 0.2 % after 20
+updates at 0.9999, 78 % after the paper's 300 at 0.995 (arXiv 2604.15311, Sec. 6.1).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from leapalign.errors import UserError
 from leapalign.run import Run
 from leapalign.training.weights import trained_parameters
 
-SMALL = 0.5  # share of the training in the average, below which a run says so
+SMALL = 0.5  # share of training in the average below which the run warns
 PAPER = 1.5  # updates times 1 - d in the paper
 
 
 def short_average(run: Run) -> str:
-    """A sentence for a run too short for its decay; empty if the average holds at least half of the training."""
+    """Return a warning for a run too short for its decay; empty if training is at least half of the average."""
     share = 1 - run.ema_decay**run.steps
     if not run.ema_decay or share >= SMALL:
         return ""
@@ -36,10 +36,9 @@ def short_average(run: Run) -> str:
 
 @contextmanager
 def live_weights(run: Run, folder: Path, scratch: Path) -> Iterator[Path]:
-    """Write the trained weights of the newest checkpoint of the run in `folder` to `scratch`, as the run's tuning saves
-    them; removed afterwards.
+    """Write the newest checkpoint's live weights of the run in `folder` to `scratch`, in the format of its tuning.
 
-    Raises UserError where the run has no checkpoint, or a damaged one.
+    The files are removed on leaving. Raises UserError if the run has no checkpoint, or a damaged one.
     """
     origin = checkpoints.read(replace(run, out=str(folder)))
     if origin is None:

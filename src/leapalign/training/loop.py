@@ -1,6 +1,6 @@
 """The training loop: load, restore, update by update (direct.py), evaluate on the fixed set, save.
 
-A batch that is NaN or infinite stops the run, or is left out and counted, up to `max_nonfinite_batches`.
+A batch with NaN or infinity stops the run, or is skipped and counted, up to `max_nonfinite_batches`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Origin:
 
     checkpoint: Checkpoint | None = None  # None: the run starts
     changes: list[str]
-    named: bool  # by the user: later checkpoints are set aside
+    named: bool  # chosen by the user: later checkpoints are renamed
 
 
 def train(
@@ -74,8 +74,8 @@ def train(
 ) -> Result:
     """Train from the base, or continue from `run.out`'s newest checkpoint (or the one named).
 
-    `on_step` receives each step's metrics. Raises UserError for what the user can mend, RunStopped on NaN, infinity or
-    too little memory, RunInterrupted if the run was asked to stop and has saved itself.
+    `on_step` receives each step's metrics. Raises UserError for errors that the user can fix, RunStopped on NaN,
+    infinity or too little memory, RunInterrupted if the run was asked to stop and has saved a checkpoint.
     """
     stop = Stop(max_seconds=3600 * run.max_hours)
     with joined(run) as world, ExitStack() as held:
@@ -93,7 +93,7 @@ def train(
 
 
 def _take_folder(run: Run, world: World, resume: bool, held: ExitStack) -> Path:
-    """The run's folder, locked by rank 0 until `held` is closed, as are the messages for a full disk."""
+    """Return the run's folder, locked by rank 0 and with errors of a full disk translated until `held` closes."""
     with world.agreed():
         out = open_folder(run, resume) if world.main else Path(run.out)
     held.enter_context(disk_errors(out, f"make room, then `leapalign resume {out}`: checkpoints there are whole"))
@@ -124,7 +124,7 @@ def _load(run: Run, world: World, origin: Origin) -> tuple[Engine, Progress]:
 
 
 def _inputs(engine: Engine, origin: Origin, allow_changes: bool) -> dict[str, Any]:
-    """What the run depends on; what follows from it must be what it was at the checkpoint."""
+    """Return the run's inputs. Raises UserError if values derived from them differ from the checkpoint's."""
     with engine.world.agreed():
         inputs = inputs_record(engine)
         origin.changes.extend(check_derived(engine.run, origin.checkpoint, inputs["derived"], allow_changes))
@@ -132,14 +132,14 @@ def _inputs(engine: Engine, origin: Origin, allow_changes: bool) -> dict[str, An
 
 
 def _begin(run: Run, world: World, origin: Origin, progress: Progress, inputs: dict[str, Any]) -> Tracker | Silent:
-    """Once everything is loaded: write what the run's folder says it is trained with, and open the metrics."""
+    """Write the run's settings and inputs to its folder, and open the metrics; called once all is loaded."""
     tracker: Tracker | Silent = Silent()
     with world.agreed():
         if world.main:
             out = Path(run.out)
             kept_metrics(
                 out / "metrics.jsonl", progress.metrics_bytes
-            )  # refused before any file of the run is replaced
+            )  # raises UserError before any file of the run is replaced
             (out / "checkpoints").mkdir(exist_ok=True)
             write_text(out / "run.json", dumps(run))
             write_text(out / FILE, json.dumps(inputs, indent=2) + "\n")
@@ -192,13 +192,13 @@ def _setup(engine: Engine) -> Setup:
 
 
 def _step(session: Session) -> Metrics:
-    """The next update, or none if its batch is left out; then the evaluation on the fixed set, if it is due."""
+    """Take the next update, or skip its batch; then evaluate on the fixed set, if due."""
     engine, progress = session.engine, session.progress
     try:
         metrics = update(engine, progress.step)
     except NotFinite as error:
         metrics = session.leave_out(error)
-    engine.optimizer.zero_grad(set_to_none=True)  # before the evaluation and a save, which need the room
+    engine.optimizer.zero_grad(set_to_none=True)  # frees memory for the evaluation and the save
     progress.step += 1
     progress.samples += engine.run.batch_size
     progress.skipped += metrics["skipped"]

@@ -1,4 +1,4 @@
-"""Metrics of an update, over the whole batch, whichever ranks its samples were on."""
+"""Metrics of an update over the whole batch, on all ranks."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from leapalign.training.tracking import Metrics
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Part:
-    """Numbers of one micro-batch; no tensor has a graph, and none is as large as a latent."""
+    """Numbers of one micro-batch; all tensors are small and without graph."""
 
     method: dict[str, Tensor]  # the method's own metrics
-    result: LatentGradient  # its `grad` is left empty
-    trained: bool  # it added to the gradients
+    result: LatentGradient  # with an empty `grad`
+    trained: bool  # True if it added to the gradients
 
 
 def part_of(surrogate: Surrogate, result: LatentGradient, trained: bool) -> Part:
-    """The numbers of a micro-batch that its update's metrics need."""
+    """Collect the numbers of a micro-batch that the metrics need."""
     return Part(method=surrogate.metrics, result=replace(result, grad=result.grad.new_empty(0)), trained=trained)
 
 
 def batch_metrics(parts: list[Part]) -> Metrics:
-    """One line of metrics.jsonl, without norm and time. The host waits for the device once."""
+    """Return one line of metrics.jsonl, without gradient norm and time. Synchronises with the device once."""
     results = [part.result for part in parts]
     reward = torch.cat([result.reward for result in results])
     below = torch.cat([result.below for result in results]).float().mean()
@@ -50,7 +50,7 @@ def batch_metrics(parts: list[Part]) -> Metrics:
 
 
 def of_all_ranks(world: World, parts: list[Part]) -> list[Part]:
-    """The parts of all ranks, in the order of the samples, on every rank."""
+    """Gather the parts of all ranks, in the order of the samples, on every rank."""
     if world.size == 1:
         return parts
     return [part for round in zip(*world.gather([_on_cpu(part) for part in parts])) for part in round]

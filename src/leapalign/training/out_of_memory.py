@@ -1,4 +1,4 @@
-"""Out of memory: the sizes of what is held, and the three settings that would help most."""
+"""Out-of-memory errors: sizes of the loaded components, and the three settings that would help most."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from leapalign.errors import RunStopped, UserError, is_out_of_memory
 from leapalign.models.base import ImageSettings
 from leapalign.run import Run
 
-ADVICE = 3  # settings named
+ADVICE = 3  # number of settings to suggest
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """Facts beside the run that decide which settings would help."""
+    """Facts besides the run's settings that decide which of them would help."""
 
     world: World
-    sharded: bool = False  # the policy's weights, over the ranks
+    sharded: bool = False  # the policy's weights are sharded over the ranks
     blocks: bool = False  # the policy can checkpoint its blocks
-    held: tuple[str, ...] = ()  # what is in memory for the whole run: lines, one a component with its size
+    held: tuple[str, ...] = ()  # one line per component in memory for the whole run, with its size
     loading: bool = False
 
 
 @contextmanager
 def explained(run: Run, where: str, setup: Setup) -> Iterator[None]:
-    """Inside, too little memory raises RunStopped with `where`, the sizes of what is held, and advice."""
+    """Context that turns out-of-memory errors into RunStopped with `where`, the sizes of components, and advice."""
     try:
         yield
     except (MemoryError, RuntimeError, UserError) as error:  # a UserError may hide it: "this folder cannot be opened"
@@ -41,7 +41,7 @@ def explained(run: Run, where: str, setup: Setup) -> Iterator[None]:
 
 
 def message(run: Run, where: str, error: BaseException, setup: Setup) -> str:
-    """The message for the user."""
+    """Return the message for the user."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     lines = "".join(f"\n  {line}" for line in setup.held)
     held = f"\nIn memory for the whole run:{lines}" if lines else ""
@@ -54,7 +54,7 @@ def message(run: Run, where: str, error: BaseException, setup: Setup) -> str:
 
 
 def settings(run: Run, setup: Setup) -> list[str]:
-    """Settings that this run can still change, the most helpful first: of sharding, the graph, what is loaded."""
+    """List settings that this run can still change, most helpful first: sharding, graph, loaded components."""
     graph, loaded = _of_graph(run, setup), _of_loaded(run)
     return _of_sharding(run, setup) + (loaded + graph if setup.loading else graph + loaded)
 
@@ -75,7 +75,7 @@ def _of_graph(run: Run, setup: Setup) -> list[str]:
     texts = []
     if run.graph == "all" and setup.blocks:
         texts.append("--graph blocks: keep only the inputs of the model's blocks and compute each block twice")
-    elif run.graph == "all":  # with `inputs` the graph of a whole forward is rebuilt: more than with `blocks`
+    elif run.graph == "all":  # `inputs` rebuilds the graph of a whole forward: more memory than `blocks`
         texts.append("--graph inputs: keep only the model's inputs and compute each differentiated step twice")
     if run.micro_batch_size > 1:
         smaller = max(m for m in range(1, run.micro_batch_size) if run.batch_size % m == 0)
@@ -106,7 +106,7 @@ def _of_loaded(run: Run) -> list[str]:
 def held_sizes(
     parameters: Mapping[str, Tensor], shadow: Mapping[str, Tensor], policy: torch.nn.Module
 ) -> tuple[str, ...]:
-    """Sizes on this rank that are known once a run is loaded, largest first; forwards and rewards come on top."""
+    """List the sizes of loaded components on this rank, largest first, without forwards and rewards."""
     trained = _bytes(parameters)
     frozen = _bytes({name: p for name, p in policy.named_parameters() if not p.requires_grad})
     sizes = {
@@ -121,12 +121,12 @@ def held_sizes(
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes on this rank; of sharded tensors, its part."""
+    """Bytes on this rank; for sharded tensors, of its shard."""
     return sum(local(t).numel() * t.element_size() for t in tensors.values())
 
 
 def _memory_error(error: BaseException | None) -> BaseException | None:
-    """The first error in the chain of causes that reports too little memory."""
+    """Return the first error in the chain of causes that reports too little memory."""
     while error is not None:
         if is_out_of_memory(error):
             return error

@@ -1,9 +1,9 @@
-"""Requests to stop: a signal, or the end of the time that a run has. The step is finished and saved first.
+"""Requests to stop: a signal or the time limit. The current step is finished and saved first.
 
 Signals: SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal or the connection has gone), SIGUSR1 (Slurm's
 `--signal=USR1@120`) and SIGUSR2 (submitit). The exit status is 128 + the signal's number, as a shell reports a process
-that the signal killed; 75 at the end of the time (EX_TEMPFAIL of sysexits.h: try again later). The run resumes as if
-nothing had been. A second SIGINT leaves at once, with the last checkpoint whole.
+that the signal killed; 75 at the time limit (EX_TEMPFAIL of sysexits.h: try again later). The resumed run is the
+same as an uninterrupted one. A second SIGINT leaves at once, with the last checkpoint intact.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from types import FrameType
 OUT_OF_TIME = 75
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 SIGNALS = tuple(signal.Signals[name] for name in NAMES if name in signal.Signals.__members__)  # Windows has two
-MARGIN = 1.2  # a step or a save may take this many times the longest one so far
+MARGIN = 1.2  # assumed time of a step or save / longest one so far
 
 
 @dataclass
 class Stop:
-    """What asks a run to stop; read before each step."""
+    """Pending request to stop; read before each step."""
 
-    max_seconds: float = 0.0  # of this process; 0 = no limit
+    max_seconds: float = 0.0  # limit of this process; 0 = none
     begun: float = field(default_factory=time.monotonic)
     longest_step: float = 0.0  # seconds, including evaluation and the copy to a checkpoint
     signal: signal.Signals | None = None
 
     def took(self, seconds: float) -> None:
-        """Note the time of a step."""
+        """Record the duration of a step."""
         self.longest_step = max(self.longest_step, seconds)
 
     def reason(self, save_seconds: float) -> tuple[str, int] | None:
-        """Why to stop before the next step, and the exit status; None to go on. `save_seconds`: estimate of a save.
+        """Return (reason, exit status) to stop before the next step, or None. `save_seconds`: estimate of a save.
 
-        The time never stops the first step of a process, so that a queue that restarts the run makes progress.
+        The time limit never stops the first step of a process, so that a queue that restarts the run makes progress.
         """
         if self.signal:
             return f"stopped by {self.signal.name}", 128 + self.signal
@@ -53,8 +53,8 @@ class Stop:
 def on_signals(stop: Stop) -> Iterator[None]:
     """Record the signals of `SIGNALS` in `stop`; a SIGINT after one of them raises KeyboardInterrupt.
 
-    A signal that the parent ignores (nohup, a job that a script put into the background) stays ignored. Python hands
-    signals to the main thread only: in another one (a server, a notebook's worker) nothing changes.
+    A signal that the parent ignores (nohup, a script's background job) stays ignored. Python delivers signals to the
+    main thread only; in any other thread (a server, a notebook's worker) nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -65,8 +65,8 @@ def on_signals(stop: Stop) -> Iterator[None]:
             raise KeyboardInterrupt
         stop.signal = stop.signal or signal.Signals(number)
         text = f"\n{stop.signal.name}: finishing this step and saving; Ctrl-C leaves at once\n"
-        with suppress(OSError):  # `| tee` gets the same Ctrl-C and may have gone first
-            os.write(2, text.encode())  # print is not allowed to interrupt a print
+        with suppress(OSError):  # `| tee` gets the same Ctrl-C and may have ended first
+            os.write(2, text.encode())  # print is not reentrant
 
     heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, handler) for number in heard}

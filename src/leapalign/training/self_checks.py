@@ -1,8 +1,8 @@
-"""Checks of a run before it spends hours: each takes a few forwards of one sample (Run.self_checks).
+"""Self-checks of a run before it spends hours; each takes a few forwards of one sample (Run.self_checks).
 
 At start-up: the sampler agrees with diffusers' pipeline on the first prompt and noise, over a few steps; each reward
-has a finite gradient that is not zero at the image it draws. At the first save: the saved model, loaded again, has the
-same velocity. The checks change no weight, gradient or random state of the run.
+has a finite, non-zero gradient at the sampled image. At the first save: the reloaded model has the same velocity. The
+checks change no weight, gradient or random state of the run.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from leapalign.training.batches import micro_batches, noise_generators
 if TYPE_CHECKING:
     from leapalign.training.engine import Engine
 
-STEPS = 4  # of the sampling that is compared; at most the run's own
-RELOADED_BYTES = 2**31  # a policy above this is not opened a second time
-# Largest difference over the largest value. Wrong guidance, grid, sign or scale differ by more; two branches of
-# guidance in one forward, as in diffusers, round otherwise than in two.
+STEPS = 4  # sampling steps to compare; at most the run's own
+RELOADED_BYTES = 2**31  # larger policies are not loaded a second time
+# Largest difference / largest value. Wrong guidance, grid, sign or scale differ by more; two guidance branches in one
+# forward, as in diffusers, round differently from two forwards.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
 OFF = "--no-self-checks leaves these checks out"
 
@@ -58,7 +58,7 @@ def at_first_save(engine: Engine) -> None:
         return
     model = engine.whole_model(frozen=True)
     if model is None:
-        return  # rank 0 checks
+        return  # only rank 0 checks
     if engine.shards:
         model.policy.to(engine.sigmas.device)
     folder = Path(run.out) / f"{SCRATCH}self-check"
@@ -98,7 +98,7 @@ def _check_reward(name: str, reward: Callable[[Tensor, list[str]], Tensor], imag
 def _compare(engine: Engine, ours: Tensor, expected: Tensor, problem: str) -> None:
     difference = float((ours.float() - expected.float()).abs().max() / expected.float().abs().max())
     tolerance = TOLERANCE[engine.run.dtype]
-    if not difference <= tolerance:  # NaN too
+    if not difference <= tolerance:  # also true for NaN
         raise UserError(
             f"self-check: {problem}: by {difference:.2g} of the largest value, expected at most {tolerance:g}. "
             f"{type(engine.run.model).__name__} does not fit this folder, or this version of diffusers; {OFF}"

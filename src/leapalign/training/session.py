@@ -1,4 +1,4 @@
-"""Around the steps of one process: saves, the end on request, batches that are left out, messages to the user."""
+"""One process of a run: saves, stop requests, skipped batches, messages to the user."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Session:
     tracker: Tracker | Silent
     saver: Saver
     stop: Stop
-    writers: Writers | None = None  # of sharded weights
-    inputs: dict[str, Any]  # what the run depends on, for checkpoints
+    writers: Writers | None = None  # None: every rank has whole weights
+    inputs: dict[str, Any]  # the run's inputs, for checkpoints
 
     def save(self) -> None:
         """Save, or start to save; the first save of a process is checked.
 
-        Rank 0 writes; of sharded weights each rank that holds the first copy of a part.
+        Rank 0 writes; with sharded weights, every rank that holds a first copy writes its shards.
         """
         engine, writers = self.engine, self.writers
         if self.saver.step < 0 and engine.run.self_checks:
@@ -51,9 +51,9 @@ class Session:
         self.saver.step = self.progress.step
 
     def leave_if_asked(self) -> None:
-        """Between two steps: if a signal or the time asks for it, save (unless that was just done) and leave.
+        """Between two steps: on a signal or at the time limit, save (unless just saved) and leave.
 
-        Raises RunInterrupted.
+        Raises RunInterrupted on leaving.
         """
         reason = self.engine.world.first(self.stop.reason(self.saver.seconds_needed()))
         if reason is None:
@@ -102,7 +102,7 @@ def open_folder(run: Run, resume: bool) -> Path:
 
 
 def tell_short_average(tracker: Tracker | Silent, run: Run) -> None:
-    """Say at the start that the averaged weights will hold little of the training."""
+    """Warn at the start if the averaged weights will hold little of the training."""
     if text := short_average(run):
         tracker.note(text)
 
@@ -110,7 +110,7 @@ def tell_short_average(tracker: Tracker | Silent, run: Run) -> None:
 def tell(
     tracker: Tracker | Silent, origin: Checkpoint, progress: Progress, changes: list[str], aside: list[Path]
 ) -> None:
-    """Tell the user what a resumed run starts from; changed settings are also kept in its checkpoints."""
+    """Tell the user where a resumed run starts; changed settings are also recorded in its checkpoints."""
     tracker.note(f"resuming from {origin.folder.name}")
     if changes:
         progress.changes.append({"step": progress.step, "changes": changes})

@@ -16,7 +16,7 @@ R = TypeVar("R")
 def voted(stage: Callable[Concatenate[Engine, P], R]) -> Callable[Concatenate[Engine, P], R]:
     """Decorate a stage so that NotFinite on one rank is raised on all ranks, after the stage.
 
-    The stage must exchange nothing that a rank with an error would leave out.
+    The stage must hold no collective, because a rank with an error would not reach it.
     """
 
     @wraps(stage)

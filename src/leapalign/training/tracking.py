@@ -1,6 +1,6 @@
 """A run's records: metrics.jsonl (one line a step), TensorBoard events, log.txt (messages), and progress on stderr.
 
-stderr may have lost its reader (a closed terminal, `| head`): what it does not take is dropped, and log.txt has it.
+If stderr has lost its reader (a closed terminal, `| head`), its messages are dropped; log.txt keeps them.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from leapalign.storage.atomic import write_text
 
 Metrics = dict[str, Any]
 LOG = "log.txt"
-QUIET_SECONDS = 5.0  # between two plain lines where there is no terminal
+QUIET_SECONDS = 5.0  # between two plain lines without a terminal
 
 
 class Tracker:
     """Writes metrics and messages. A context: leaving it notes in log.txt how the run ended, and closes all files."""
 
     def __init__(self, out: Path, start: int, total: int, position: int = 0) -> None:
-        """`start`: updates done, of `total`; `position`: bytes of metrics.jsonl that belong to them."""
+        """`start`: updates done, of `total`; `position`: bytes of metrics.jsonl up to them."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = out / "metrics.jsonl"
@@ -40,7 +40,7 @@ class Tracker:
         self.messages = (out / LOG).open("a", encoding="utf-8")
         self.events = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
         self.display = _display(start, total)
-        self.warned = False  # said once a run
+        self.warned = False  # warn once per run
 
     def log(self, metrics: Metrics) -> None:
         """Write a step's metrics; `metrics["step"]` is the number of updates done, 0 for the base model."""
@@ -69,7 +69,7 @@ class Tracker:
         return self.path.stat().st_size  # every line is flushed
 
     def sync(self) -> None:
-        """Put the metrics on the disk, before the checkpoint that refers to them. From any thread."""
+        """Flush the metrics to disk, before the checkpoint that refers to them. Callable from any thread."""
         os.fsync(self.file.fileno())
         self.events.flush()
 
@@ -79,7 +79,7 @@ class Tracker:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is not None:
             expected = isinstance(error, (RunInterrupted, RunStopped, UserError))
-            with suppress(OSError):  # a full disk: the error that ends the run says so
+            with suppress(OSError):  # a full disk is reported by the error that ends the run
                 self._record(str(error) if expected else "".join(traceback.format_exception(error)))
         with suppress(OSError):
             self.messages.close()
@@ -90,7 +90,7 @@ class Tracker:
 
 
 class Silent:
-    """Tracker of the ranks that write nothing."""
+    """Tracker of ranks that write nothing."""
 
     warned = True
 
@@ -114,15 +114,15 @@ class Silent:
 
 
 def truncate_metrics(path: Path, position: int) -> None:
-    """Cut the file at the checkpoint's position: what a killed process logged after it is done again."""
+    """Cut the file at the checkpoint's position; steps logged after it by a killed process are repeated."""
     if path.exists():
         write_text(path, kept_metrics(path, position))
 
 
 def kept_metrics(path: Path, position: int) -> str:
-    """The first `position` bytes of metrics.jsonl; empty if the file is gone.
+    """Return the first `position` bytes of metrics.jsonl; empty if the file is gone.
 
-    Raises UserError if the file is shorter, `position` lies within a line, or a line is no JSON object.
+    Raises UserError if the file is shorter, `position` lies within a line, or a line is not a JSON object.
     """
     if not path.exists():
         return ""
@@ -146,7 +146,7 @@ def _is_object(line: bytes) -> bool:
 
 
 def read_metrics(out: Path) -> list[Metrics]:
-    """Read metrics.jsonl: one dictionary a step, in order."""
+    """Read metrics.jsonl: one dictionary per step, in order."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
 
 

@@ -1,7 +1,7 @@
 """The trained weights: selecting them, clipping their gradient, and their exponential moving average.
 
-EMA: shadow <- d shadow + (1 - d) w after every update, begun at the base weights, in float32 at least, of the trained
-weights only. The paper evaluates and ships these averages (arXiv 2604.15311, Sec. 6.1: d = 0.995).
+EMA: shadow <- d shadow + (1 - d) w after every update, starting at the base weights, in at least float32, for trained
+weights only. The paper evaluates and releases these averages (arXiv 2604.15311, Sec. 6.1: d = 0.995).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from leapalign.errors import UserError
 
 
 def trained_parameters(policy: nn.Module) -> Named:
-    """Name -> parameter that requires a gradient. Raises UserError if none does."""
+    """Return name -> parameter that requires a gradient. Raises UserError if none does."""
     parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     if not parameters:
         raise UserError(f"{type(policy).__name__}: no parameter requires a gradient; there is nothing to train")
@@ -25,13 +25,13 @@ def trained_parameters(policy: nn.Module) -> Named:
 
 
 def gradient_norm(parameters: Named) -> Tensor:
-    """The Euclidean norm over all gradients that exist, 0-dim float32 at least; of sharded ones, over all shards."""
+    """Return the gradient norm (Euclidean, over all gradients and all shards): 0-dim, at least float32."""
     grads = [p.grad for p in parameters.values() if p.grad is not None]
     return whole(torch.nn.utils.get_total_norm(grads)) if grads else torch.zeros(())
 
 
 def clip_gradients(parameters: Named, norm: Tensor, max_norm: float) -> None:
-    """Scale all gradients so that their norm is at most `max_norm`; 0 leaves them."""
+    """Scale all gradients to a norm of at most `max_norm`; 0 = no clipping."""
     if max_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters.values(), max_norm, norm)
 
@@ -46,16 +46,16 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """shadow <- d shadow + (1 - d) w."""
+        """Update the average: shadow <- d shadow + (1 - d) w."""
         for name, p in self.parameters.items():
             self.shadow[name].mul_(self.decay).add_(_master(p), alpha=1 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the policy computes with the averages; afterwards it has its own weights back, bit for bit.
+        """Context in which the policy has the averaged weights; its own are restored bit for bit.
 
-        Weights and averages of one dtype change places, a tensor at a time, so that nothing is held twice; inside,
-        `shadow` is therefore not to be read.
+        Weights and averages of the same dtype are swapped, a tensor at a time, without copies in memory. Do not read
+        `shadow` inside the context.
         """
         exchanged: list[tuple[Tensor, Tensor]] = []
         try:
@@ -69,12 +69,12 @@ class EMA:
 
 @torch.no_grad()
 def _exchange(p: Tensor, other: Tensor) -> Tensor:
-    """`p` takes the values of `other`; returns where its own lie now: in `other`, or in a copy if dtypes differ."""
+    """Copy `other` into `p`; return the tensor with p's old values: `other`, or a copy if dtypes differ."""
     own = p.clone()
     p.copy_(other)
     return other.copy_(own) if other.dtype == own.dtype else own
 
 
 def _master(p: Tensor) -> Tensor:
-    """float32 at least: 1 - d = 0.005 of a small change is lost in bfloat16."""
+    """Return at least float32, because 1 - d = 0.005 of a small change is lost in bfloat16."""
     return p.to(torch.promote_types(p.dtype, torch.float32))
