@@ -235,7 +235,7 @@ def test_a_run_resumes_reloads_and_exports(quantised_run, wide, kind, tmp_path, 
         exact = whole.tuning.load_tuned(whole.model, str(result.saved), "cpu", "float32")
         assert {p.dtype for p in exact.policy.parameters()} == {torch.float32}
 
-    with pytest.raises(UserError, match="quantised base; `leapalign export"):
+    with pytest.raises(UserError, match=r"quantised base\. If the run quantised it, `leapalign export"):
         engine.model.save(tmp_path / "merged")
     target = tmp_path / "pipeline"
     assert main(["export", whole.out, "--out", str(target), "--format", "pipeline"]) == 0
