@@ -108,5 +108,8 @@ def config_for(source: str, plugins: Mapping[str, ModuleType]) -> Family:
     index, known = read_json(locate(source) / INDEX), families(plugins)
     name = index.get("_class_name")
     if not isinstance(name, str) or name not in known:
-        raise UserError(f"{source}: it holds a {name}; expected one of {', '.join(sorted(known))}")
+        raise UserError(
+            f"{source}: it holds a {name}; expected one of {', '.join(sorted(known))}, or --plugin FILE with a family "
+            "of your own that opens it"
+        )
     return known[name](path=source)

@@ -109,9 +109,10 @@ def _packs(pipeline: Any) -> bool:
 def _embeddings(text: Conditioning, rows: int, pipeline: Any) -> dict[str, Any]:
     """Return the prompt embeds as keyword arguments of the pipeline's call."""
     takes = inspect.signature(type(pipeline).__call__).parameters
-    found = _named("", text.prompts, as_list="prompt_embeds_mask" not in takes)
+    as_list = not takes.keys() & {"prompt_embeds_mask", "prompt_attention_mask"}
+    found = _named("", text.prompts, as_list)
     if text.negative:
-        found |= _named("negative_", text.negative.expand(rows), as_list="prompt_embeds_mask" not in takes)
+        found |= _named("negative_", text.negative.expand(rows), as_list)
     return {name: value for name, value in found.items() if name in takes and value is not None}
 
 
@@ -121,5 +122,7 @@ def _named(prefix: str, text: Text, as_list: bool) -> dict[str, Any]:
     if as_list and text.mask is not None:
         tokens = [row[counts] for row, counts in zip(tokens, text.mask)]
     pooled = text.pooled.float() if text.pooled is not None else None
-    names = ("prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_mask")
-    return {prefix + name: value for name, value in zip(names, (tokens, pooled, text.mask))}
+    # some pipelines require a mask, under this name, where all tokens count too (AuraFlow)
+    required = torch.ones_like(text.tokens[..., 0], dtype=torch.bool) if text.mask is None else text.mask
+    names = ("prompt_embeds", "pooled_prompt_embeds", "prompt_embeds_mask", "prompt_attention_mask")
+    return {prefix + name: value for name, value in zip(names, (tokens, pooled, text.mask, required))}

@@ -201,7 +201,7 @@ class Theirs:
 
 def _pipeline_call(config: Any, folder: Path, trial: Trial) -> Theirs:
     pipeline = open_pipeline(config, folder).to(trial.device)
-    size = trial.size or min(LARGEST, pipeline.default_sample_size * pipeline.vae_scale_factor)
+    size = trial.size or min(LARGEST, _usual_size(pipeline))
     sizes = {"height": size, "width": size, "num_inference_steps": trial.num_steps}
     settings = config.call_arguments(trial.num_steps) | sizes
 
@@ -210,6 +210,13 @@ def _pipeline_call(config: Any, folder: Path, trial: Trial) -> Theirs:
         return pipeline(prompt=trial.prompt, generator=generator, output_type=output_type, **settings).images.cpu()
 
     return Theirs(pipeline=type(pipeline), size=size, latents=draw("latent"), image=draw("pt"))
+
+
+def _usual_size(pipeline: Any) -> int:
+    """Pixels a side of an image whose size is not given; some pipelines leave it to their transformer (AuraFlow)."""
+    of_its_own = hasattr(pipeline, "default_sample_size")
+    latents = pipeline.default_sample_size if of_its_own else pipeline.transformer.config.sample_size
+    return latents * pipeline.vae_scale_factor
 
 
 def _check_latents(ours: Tensor, theirs: Theirs, model: Any) -> Check:
