@@ -38,7 +38,8 @@ def refuse_lora(file: Path) -> None:
     if keys and all(key.endswith(".alpha") or any(mark in key for mark in LORA_MARKS) for key in keys):
         raise UserError(
             f"{file} is a LoRA, which holds no weights of a model; merge it into its base first (diffusers' "
-            "load_lora_weights, fuse_lora and save_pretrained) and give that folder"
+            "load_lora_weights, fuse_lora and save_pretrained) and give that folder, or let a run that trains a LoRA "
+            f"begin with it: --tuning.start {file}"
         )
 
 

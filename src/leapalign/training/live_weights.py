@@ -44,7 +44,6 @@ def live_weights(run: Run, folder: Path, scratch: Path) -> Iterator[Path]:
     if origin is None:
         raise UserError(f"{folder}: this run has no checkpoint yet, and live weights are read from one")
     model = run.model.load("cpu", run.dtype, run.tuning)
-    run.tuning.initialise(model.policy, run.seed)
     checkpoints.restore_weights(origin, trained_parameters(model.policy))
     shutil.rmtree(scratch, ignore_errors=True)
     try:

@@ -92,6 +92,7 @@ def switched_off(policy: Any) -> Iterator[None]:
     """Turn the adapter and autograd off while open, for a constant reference. Raises UserError without an adapter.
 
     A graph with recomputation that is built here would be recomputed later, with the adapter; hence no graph.
+    The reference is the base without any adapter, also where training began with one (`LoRA.start`).
     """
     if not lora_layers(policy):
         raise UserError(

@@ -33,7 +33,10 @@ class Tuning(Protocol):
         ...
 
     def initialise(self, policy: Any, seed: int) -> None:
-        """Initialise the weights that the folder lacks, from the seed alone; the policy then equals the base."""
+        """Initialise the weights that the folder lacks, from the seed and the settings alone.
+
+        The policy then equals the base, unless the settings name values to begin with.
+        """
         ...
 
     def in_update(self, policy: Any, seed: int, step: int) -> AbstractContextManager[None]:

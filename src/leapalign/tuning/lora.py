@@ -4,7 +4,8 @@ Design choices:
 - the adapter's scale is alpha / rank; alpha defaults to the rank;
 - dropout draws one mask over input features per update: the velocity stays one function of (x, sigma) in the rollout,
   its gradient and every recomputation. A mask per forward would train on the gradient of another model;
-- a bfloat16 base computes in bfloat16; float32 arithmetic over a bfloat16 base is refused.
+- a bfloat16 base computes in bfloat16; float32 arithmetic over a bfloat16 base is refused;
+- a run may begin with the values of an adapter (`start`); its reference is still the base without the adapter.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class LoRA:
     init: Literal["kaiming", "gaussian"] = "kaiming"  # of A; B begins at 0
     base_dtype: Literal["", "float32", "bfloat16"] = ""  # of the frozen weights; empty = the run's dtype
     quantization: Quantization = "none"  # of the frozen linear layers: torchao, bitsandbytes
+    start: str = ""  # an adapter file or folder whose values training begins with; empty = zero update
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -85,10 +87,19 @@ class LoRA:
         return base
 
     def initialise(self, policy: Any, seed: int) -> None:
-        """Draw A from the seed and each layer's name, and set B = 0; independent of the global generators."""
+        """Draw A from the seed and each layer's name, and set B = 0; or read both from `start`.
+
+        Independent of the global generators. With `start` the policy equals the base with that adapter, as diffusers'
+        load_lora_weights computes it, and `model.reference()` is still the base without it. Raises UserError on a file
+        that is not an adapter of this rank on these layers.
+        """
         from leapalign.tuning.adapter import initialise
 
-        initialise(policy, self.init, seed)
+        if not self.start:
+            return initialise(policy, self.init, seed)
+        from leapalign.tuning.start import begin_with
+
+        begin_with(policy, self.start)
 
     def in_update(self, policy: Any, seed: int, step: int) -> AbstractContextManager[None]:
         """Return a context with the update's dropout masks."""
@@ -130,7 +141,7 @@ class LoRA:
 
         state = read_lora(Path(saved))
         # the saved B contains the scale, so alpha must be the rank here
-        opened = replace(self, alpha=0.0, base_dtype="", quantization=quantization)
+        opened = replace(self, alpha=0.0, base_dtype="", quantization=quantization, start="")
         tuned = model.load(device, dtype, opened)
         restore(tuned.policy, state, saved)
         tuned.policy.requires_grad_(False)
