@@ -252,7 +252,7 @@ def test_merging_into_bfloat16_rounds_once(folders):
 def test_a_quantised_base_is_not_merged(folders):
     policy = copy.copy(load(folders, "sd3", LoRA(rank=1)).policy)
     policy.hf_quantizer = object()  # what diffusers sets
-    with pytest.raises(UserError, match="quantised base; `leapalign export"):
+    with pytest.raises(UserError, match=r"quantised base\. If the run quantised it, `leapalign export"):
         merged(policy)
 
 
