@@ -1,1 +1,1 @@
-"""A run's checkpoints: what they hold, how they are written and read."""
+"""A run's checkpoints: contents, writing, reading."""

@@ -1,8 +1,8 @@
 """Asynchronous checkpoints: tensors are copied to CPU memory at once, and a thread writes them.
 
-One checkpoint is written at a time. When the next save comes before the last has ended, it waits for it: none is left
-out, and one copy of the run in CPU memory is enough. What goes wrong in the thread is raised in the run before its next
-step. At the end, and when the run is asked to stop, the last save is awaited.
+One checkpoint is written at a time. A save that comes before the previous one has ended waits for it: no checkpoint is
+skipped, and one copy of the run in CPU memory is enough. An error in the thread is raised in the run before its next
+step. At the end, and when the run is asked to stop, the run waits for the last save.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from leapalign.checkpoint.checkpoints import Snapshot
 from leapalign.checkpoint.sharded import Part
 from leapalign.distributed.tensors import Named, local
 
-SLOW_DISK = 100e6  # bytes a second, until a save has been measured
+SLOW_DISK = 100e6  # bytes per second, until a save has been measured
 
 
 class Saver:
@@ -34,9 +34,9 @@ class Saver:
         self._error: BaseException | None = None
         self._part: Part | None = None
         self._written: float | None = None  # seconds of the longest write
-        # weights, their average and two moments, until a save has been seen
+        # estimate until the first save: weights, their average and two moments
         self._bytes = 4 * sum(local(p).numel() * p.element_size() for p in parameters.values())
-        self.step = -1  # of the last save
+        self.step = -1  # step of the last save
 
     def save(self, snapshot: Snapshot, sync: Callable[[], None]) -> None:
         """Save, or start to save; `sync` puts the metrics on the disk before the checkpoint is complete."""
@@ -46,7 +46,7 @@ class Saver:
             self._work(snapshot, sync)
             return self._raise()
         snapshot = replace(snapshot, tensors=self._copies.of(snapshot.tensors))
-        # A daemon: leaving at once must not wait for it, and a half-written checkpoint is no checkpoint.
+        # a daemon, so that leaving at once does not wait for it; a half-written checkpoint is ignored
         self._thread = threading.Thread(target=self._work, args=(snapshot, sync), daemon=True, name="checkpoint")
         self._thread.start()
 
@@ -69,7 +69,7 @@ class Saver:
         begun = time.monotonic()
         try:
             checkpoints.save(snapshot, sync)
-        except BaseException as error:  # handed to the run, which raises it
+        except BaseException as error:  # passed to the run, which raises it
             self._error = error
         self._written = max(self._written or 0.0, time.monotonic() - begun)
 
@@ -89,7 +89,7 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if kind is None:
             self.wait()
-        elif not issubclass(kind, KeyboardInterrupt):  # the run's own error goes on, after the save
+        elif not issubclass(kind, KeyboardInterrupt):  # the run's own error is raised after the save
             if self._part:
                 self._part.writers.ending.set()
             self._join()

@@ -1,16 +1,16 @@
-"""Checkpoints: everything that the next step depends on, complete or absent, in safetensors and JSON only.
+"""Checkpoints: the complete state of a run, written atomically, in safetensors and JSON only.
 
     RUN/checkpoints/step-000050/  weights.safetensors  ema.safetensors  optimizer.safetensors  run.json  state.json
-                                  or, of sharded weights, files of each rank's shards (`sharded`)
-    RUN/checkpoints/newest.json   the name of the newest one, so that a deleted one is missed
+                                  or, for sharded weights, files of each rank's shards (`sharded`)
+    RUN/checkpoints/newest.json   the name of the newest one, to detect its deletion
 
-Frozen weights are not copied: the run's model is loaded again. There is no random state and no place in the prompts to
-keep, because all randomness and the order of the prompts are functions of (seed, step, sample, purpose); the learning
-rate is one of the step. state.json holds the step, counters, elapsed time, how far metrics.jsonl was, versions, the
-configuration's hash, the sha256 of every other file and its own.
+Frozen weights are not saved: the run's model is loaded again. Random state and position in the prompts are not saved,
+because randomness and prompt order are functions of (seed, step, sample, purpose), and the learning rate is a function
+of the step. state.json holds the step, counters, elapsed time, length of metrics.jsonl, versions, the configuration's
+hash, and the sha256 of every other file and of itself.
 
-`layout` in state.json says how tensors are stored: "whole" is a file a group, "sharded" files of each rank's shards. A
-checkpoint of any layout and number of ranks resumes on any other.
+`layout` in state.json is "whole" (one file per group) or "sharded" (files of each rank's shards). A checkpoint of any
+layout and number of ranks resumes on any other.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from leapalign.storage.safetensors_header import read_header
 
 PACKAGES = ("leapalign", "torch", "diffusers", "transformers", "safetensors")
 NEWEST = "newest.json"
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what damaged JSON leads to
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # errors from damaged files
 _NAME = re.compile(r"step-(\d{6,})")
 _RECORDS = {"run.json", "state.json"}
 
@@ -49,13 +49,13 @@ _RECORDS = {"run.json", "state.json"}
 class Progress:
     """How far a run has come: counters that its next step continues."""
 
-    step: int = 0  # updates done, skipped ones included
-    samples: int = 0  # training prompts read by these updates: where the next update reads on
+    step: int = 0  # updates done, including skipped ones
+    samples: int = 0  # training prompts read by these updates
     skipped: int = 0  # updates without gradient
-    nonfinite_batches: int = 0  # of those, the ones that were NaN or infinite
+    nonfinite_batches: int = 0  # skipped updates with NaN or infinity
     seconds: float = 0.0  # spent in all processes so far
-    metrics_bytes: int = 0  # of metrics.jsonl that belong to these steps
-    changes: list[dict[str, Any]] = field(default_factory=list)  # {"step", "changes"}: settings changed on the way
+    metrics_bytes: int = 0  # length of metrics.jsonl after these steps
+    changes: list[dict[str, Any]] = field(default_factory=list)  # {"step", "changes"}: settings changed on resuming
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Snapshot:
     run: Run
     progress: dict[str, Any]
     tensors: dict[str, Named]  # by group
-    inputs: dict[str, Any] = field(default_factory=dict)  # what the run depends on, as inputs.py records it
+    inputs: dict[str, Any] = field(default_factory=dict)  # the run's inputs, as inputs.py records them
     part: Part | None = None  # the shards of a sharded checkpoint that these are; None: all of the checkpoint
 
     @property
@@ -108,15 +108,15 @@ def take(
 def save(snapshot: Snapshot, before_rename: Callable[[], None] = lambda: None) -> Path:
     """Write a checkpoint and prune older ones; killed at any moment, it is complete or absent.
 
-    `before_rename` puts on the disk what the checkpoint relies on (the metrics up to its step). Of a sharded one,
-    ranks other than 0 write their part only, and do not wait for the others.
+    `before_rename` flushes data that the checkpoint refers to (the metrics up to its step). Ranks other than 0 write
+    only their shards of a sharded checkpoint and do not wait for the others.
     """
     run, part = snapshot.run, snapshot.part
     target = _folder(run) / f"step-{snapshot.step:06d}"
     if part and part.writers.rank > 0:
         sharded.write(scratch_folder(target, part.writers.token), snapshot.tensors, part)
         return target
-    if not target.exists():  # else a process was killed between this checkpoint and the pruning
+    if not target.exists():  # it exists after a kill between write and pruning
         _write(target, snapshot, before_rename)
     write_text(_folder(run) / NEWEST, json.dumps({"name": target.name}) + "\n")
     for old in complete(run)[: -run.keep_checkpoints]:
@@ -152,7 +152,7 @@ def find(run: Run, name: str = "") -> Checkpoint | None:
 def read(run: Run, name: str = "") -> Checkpoint | None:
     """Return the newest checkpoint, or the named one, after comparing all checksums; None if the run has none.
 
-    Raises UserError for a damaged, deleted or unknown one, with the newest good one among the others.
+    Raises UserError for a damaged, deleted or unknown checkpoint, and names the newest intact one.
     """
     folder = _folder(run)
     names = [path.name for path in complete(run)]
@@ -169,7 +169,7 @@ def read(run: Run, name: str = "") -> Checkpoint | None:
 
 
 def progress_of(origin: Checkpoint | None) -> Progress:
-    """The progress that a checkpoint records; without a checkpoint, that of a run before its first step."""
+    """Return the progress that a checkpoint records; without a checkpoint, that of a run before its first step."""
     return Progress(**{f.name: origin.state[f.name] for f in fields(Progress)}) if origin else Progress()
 
 
@@ -200,12 +200,12 @@ def set_aside(run: Run, origin: Checkpoint) -> list[Path]:
 
 
 def complete(run: Run) -> list[Path]:
-    """Folders of all complete checkpoints, oldest first; a folder gets such a name only when it is complete."""
+    """List the folders of complete checkpoints, oldest first; a folder gets such a name only when complete."""
     return sorted((p for p in _folder(run).glob("step-*") if _NAME.fullmatch(p.name)), key=_step)
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that the numbers depend on."""
+    """Return the versions of packages that the numbers depend on."""
     return {package: version(package) for package in PACKAGES}
 
 
@@ -235,7 +235,7 @@ def _verified(folder: Path) -> Checkpoint:
 
 
 def _completed(state: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """Add the counters that an older version did not write: samples, and non-finite batches under their name."""
+    """Add counters that older versions did not write: samples, and non-finite batches under their present name."""
     if "samples" in state:
         return state
     former = {"samples": state["step"] * record["batch_size"], "nonfinite_batches": state.get("bad_batches", 0)}
@@ -277,7 +277,7 @@ def _way_out(run: Run, bad: Path | None) -> str:
 def _refuse_deleted(run: Run, name: str, names: list[str]) -> None:
     """Raise UserError if the newest checkpoint was deleted: resuming from an older one would discard later metrics."""
     marker = _folder(run) / NEWEST
-    if (Path(run.out) / "run.json").exists() and not marker.parent.is_dir():  # they are made together
+    if (Path(run.out) / "run.json").exists() and not marker.parent.is_dir():  # both are created together
         raise UserError(f"{marker.parent}: this folder was there and is gone; {_way_out(run, None)}")
     if name or not marker.exists():
         return

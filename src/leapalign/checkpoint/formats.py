@@ -1,7 +1,7 @@
-"""How a checkpoint stores tensors: "whole", a safetensors file a group, or "sharded", files of each rank's shards.
+"""Layouts of a checkpoint's tensors: "whole" (a safetensors file per group) or "sharded" (files of each rank's shards).
 
-One process, and ranks that hold whole weights, write the first; ranks with sharded weights the second (`sharded`). Both
-are read into whole and into sharded tensors.
+One process, and ranks with whole weights, write the first; ranks with sharded weights the second (`sharded`). Both can
+be read into whole and into sharded tensors.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ LAYOUTS = ("whole", "sharded")
 
 
 def groups_of(parameters: Named, average: Named, optimizer: torch.optim.Optimizer) -> dict[str, Named]:
-    """All tensors of a run, by group."""
+    """Return all tensors of a run, by group."""
     return dict[str, Named](zip(GROUPS, (parameters, average, optimizer_tensors(parameters, optimizer))))
 
 
 def optimizer_tensors(parameters: Named, optimizer: torch.optim.Optimizer) -> Named:
-    """AdamW's state as `<parameter>.<exp_avg | exp_avg_sq | step>`; nothing for weights that were never stepped."""
+    """Return AdamW's state as `<parameter>.<exp_avg | exp_avg_sq | step>`, without weights never stepped."""
     return {f"{name}.{key}": value for name, p in parameters.items() for key, value in optimizer.state[p].items()}
 
 
@@ -45,14 +45,14 @@ def write(folder: Path, groups: Mapping[str, Named], part: Part | None) -> dict[
 
 
 def record(groups: Mapping[str, Named], part: Part | None) -> dict[str, Any]:
-    """The entries of state.json that describe the layout."""
+    """Return the entries of state.json that describe the layout."""
     if part is None:
         return {"layout": "whole"}
     return {"layout": "sharded", "ranks": part.writers.ranks, "groups": sum(bool(named) for named in groups.values())}
 
 
 def tensor_files(state: Mapping[str, Any]) -> set[str]:
-    """Names of the tensor files that a checkpoint must have. Raises ValueError for an unknown layout."""
+    """Return the names of the tensor files that a checkpoint must have. Raises ValueError for an unknown layout."""
     if state["layout"] not in LAYOUTS:
         raise ValueError(f"its layout is {state['layout']!r}, and this version reads {', '.join(LAYOUTS)}")
     if state["layout"] == "sharded":
@@ -81,7 +81,7 @@ def read_weights(folder: Path, layout: str, parameters: Named) -> None:
 
 
 def _saved(folder: Path, layout: str, groups: Sequence[str] = GROUPS) -> Mapping[str, Named]:
-    """The saved tensors by group; of a sharded checkpoint, tensors on the meta device."""
+    """Return the saved tensors by group; for a sharded checkpoint, on the meta device."""
     return sharded.listed(folder) if layout == "sharded" else {g: load_file(_file(folder, g)) for g in groups}
 
 
@@ -94,7 +94,7 @@ def _fill(folder: Path, layout: str, groups: Mapping[str, Named], saved: Mapping
 
 
 def _moments(saved: Named, parameters: Named) -> dict[str, Tensor]:
-    """Empty tensors for AdamW's state, sharded like the weights; torch keeps the step count on the CPU."""
+    """Create empty tensors for AdamW's state, sharded like the weights; torch keeps the step count on the CPU."""
     places = {}
     for full_name, value in saved.items():
         name, _, key = full_name.rpartition(".")

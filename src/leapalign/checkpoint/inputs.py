@@ -1,10 +1,10 @@
-"""What a run depends on besides its settings: prompts, weights and the user's own code, identified by content.
+"""Inputs of a run besides its settings: prompts, weights and the user's code, identified by content.
 
     RUN/inputs.json, and in state.json of each checkpoint:
     {"folder": where the run was started, "inputs": {place: {file: identity}}, "derived": {name: value}}
 
-A setting names a file; the file may be edited, replaced or not be there from another working folder. So a resumed run
-compares contents (`unchanged.py`), and relative paths mean the folder in which the run was started (`anchored`).
+A file that a setting names may be edited, replaced, or missing from another working folder. A resumed run therefore
+compares contents (`unchanged.py`) and resolves relative paths from the folder where the run was started (`anchored`).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from leapalign.storage.hub import cached_folder, is_hub_id
 from leapalign.storage.identity import content_identity, folder_identity
 
 FILE = "inputs.json"
-Inputs = dict[str, dict[str, str]]  # place in run.json -> file -> identity
+Inputs = dict[str, dict[str, str]]  # place in run.json -> file -> identity of its content
 T = TypeVar("T")
 
 
 def inputs_of(run: Run, prompts: Sequence[Prompt], recorded: Inputs | None = None) -> Inputs:
-    """The identities of everything that is on this machine. `recorded`: files of the user's code to look for as well.
+    """Return the identities of all inputs on this machine. `recorded`: more files of the user's code to look for.
 
-    A hub id that is not in the cache, and a path where nothing is, have no entry.
+    Uncached hub ids and paths that do not exist have no entry.
     """
     found = {"prompts": _prompts(prompts)}
     for place, word in _words(run):
@@ -53,7 +53,7 @@ def _prompts(prompts: Sequence[Prompt]) -> dict[str, str]:
 
 
 def differing(old: Inputs, new: Inputs) -> list[str]:
-    """`place: file changed`, of everything that was recorded and is not what it was."""
+    """List `place: file changed` for every recorded input that differs."""
     found = []
     for place, files in old.items():
         there = new.get(place)
@@ -71,7 +71,7 @@ def _some(files: Sequence[str]) -> str:
 
 
 def anchored(run: Run, folder: Path) -> Run:
-    """The run with relative paths made absolute, where they name something in `folder`."""
+    """Return the run with relative paths made absolute, if they exist in `folder`."""
 
     def absolute(word: str) -> str:
         relative = word and not Path(word).is_absolute() and not word.startswith(PREFIX)
@@ -88,7 +88,7 @@ def anchored(run: Run, folder: Path) -> Run:
 
 
 def recorded(out: Path) -> dict[str, Any]:
-    """The content of RUN/inputs.json; empty for a run that has none. Raises UserError for a damaged one."""
+    """Read RUN/inputs.json; empty if there is none. Raises UserError if it is damaged."""
     file = out / FILE
     if not file.is_file():
         return {}
@@ -102,13 +102,13 @@ def recorded(out: Path) -> dict[str, Any]:
 
 
 def base_changes(run: Run, out: Path) -> list[str]:
-    """The files of the model that are not what the finished run was trained on."""
+    """List the model's files that have changed since the finished run was trained."""
     old = {place: files for place, files in recorded(out).get("inputs", {}).items() if place.startswith("model.")}
     return differing(old, {place: files for place, word in _words(run) if (files := _files(word))}) if old else []
 
 
 def _words(run: Run) -> Iterator[tuple[str, str]]:
-    """(place, text) of every text in a plug-in's settings that may name a file."""
+    """Yield (place, text) for every text in the plug-ins' settings that may name a file."""
     plugins = [("model", run.model), ("prompts", run.prompts), ("tuning", run.tuning)]
     plugins += [(f"rewards[{i}].reward", term.reward) for i, term in enumerate(run.rewards)]
     for place, config in plugins:
@@ -116,7 +116,7 @@ def _words(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _texts(config: Any) -> Iterator[tuple[str, str]]:
-    """Fields that hold any text: not a choice of words, and not a negative prompt, even if a file has that name."""
+    """Yield the free-text fields; not Literals, and not a negative prompt, even if a file has that name."""
     for name, kind in field_types(type(config)).items():
         if kind is str and not name.endswith("prompt") and (value := getattr(config, name)):
             yield name, value
@@ -128,7 +128,7 @@ def _with_words(config: T, change: Callable[[str], str]) -> T:
 
 
 def _files(word: str) -> dict[str, str]:
-    """The files behind a path, an `embedded:NAME` or a hub id in the cache; empty where there is none."""
+    """Return the identities of files behind a path, an `embedded:NAME` or a cached hub id; empty if there are none."""
     path = Path(resolve(word) if word.startswith(PREFIX) else word)
     try:
         if path.is_file():
@@ -144,7 +144,7 @@ def _files(word: str) -> dict[str, str]:
 
 
 def _code(run: Run, recorded: dict[str, str]) -> dict[str, str]:
-    """The user's own files, and the modules that lie beside them, as far as they are imported or recorded."""
+    """Return the user's files and the modules beside them, if they are imported or recorded."""
     files = {Path(inspect.getfile(cls)) for cls in classes_in(run).values() if not _is_ours(cls.__module__)}
     for term in run.rewards:
         if isinstance(term.reward, Custom):
@@ -163,7 +163,7 @@ def _is_ours(module: str) -> bool:
 
 
 def _is_user_file(path: Path) -> bool:
-    """Another file that was given on the command line: it counts where one of its classes does."""
+    """Return True for a user's file given on the command line, which counts only if its classes are used."""
     own = (module for name, module in list(sys.modules.items()) if name.startswith("leapalign_user_"))
     return any(_source(module) == path for module in own)
 

@@ -1,14 +1,14 @@
-"""A sharded checkpoint: every rank writes its own shards, as safetensors, through torch's distributed checkpoint (DCP).
+"""Sharded checkpoints: every rank writes its own shards as safetensors, through torch's distributed checkpoint (DCP).
 
     step-000050/  shard-00001-model-00001-of-00003.safetensors  ...  run.json  state.json
 
-`shard` is the rank + 1, `model` the group (weights, ema, optimizer); a file says at which offsets of the whole tensors
-its shards lie. Readers take from all files what they need, so another number of ranks, or one, may go on.
+`shard` is the rank + 1, `model` the group (weights, ema, optimizer); a file records its shards' offsets in the whole
+tensors. Readers take what they need from all files, so any number of ranks can resume.
 
-Of DCP only the pieces that exchange nothing are used. A rank's plan follows from its own tensors, and the ranks find
-each other through the folder: each writes its files and then a note with their sha256; rank 0 waits for all notes,
-adds state.json and renames the folder. So threads can save beside the training, whose collectives they never meet,
-and a rank that dies leaves a folder without the good name. Copies of hybrid sharding are written once.
+Only the parts of DCP without collectives are used. A rank's plan follows from its own tensors, and ranks communicate
+through the folder: each writes its files and then a note with their sha256; rank 0 waits for all notes, adds state.json
+and renames the folder. Threads can therefore save during training without meeting its collectives, and a rank that
+dies leaves a folder that is not taken for a checkpoint. Replicas of hybrid sharding are written once.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from leapalign.storage.files import sha256
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-PATIENCE = 600.0  # seconds without a new byte of any rank, after which rank 0 gives a checkpoint up
-PATIENCE_AT_END = 25.0  # the same where the run ends by an error: a rank may be dead
+PATIENCE = 600.0  # seconds without a new byte from any rank before rank 0 abandons a checkpoint
+PATIENCE_AT_END = 25.0  # the same after an error of the run: a rank may be dead
 POLL = 0.02  # seconds
 FILE = "shard-{shard:05d}-model-{group:05d}-of-{groups:05d}.safetensors"  # named by DCP
 
@@ -50,7 +50,7 @@ class Writers:
     rank: int
     ranks: tuple[int, ...]
     token: str  # new at each start of the run: an earlier process may still be writing to its own folder
-    ending: threading.Event = field(default_factory=threading.Event)  # the run ends by an error
+    ending: threading.Event = field(default_factory=threading.Event)  # set when the run ends with an error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Part:
     """The shards of one checkpoint that one rank writes."""
 
     writers: Writers
-    plan: SavePlan  # its pieces: name of the tensor, offsets, sizes
+    plan: SavePlan  # its shards: tensor name, offsets, sizes
 
 
 class _Planner(DefaultSavePlanner):
@@ -80,7 +80,7 @@ def writers_of(parameters: Named, world: World) -> Writers | None:
     mesh = next((p.device_mesh.mesh for p in parameters.values() if isinstance(p, DTensor)), None)
     if mesh is None:
         return None
-    first = mesh[0] if mesh.ndim == 2 else mesh  # hybrid: [copies, parts]
+    first = mesh[0] if mesh.ndim == 2 else mesh  # hybrid: [replicas, shards]
     return Writers(rank=world.rank, ranks=tuple(first.tolist()), token=world.from_main(secrets.token_hex(4)))
 
 
@@ -131,13 +131,13 @@ def collect(folder: Path, writers: Writers) -> dict[str, str]:
 
 
 def file_names(ranks: Iterable[int], groups: int) -> set[str]:
-    """Names of the files of a checkpoint that these ranks wrote."""
+    """Return the file names of a checkpoint that these ranks wrote."""
     numbers = range(1, groups + 1)
     return {FILE.format(shard=rank + 1, group=group, groups=groups) for rank in ranks for group in numbers}
 
 
 def listed(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """Group -> name -> saved tensor, on the meta device."""
+    """Return group -> name -> saved tensor, on the meta device."""
     groups: dict[str, dict[str, Tensor]] = {}
     infos: dict[str, Any] = _reader(folder).read_metadata().state_dict_metadata
     for full_name, info in infos.items():
@@ -163,7 +163,7 @@ def _write_files(folder: Path, groups: Mapping[str, Named], plan: SavePlan, rank
     writer = _writer(folder, {item.index.fqn: numbers[item.index.fqn.partition("/")[0]] for item in plan.items})
     writer.set_up_storage_writer(is_coordinator=False)
     plan = writer.prepare_local_plan(plan)
-    plan = writer.prepare_global_plan([SavePlan([])] * rank + [plan])[rank]  # a file's number is the place in this list
+    plan = writer.prepare_global_plan([SavePlan([])] * rank + [plan])[rank]  # a file's number is its index in this list
     writer.write_data(plan, _Planner(tensors)).wait()
 
 

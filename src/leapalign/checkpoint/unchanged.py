@@ -1,8 +1,7 @@
-"""Whether a resumed run is the checkpoint's: its settings, its inputs, and what follows from them.
+"""Compare a resumed run with its checkpoint: settings, inputs, and values derived from them.
 
-Settings are compared by meaning. The checkpoint's record is read with this version's classes first: 8 and 8.0 are equal
-in a field that is a float, and a setting that the record does not have yet gets its default, which means what the older
-version did.
+Settings are compared by meaning: the checkpoint's record is first read with this version's classes, so that 8 equals
+8.0 in a float field, and a setting that the record lacks gets its default, which keeps the older version's behaviour.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from leapalign.codec import classes_in, decode, encode
 from leapalign.errors import UserError
 from leapalign.run import Run, differences, trajectory
 
-GRID_TOLERANCE = 1e-5  # of sigma, between 0 and 1: another version of a library may round otherwise
+GRID_TOLERANCE = 1e-5  # of sigma in [0, 1]; other library versions may round differently
 
 
 def check_unchanged(run: Run, origin: Checkpoint | None, allow: bool = False) -> list[str]:
-    """Settings and inputs that are not those of the checkpoint; UserError that lists them unless they are allowed."""
+    """List settings and inputs that differ from the checkpoint's. Raises UserError with that list unless `allow`."""
     if origin is None:
         return []
     changes = setting_changes(run, origin.record, origin.state.get("folder", ""))
@@ -37,7 +36,7 @@ def check_unchanged(run: Run, origin: Checkpoint | None, allow: bool = False) ->
 
 
 def check_derived(run: Run, origin: Checkpoint | None, derived: dict[str, Any], allow: bool = False) -> list[str]:
-    """The same for what follows from settings, inputs and libraries, once all is loaded."""
+    """Like `check_unchanged`, for values derived from settings, inputs and libraries, once all is loaded."""
     old = origin.state.get("derived", {}) if origin else {}
     changed = {name: new for name, new in derived.items() if _differs(old.get(name, new), new)}
     changes = [f"{name}: {_change(old[name], new)}" for name, new in changed.items()]
@@ -56,11 +55,11 @@ def allowed(run: Run, changes: list[str], allow: bool) -> list[str]:
 
 
 def setting_changes(run: Run, record: dict[str, Any], folder: str) -> list[str]:
-    """`setting: old -> new`. `folder`: where the checkpoint's process was started, which its relative paths mean."""
+    """List `setting: old -> new`. `folder`: working folder of the checkpoint's process, for its relative paths."""
     here = Path(os.getcwd())
     try:
         old = anchored(decode(Run, record, classes=classes_in(run), where="run.json"), Path(folder or here))
-    except UserError:  # a setting that is gone, or a class that is not given now: what is written is compared
+    except UserError:  # a removed setting or a missing user-defined class: compare the JSON
         return differences(trajectory(record), trajectory(encode(run)))
     return differences(trajectory(encode(old)), trajectory(encode(anchored(run, here))))
 
@@ -74,7 +73,7 @@ def _differs(old: Any, new: Any) -> bool:
 
 
 def _change(old: Any, new: Any) -> str:
-    """Of a long list the first value that differs."""
+    """Return `old -> new`; for a long list, only the first value that differs."""
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new) > 4:
         place = next(i for i, (a, b) in enumerate(zip(old, new)) if _differs(a, b))
         return f"number {place} of {len(new)}: {old[place]:.6g} -> {new[place]:.6g}"

@@ -1,1 +1,1 @@
-"""Pure tensor maths of flow models: grids, rollout, leaps, connectors, and how much of the graph is kept."""
+"""Pure tensor maths of flow models: grids, rollout, leaps, connectors, activation checkpointing."""

@@ -1,8 +1,8 @@
-"""How much of a differentiated forward's graph is kept (arXiv 2604.15311, Sec. 4.2: memory, not gradient, is chosen).
+"""Activation checkpointing of differentiated forwards (arXiv 2604.15311, Sec. 4.2).
 
-Three settings, one gradient: "all" keeps everything, "blocks" the inputs of the model's blocks (the model's own
-gradient checkpointing, which the caller switches on), "inputs" only the model's inputs. In training each differentiated
-forward has a backward of its own under all three (`with_graph`).
+Three settings with the same gradient: "all" keeps the whole graph, "blocks" the inputs of the model's blocks (the
+model's own gradient checkpointing, which the caller switches on), "inputs" only the model's inputs. In training each
+differentiated forward has its own backward under all three (`with_graph`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Around: TypeAlias = "Callable[[], AbstractContextManager[None]]"
 
 @runtime_checkable
 class Composite(Protocol):
-    """A velocity that is computed by several forwards of the policy, for instance the two branches of guidance."""
+    """A velocity computed by several forwards of the policy, for instance two guidance branches."""
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor: ...
 
@@ -34,27 +34,27 @@ class Composite(Protocol):
 
 @runtime_checkable
 class CheckpointsBlocks(Protocol):
-    """A policy that can keep the inputs of its blocks only, and run each block again in the backward pass."""
+    """A policy with gradient checkpointing: keeps only the inputs of its blocks and recomputes them in backward."""
 
     def enable_gradient_checkpointing(self) -> None: ...
 
 
 def with_graph(velocity: Velocity, graph: str, recomputation: Around = nullcontext) -> Velocity:
-    """Return the velocity as a run with this setting of `graph` trains it.
+    """Return the velocity for training with this setting of `graph`.
 
-    `recomputation()` is entered around every forward that "inputs" runs again in the backward pass.
+    `recomputation()` wraps every forward that "inputs" recomputes in the backward pass.
     """
     return inputs_only(velocity, recomputation) if graph == "inputs" else own_backward(velocity)
 
 
 def own_backward(velocity: Velocity) -> Velocity:
-    """Return the same velocity and gradient; each forward adds to the weights' .grad in a backward of its own.
+    """Return the same velocity and gradient; each forward adds to the weights' .grad in its own backward.
 
-    In one backward of several forwards (leaps, branches of guidance) autograd would hold a sum of the weights'
-    gradients beside .grad, as large as the weights, and whole on every rank where they are sharded. The forwards of a
-    `Composite` are wrapped one by one.
+    In one backward through several forwards (leaps, guidance branches), autograd would hold a sum of weight gradients
+    besides .grad, as large as the weights and, for sharded weights, whole on every rank. The forwards of a `Composite`
+    are wrapped one by one.
 
-    The weights must be leaves, and `backward` must be called, once: `torch.autograd.grad` for weights raises
+    Weights must be leaves, and `backward` must be called exactly once; `torch.autograd.grad` for weights raises
     RuntimeError.
     """
     if isinstance(velocity, Composite):
@@ -63,13 +63,13 @@ def own_backward(velocity: Velocity) -> Velocity:
 
 
 def inputs_only(velocity: Velocity, recomputation: Around = nullcontext) -> Velocity:
-    """As `own_backward`, but keep only (x, sigma) and run the forward again in the backward pass.
+    """Like `own_backward`, but keep only (x, sigma) and recompute the forward in the backward pass.
 
-    One forward's graph is alive at a time, however many leaps share the weights. That is the graph of a whole forward:
-    where the model can checkpoint its blocks, "blocks" usually needs less.
+    Only one forward's graph exists at a time, for any number of leaps. It is the graph of a whole forward, so if the
+    model can checkpoint its blocks, "blocks" usually needs less memory.
 
-    The velocity must be deterministic (no dropout): the random state is not replayed. `torch.autograd.grad` raises
-    RuntimeError. `recomputation()` is entered around each repeated forward.
+    The velocity must be deterministic (no dropout), because RNG state is not restored. `torch.autograd.grad` raises
+    RuntimeError. `recomputation()` wraps each recomputed forward.
     """
     if isinstance(velocity, Composite):
         return velocity.by_forward(partial(inputs_only, recomputation=recomputation))
@@ -80,7 +80,7 @@ def _with_input_gradient(velocity: Velocity, run: Callable[[Velocity, Tensor, Te
     def wrapped(x: Tensor, sigma: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return velocity(x, sigma)
-        # autograd calls a Function's backward only if an input requires a gradient; here that gradient goes nowhere
+        # autograd calls a Function's backward only if an input requires a gradient; this gradient is unused
         x = x if x.requires_grad else x.detach().requires_grad_()
         return cast("Tensor", run(velocity, x, sigma))
 
@@ -89,7 +89,7 @@ def _with_input_gradient(velocity: Velocity, run: Callable[[Velocity, Tensor, Te
 
 def _checkpoint(velocity: Velocity, x: Tensor, sigma: Tensor, *, recomputation: Around) -> Any:
     def forward(x: Tensor, sigma: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():  # the first time; in the backward pass it is
+        if not torch.is_grad_enabled():  # first forward; gradients are on in the backward pass
             return velocity(x, sigma)
         with recomputation():
             return velocity(x, sigma)
@@ -98,7 +98,7 @@ def _checkpoint(velocity: Velocity, x: Tensor, sigma: Tensor, *, recomputation: 
 
 
 class _OwnBackward(torch.autograd.Function):
-    """A forward whose graph is kept apart and is traversed when the outer backward reaches this node."""
+    """A forward with a separate graph, traversed when the outer backward reaches this node."""
 
     @staticmethod
     def forward(ctx: Any, velocity: Velocity, x: Tensor, sigma: Tensor) -> Tensor:  # pyright: ignore

@@ -1,6 +1,6 @@
 """Time grids of rectified-flow samplers: none, static and dynamic shift (SD3, arXiv 2403.03206, Eq. 23; FLUX's mu).
 
-Every grid is `sigmas` [T + 1], ascending, indexed by the steps still to go: sigmas[0] = 0 (image), sigmas[T] = 1
+Every grid is `sigmas` [T + 1], ascending, indexed by remaining steps: sigmas[0] = 0 (image), sigmas[T] = 1
 (noise). It is computed in float64 and rounded once; diffusers' own float32 sigmas agree within float32 rounding.
 """
 
@@ -15,18 +15,18 @@ from leapalign.errors import UserError
 
 
 def shift_time(u: Tensor, shift: float) -> Tensor:
-    """Move times in [0, 1] towards the noise: s u / (1 + (s - 1) u); s = 1 moves nothing."""
+    """Shift times u in [0, 1] towards the noise: s u / (1 + (s - 1) u); s = 1 is the identity."""
     return shift * u / (1 + (shift - 1) * u)
 
 
 def sigma_grid(num_steps: int, shift: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """T + 1 evenly spaced times under a static shift (1 = none)."""
+    """Return T + 1 evenly spaced times under a static shift (1 = none)."""
     _check(num_steps, shift)
     return shift_time(torch.linspace(0, 1, num_steps + 1, dtype=torch.float64), shift).to(dtype)
 
 
 def dynamic_grid(num_steps: int, mu: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """FLUX's grid: e^mu / (e^mu + 1/u - 1) is a static shift by e^mu, with mu chosen from the image's size."""
+    """Return FLUX's grid: e^mu / (e^mu + 1/u - 1) is a static shift by e^mu, with mu chosen from the image's size."""
     return sigma_grid(num_steps, exp(mu), dtype)
 
 
@@ -37,7 +37,7 @@ def flux_mu(
     base_shift: float = 0.5,
     max_shift: float = 1.15,
 ) -> float:
-    """FLUX's mu: the line through (256 tokens, 0.5) and (4096 tokens, 1.15); 720 x 720 pixels are 2025 tokens."""
+    """Return FLUX's mu: the line through (256 tokens, 0.5) and (4096 tokens, 1.15); 720 x 720 pixels: 2025 tokens."""
     slope = (max_shift - base_shift) / (max_tokens - base_tokens)
     return base_shift + slope * (image_tokens - base_tokens)
 
@@ -45,10 +45,10 @@ def flux_mu(
 def sd3_grid(
     num_steps: int, shift: float = 3.0, num_train_timesteps: int = 1000, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The default grid of diffusers' Stable Diffusion 3, where the shift acts twice.
+    """Return the default grid of diffusers' Stable Diffusion 3, where the shift acts twice.
 
-    T evenly spaced times between 1 and the *shifted* smallest training time 1/1000, shifted again, and then 0. So the
-    last step is nearly empty (sigma_1 = 0.0089 at shift 3), which starves DRaFT-LV there.
+    T evenly spaced times between 1 and the *shifted* smallest training time 1/1000, shifted again, then 0. The last
+    step is therefore tiny (sigma_1 = 0.0089 at shift 3), and DRaFT-LV hardly trains on this grid.
     """
     _check(num_steps, shift)
     smallest = shift_time(torch.tensor(1 / num_train_timesteps, dtype=torch.float64), shift).item()

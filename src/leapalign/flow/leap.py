@@ -1,6 +1,6 @@
 """Leaps, connectors, the gradient discount and the distances of LeapAlign (arXiv 2604.15311, Eqs. 3-12, App. F).
 
-Time runs from 1 (noise) to 0 (image). Nothing here imports torch: every function is arithmetic on the tensors it gets.
+Time runs from 1 (noise) to 0 (image). This file imports no torch: functions are arithmetic on their tensors.
 
 Departures from the paper, in rounding only: `connect` and `discount` are written around `sg(x)`, so that their values
 are those of `x` bit for bit (the paper's `x_hat + sg(x - x_hat)` has the same gradient but rounds), and `general_leap`
@@ -19,30 +19,30 @@ if TYPE_CHECKING:
 
 
 def leap(x: Tensor, v: Tensor, start: Tensor, end: Tensor) -> Tensor:
-    """The state at time `end`, predicted from `x` at time `start` in one step of rectified flow (Eqs. 3, 21, 22).
+    """Predict the state at time `end` from `x` at time `start` in one step of rectified flow (Eqs. 3, 21, 22).
 
     `x`, `v`: [B, ...]; `start`, `end`: 0-dim, in [0, 1]. The result has x's dtype.
     """
     if v.shape != x.shape:
         raise UserError(f"velocity: got shape {list(v.shape)} for a state of shape {list(x.shape)}; return one v per x")
-    return x - (start - end) * v.to(x.dtype)  # the model may run in bfloat16, the state never does
+    return x - (start - end) * v.to(x.dtype)  # the model may run in bfloat16, the state never
 
 
 def connect(x_hat: Tensor, x: Tensor) -> Tensor:
-    """The latent connector (Eqs. 6, 7): the value of the real state `x`, the gradient of its prediction `x_hat`."""
+    """Latent connector (Eqs. 6, 7): the value of the real state `x`, the gradient of its prediction `x_hat`."""
     return x.detach() + (x_hat - x_hat.detach())  # x is a constant here (App. G)
 
 
 def discount(x: Tensor, alpha: float) -> Tensor:
-    """The value of `x` and `alpha` times its gradient (Eq. 9); meant for the input of the velocity alone."""
+    """Gradient discount (Eq. 9): the value of `x`, `alpha` times its gradient; only for inputs of the velocity."""
     constant = x.detach()  # the (1 - alpha) share of x that carries no gradient
     return constant + alpha * (x - constant)
 
 
 def mean_distance(x: Tensor, x_hat: Tensor) -> Tensor:
-    """d = mean |x - x_hat| over all dimensions but the batch (above Eq. 12): [B, ...] -> [B], without graph.
+    """Return d = mean |x - x_hat| over all dimensions but the batch (above Eq. 12): [B, ...] -> [B], without graph.
 
-    Taken before the connector: after it the two are equal and every distance is zero.
+    Measure it before the connector, which makes the two equal and every distance zero.
     """
     return (x.detach() - x_hat.detach()).abs().flatten(1).mean(1)  # w_sim is a constant of the loss (Eq. 13)
 
@@ -75,9 +75,9 @@ def variance_preserving(t: Tensor) -> Coefficients:
 
 
 def predict_ends(x: Tensor, v: Tensor, k: Coefficients) -> tuple[Tensor, Tensor]:
-    """(x_hat_0, x_hat_1): image and noise, predicted from the state `x` and its velocity at time k (Eqs. 18, 19).
+    """Predict image and noise (x_hat_0, x_hat_1) from the state `x` and its velocity at time k (Eqs. 18, 19).
 
-    Solves x = alpha x_0 + beta x_1 and v = d_alpha x_0 + d_beta x_1 (Eq. 16) by Cramer's rule, so nothing divides by
+    Solves x = alpha x_0 + beta x_1 and v = d_alpha x_0 + d_beta x_1 (Eq. 16) by Cramer's rule, without division by
     alpha or beta.
     """
     determinant = k.d_alpha * k.beta - k.alpha * k.d_beta
@@ -87,6 +87,6 @@ def predict_ends(x: Tensor, v: Tensor, k: Coefficients) -> tuple[Tensor, Tensor]
 
 
 def general_leap(x: Tensor, v: Tensor, k: Coefficients, j: Coefficients) -> Tensor:
-    """The state at time j predicted from `x` at time k under any scheduler (Eq. 20); `leap` is its linear case."""
+    """Predict the state at time j from `x` at time k under any scheduler (Eq. 20); `leap` is its linear case."""
     x_hat_0, x_hat_1 = predict_ends(x, v, k)
     return j.alpha * x_hat_0 + j.beta * x_hat_1

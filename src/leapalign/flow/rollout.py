@@ -1,7 +1,7 @@
 """The rollout: Euler steps of the probability-flow ODE from noise to image (arXiv 2604.15311, Sec. 3 and Algorithm 1).
 
-A grid `sigmas` [T + 1] is indexed by the number of steps still to go: sigmas[0] = 0 is the image, sigmas[T] the noise.
-A velocity is any callable `v(x [B, ...], sigma 0-dim) -> [B, ...]`, after guidance. Arithmetic is done in x's dtype.
+A grid `sigmas` [T + 1] is indexed by the number of remaining steps: sigmas[0] = 0 is the image, sigmas[T] the noise.
+A velocity is any callable `v(x [B, ...], sigma 0-dim) -> [B, ...]`, after guidance. Arithmetic is in x's dtype.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Velocity: TypeAlias = "Callable[[Tensor, Tensor], Tensor]"
 
 
 def euler_step(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-    """x_{t-1} = x_t + (sigma_{t-1} - sigma_t) v_t: the leap to the neighbouring state."""
+    """Take one Euler step: x_{t-1} = x_t + (sigma_{t-1} - sigma_t) v_t, the leap to the neighbouring state."""
     return leap(x, v, sigma, sigma_next)
 
 
 def without_graph(velocity: Velocity, x: Tensor, sigma: Tensor) -> Tensor:
-    """The velocity as a constant: these steps only move the state and are not trained."""
+    """Return the velocity as a constant, for steps that only move the state and are not trained."""
     import torch
 
     with torch.no_grad():
@@ -32,7 +32,7 @@ def without_graph(velocity: Velocity, x: Tensor, sigma: Tensor) -> Tensor:
 
 
 def rollout(velocity: Velocity, noise: Tensor, sigmas: Tensor, graph_steps: int = 0, stop: int = 0) -> Tensor:
-    """The state x_stop [B, ...] reached from `noise`; the last `graph_steps` of all T steps keep their graph.
+    """Return the state x_stop [B, ...] reached from `noise`; the last `graph_steps` of all T steps keep their graph.
 
     The default is plain sampling of x_0. `graph_steps = K` is DRaFT-K's truncated chain, nested Jacobians included.
     Raises UserError if `sigmas` is not an ascending grid that starts at 0.
@@ -45,7 +45,7 @@ def rollout(velocity: Velocity, noise: Tensor, sigmas: Tensor, graph_steps: int 
 
 
 def grid_steps(sigmas: Tensor, x: Tensor) -> int:
-    """T, the number of steps of the grid. Raises UserError if the grid or the state is not fit for a rollout."""
+    """Return T, the number of steps of the grid. Raises UserError if grid or state is invalid for a rollout."""
     if sigmas.ndim != 1 or len(sigmas) < 2 or not bool((sigmas[0] == 0) & (sigmas.diff() > 0).all()):
         raise UserError(
             f"sigmas: got {sigmas.tolist()}, expected an ascending grid [T + 1] with sigmas[0] = 0 (the image); "
@@ -57,7 +57,7 @@ def grid_steps(sigmas: Tensor, x: Tensor) -> int:
 
 
 def check_steps(steps: Iterable[int], num_steps: int) -> None:
-    """Refuse draws that were made for another grid: a step outside {1..T} would silently get no gradient."""
+    """Raise UserError for draws of another grid: a step outside {1..T} would silently get no gradient."""
     wrong = [t for t in steps if not 1 <= t <= num_steps]
     if wrong:
         raise UserError(f"draws: steps {wrong} are outside 1..{num_steps}; draw again with num_steps={num_steps}")

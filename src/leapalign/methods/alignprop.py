@@ -1,8 +1,8 @@
-"""AlignProp (arXiv 2310.03739): DRaFT's chain, truncated at a depth that is drawn anew each time.
+"""AlignProp (arXiv 2310.03739): DRaFT's chain, truncated at a random depth per draw.
 
-depth ~ U{0..T}; T forwards. Depth 0 has no gradient: the surrogate says so, and the update is to be skipped and
+depth ~ U{0..T}; T forwards. Depth 0 has no gradient: the surrogate is marked, and the update is skipped and
 counted.
-Departures: full fine-tuning or LoRA is the run's choice, not the method's.
+Departures: the run, not the method, chooses full fine-tuning or LoRA.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class AlignPropDraws(NamedTuple):
-    """depth: how many of the last steps are differentiated, 0..T."""
+    """depth: number of last steps that are differentiated, 0..T."""
 
     depth: int
 
@@ -33,11 +33,11 @@ class AlignProp:
     same_forwards: ClassVar[bool] = False
 
     def draw(self, num_steps: int, rng: torch.Generator, noise: Noise) -> AlignPropDraws:
-        """depth ~ U{0..T}."""
+        """Draw depth ~ U{0..T}."""
         return AlignPropDraws(uniform_integer(0, num_steps, rng))
 
     def __call__(self, velocity: Velocity, x: Tensor, sigmas: Tensor, draws: AlignPropDraws) -> Surrogate:
-        """T forwards, the last `depth` with graph; the reward sees the chain's x_0."""
+        """Run T forwards, the last `depth` with graph; the reward sees the chain's x_0."""
         num_steps = grid_steps(sigmas, x)
         if not 0 <= draws.depth <= num_steps:
             raise UserError(f"AlignProp: got depth {draws.depth}, expected 0..{num_steps}; draw again for this grid")

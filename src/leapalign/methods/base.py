@@ -1,7 +1,7 @@
 """The protocol of direct-gradient methods: explicit draws in, a surrogate out (arXiv 2604.15311, Algorithm 1).
 
-A method rolls the noise out with its few differentiated forwards *inside* the rollout, and returns a surrogate: the
-latent that the reward sees, holding the graph through which the reward's gradient goes back to the weights.
+A method rolls out the noise, with a few differentiated forwards *inside* the rollout, and returns a surrogate: the
+latent that the reward sees, with the graph that carries the reward's gradient to the weights.
 Modules of this package import no torch, so that command-line help stays fast.
 """
 
@@ -33,8 +33,8 @@ class Method(Protocol[Draws]):
     __dataclass_fields__: ClassVar[dict[str, Any]]  # so that dataclasses.replace() takes one
     name: ClassVar[str]
     same_forwards: ClassVar[bool]
-    """Whether all draws make equally many forwards, with graph and without: ranks with sharded weights, which gather
-    together, may then have different draws."""
+    """True if every draw runs the same number of forwards, with and without graph: ranks with sharded weights, which
+    gather together, may then have different draws."""
 
     def draw(self, num_steps: int, rng: torch.Generator, noise: Noise) -> Draws: ...
 
@@ -45,19 +45,19 @@ class Method(Protocol[Draws]):
 class Surrogate:
     """A method's result for the objective: N = copies * B rows, in blocks of B (row n belongs to sample n % B)."""
 
-    x_hat: Tensor  # [N, ...]: its value is what the reward sees, its graph is the method
+    x_hat: Tensor  # [N, ...]: the latent that the reward sees, with the method's graph
     weight: Tensor  # [N], without graph
     copies: int = 1  # DRaFT-LV: 1 + n; the loss sums over the copies
-    x_0: Tensor | None = None  # [B, ...] the real rollout's image, without graph; None where the rollout stops early
+    x_0: Tensor | None = None  # [B, ...] the real rollout's end, without graph; None if the rollout stops early
     metrics: dict[str, Tensor] = field(default_factory=dict)  # 0-dim (draws) or [B] (distances), without graph
 
     @property
     def has_gradient(self) -> bool:
-        """False where the draw left no differentiated step (DRTune, AlignProp): skip the update and count it."""
+        """False if the draw left no differentiated step (DRTune, AlignProp): the update is skipped and counted."""
         return self.x_hat.requires_grad
 
     def backward(self, grad: Tensor) -> None:
-        """Pull the loss's gradient at x_hat, [N, ...], through the method's graph into the weights' .grad.
+        """Backpropagate the loss's gradient at x_hat, [N, ...], through the method's graph into the weights' .grad.
 
         Does nothing if the surrogate has no graph.
         """
@@ -73,7 +73,7 @@ def uniform_integer(low: int, high: int, rng: torch.Generator) -> int:
 
 
 def early_stop_range(num_steps: int, fraction: float) -> int:
-    """m of Algorithm 1: t_min ~ U{1..m}. The paper's 11 of 25 steps (App. E), scaled to T steps and at least 1."""
+    """Return m of Algorithm 1, t_min ~ U{1..m}: `fraction` of T steps (paper: 11 of 25, App. E), at least 1."""
     return max(1, round(fraction * num_steps))
 
 

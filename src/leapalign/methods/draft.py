@@ -1,6 +1,6 @@
 """DRaFT-K (arXiv 2309.17400): the last K steps are differentiated as one chain, nested Jacobians included.
 
-T forwards in all, and the reward sees the chain's own x_0. Departures: none.
+T forwards in total; the reward sees the chain's own x_0. Departures: none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class DRaFTDraws(NamedTuple):
-    """Nothing is random in DRaFT-K."""
+    """Empty: DRaFT-K draws nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class DRaFT:
         return DRaFTDraws()
 
     def __call__(self, velocity: Velocity, x: Tensor, sigmas: Tensor, draws: DRaFTDraws) -> Surrogate:
-        """T forwards, the last K with graph."""
+        """Run T forwards, the last K with graph."""
         self._check(grid_steps(sigmas, x))
         x_0 = rollout(velocity, x, sigmas, graph_steps=self.num_last_steps)
         return Surrogate(x_hat=x_0, weight=x.new_ones(len(x)), x_0=x_0.detach())

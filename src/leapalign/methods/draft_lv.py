@@ -1,8 +1,8 @@
 """DRaFT-LV (arXiv 2309.17400): the last step is differentiated, then n more times from re-noised copies of x_0.
 
 As in arXiv 2604.15311, Algorithm 1: x_1^i = (1 - sigma_1) sg(x_0) + sigma_1 eps_i, one step each, n = 2, and the 1 + n
-gradients are *summed*. T + n forwards. On SD3's default grid sigma_1 is 0.0089, so that the copies hardly differ from
-x_0 and the gradient nearly vanishes: use a grid whose last step is not empty. Departures: none.
+gradients are *summed*. T + n forwards. On SD3's default grid sigma_1 is 0.0089, so the copies hardly differ from
+x_0 and the gradient nearly vanishes: use a grid with a larger last step. Departures: none.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class DRaFTLV:
         check_positive("DRaFTLV", "num_copies", self.num_copies)
 
     def draw(self, num_steps: int, rng: torch.Generator, noise: Noise) -> DRaFTLVDraws:
-        """eps [n, B, ...] from `noise`, which is seeded per sample, so that micro-batches do not matter."""
+        """Draw eps [n, B, ...] from `noise`, which is seeded per sample, so that micro-batches do not matter."""
         return DRaFTLVDraws(noise(self.num_copies))
 
     def __call__(self, velocity: Velocity, x: Tensor, sigmas: Tensor, draws: DRaFTLVDraws) -> Surrogate:
-        """T + n forwards, 1 + n with graph; x_hat [(1 + n) B, ...] holds x_0, then the copies."""
+        """Run T + n forwards, 1 + n with graph; x_hat [(1 + n) B, ...] holds x_0, then the copies."""
         eps = draws.eps.to(x)
         if eps.shape != (self.num_copies, *x.shape):
             raise UserError(f"DRaFTLV: got eps {list(eps.shape)}, expected {[self.num_copies, *x.shape]}; draw again")
@@ -60,7 +60,7 @@ def _last_step_again(velocity: Velocity, x_0: Tensor, sigmas: Tensor, eps: Tenso
 
 
 def _stack(parts: list[Tensor]) -> Tensor:
-    """Blocks of B rows, one below the other: [B, ...] each -> [copies * B, ...]."""
+    """Concatenate blocks of B rows: [B, ...] each -> [copies * B, ...]."""
     import torch
 
     return torch.cat(parts)

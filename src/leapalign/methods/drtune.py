@@ -2,8 +2,8 @@
 
 As in arXiv 2604.15311, Algorithm 1: steps {s + i floor(T/K)}, s ~ U{1..T - (K-1) floor(T/K)}; the velocity is always
 taken at sg(x_t), so no nested Jacobian arises; the linear chain of x_t keeps its gradient; the rollout stops at t_min ~
-U{1..m} and leaps to the image: T - t_min + 1 forwards. A draw whose steps all lie below t_min has no gradient: the
-surrogate says so, and the update is to be skipped and counted. Departures: none.
+U{1..m} and leaps to the image: T - t_min + 1 forwards. A draw with all steps below t_min has no gradient: the
+surrogate is marked, and the update is skipped and counted. Departures: none.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ class DRTune:
         check_fraction("DRTune", "early_stop", self.early_stop)
 
     def draw(self, num_steps: int, rng: torch.Generator, noise: Noise) -> DRTuneDraws:
-        """s ~ U{1..T - (K-1) floor(T/K)}, t_min ~ U{1..m}, m = round(early_stop * T)."""
+        """Draw s ~ U{1..T - (K-1) floor(T/K)}, t_min ~ U{1..m}, m = round(early_stop * T)."""
         highest = num_steps - (self.num_training_steps - 1) * self._spacing(num_steps)
         t_min = uniform_integer(1, early_stop_range(num_steps, self.early_stop), rng)
         return DRTuneDraws(s=uniform_integer(1, highest, rng), t_min=t_min)
 
     def training_steps(self, s: int, num_steps: int) -> tuple[int, ...]:
-        """{s + i floor(T/K)}, i = 0..K-1 (Algorithm 1, line 5)."""
+        """Return the training steps {s + i floor(T/K)}, i = 0..K-1 (Algorithm 1, line 5)."""
         spacing = self._spacing(num_steps)
         return tuple(s + i * spacing for i in range(self.num_training_steps))
 
     def __call__(self, velocity: Velocity, x: Tensor, sigmas: Tensor, draws: DRTuneDraws) -> Surrogate:
-        """T - t_min + 1 forwards, at most K with graph; the reward sees x_hat_0 leapt from t_min."""
+        """Run T - t_min + 1 forwards, at most K with graph; the reward sees x_hat_0 leapt from t_min."""
         num_steps = grid_steps(sigmas, x)
         train = self.training_steps(draws.s, num_steps)
         check_steps([*train, draws.t_min], num_steps)

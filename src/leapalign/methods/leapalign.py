@@ -5,10 +5,10 @@ connectors give the leaps the real rollout's values, and the discount keeps the 
 
     dx_0/dtheta = -j dv(x_j)/dtheta - (k - j) dv(x_k)/dtheta + alpha j (k - j) dv(x_j)/dx dv(x_k)/dtheta    (Eq. 10)
 
-Decided on purpose, where the paper leaves it open:
+Our choices, where the paper states none:
 - n leaps: a connector at every landing, alpha at every input but the first, weight = 1 / sum of the floored distances.
-- `timestep_range` and `leap_distance` are shares of the T step indices, not of sigma: the paper draws k and j from the
-  indices {1..T}, and so the meaning does not change with the grid's shift.
+- `timestep_range` and `leap_distance` are fractions of the T step indices, not of sigma: the paper draws k and j from
+  the indices {1..T}, so the meaning does not depend on the grid's shift.
 - `nested_only` with more than two leaps cuts the single-step term of the first leap alone.
 Departures: the hinge (text) instead of Algorithm 1's plain reward, see objective.py; rounding, see flow/leap.py.
 """
@@ -33,17 +33,17 @@ RewardInput = Literal["x_0", "x_hat"]
 
 
 class LeapTrajectory(NamedTuple):
-    """The two ends that the reward may see, and how far each leap landed from the real state."""
+    """The two end points that the reward may see, and each leap's distance from the real state."""
 
-    x_0: Tensor  # [B, ...] the real rollout's image, without graph
+    x_0: Tensor  # [B, ...] the real rollout's end, without graph
     x_hat: Tensor  # [B, ...] the last leap's prediction, with the graph of all leaps
-    distances: list[Tensor]  # a [B] a leap, noisiest first; the last is d_0
+    distances: list[Tensor]  # [B] per leap, noisiest first; the last is d_0
 
 
 def leap_trajectory(
     velocity: Velocity, x: Tensor, sigmas: Tensor, steps: tuple[int, ...], alpha: float, nested_only: bool = False
 ) -> LeapTrajectory:
-    """Roll `x` = x_T out in T forwards; those at `steps` (noisiest first) keep their graph and are joined by leaps."""
+    """Roll out `x` = x_T in T forwards; those at `steps` (noisiest first) keep their graph and are joined by leaps."""
     landing = dict(zip(steps, (*steps[1:], 0)))  # k -> j -> 0
     x_hat, distances = x, []
     for t in range(grid_steps(sigmas, x), 0, -1):
@@ -56,12 +56,12 @@ def leap_trajectory(
             v = without_graph(velocity, x, sigmas[t])
         x = euler_step(x, v.detach(), sigmas[t], sigmas[t - 1])  # the real rollout is a constant (App. G)
         if t - 1 in landing.values():
-            distances.append(mean_distance(x, x_hat))  # before the connector, where they still differ
+            distances.append(mean_distance(x, x_hat))  # before the connector makes them equal
     return LeapTrajectory(x, x_hat, distances)
 
 
 def similarity_weight(distances: list[Tensor], tau: float, weighting: Weighting) -> Tensor:
-    """w_sim = 1 / (max(d_j, tau) + max(d_0, tau)) per sample (Eq. 12), or the ablations of Fig. 4d. [B] each -> [B]."""
+    """Return w_sim = 1 / (max(d_j, tau) + max(d_0, tau)) [B] (Eq. 12), or its ablations (Fig. 4d). Distances: [B]."""
     chosen = {"both": distances, "d_j": distances[:-1], "d_0": distances[-1:], "none": []}[weighting]
     if not chosen:
         return distances[-1].new_ones(distances[-1].shape)
@@ -104,7 +104,7 @@ class LeapAlign:
         _check_choices(self)
 
     def draw(self, num_steps: int, rng: torch.Generator, noise: Noise) -> LeapDraws:
-        """n different step indices, uniform in the timestep range, or evenly spaced from a uniform lowest one."""
+        """Draw n different step indices, uniform in the timestep range, or evenly spaced from a uniform lowest one."""
         low, high = (floor(share * num_steps + 1e-9) for share in self.timestep_range)  # 0.29 * 100 is 28.999…
         spacing = max(1, round(self.leap_distance * num_steps)) if self.leap_distance else 1
         span = (self.num_leaps - 1) * spacing  # between the first leap and the last
@@ -120,7 +120,7 @@ class LeapAlign:
         return LeapDraws(_without_replacement(low + 1, high, self.num_leaps, rng))
 
     def __call__(self, velocity: Velocity, x: Tensor, sigmas: Tensor, draws: LeapDraws) -> Surrogate:
-        """T forwards, n of them with graph. Metrics: the steps k, j (j1, j2, ... for more leaps), d_j and d_0 [B]."""
+        """Run T forwards, n with graph. Metrics: the steps k, j (j1, j2, ... for more leaps), d_j and d_0 [B]."""
         steps = draws.steps
         self._check_draws(steps, grid_steps(sigmas, x))
         x_0, x_hat, distances = leap_trajectory(velocity, x, sigmas, steps, self.nested_scale, self.nested_only)
@@ -138,7 +138,7 @@ class LeapAlign:
 
 
 def _without_replacement(low: int, high: int, count: int, rng: torch.Generator) -> tuple[int, ...]:
-    """`count` different integers of {low..high}, every set equally likely, largest first."""
+    """Draw `count` different integers of {low..high}, every set equally likely, largest first."""
     import torch
 
     order = torch.randperm(high - low + 1, generator=rng, device=rng.device)

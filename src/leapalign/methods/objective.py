@@ -2,14 +2,14 @@
 
     loss = sum_n w_n l_n / B,   l_n = sum_i weight_i max(0, lambda_i - r_i(x_n))
 
-The gradient is taken at the latent first, in chunks whose graphs are freed one by one, so that the reward's graph and
-the model's never live together; `surrogate.backward(result.grad)` then pulls it through the model.
+The gradient is computed at the latent first, in chunks whose graphs are freed one by one, so that the graphs of reward
+and model are never in memory together; `surrogate.backward(result.grad)` then propagates it through the model.
 
-Several rewards: the hinge alone keeps one that has reached its threshold from pushing on. Where their gradients differ
-in size by orders (HPSv2.1's cosine beside HPSv3's tens), the larger one would still decide; `unit_gradient` gives each
-term's gradient, sample by sample, the norm 1 before weights. By sample, so that accumulation still changes nothing.
+Several rewards: the hinge stops a reward at its threshold. If gradient norms differ by orders of magnitude (HPSv2.1's
+cosine beside HPSv3's tens), the largest still dominates; `unit_gradient` scales each term's gradient to norm 1 before
+weights, per sample, so that accumulation changes nothing.
 
-Departures: Algorithm 1 prints -w grad r; the text (Eq. 11) and ReFL use the hinge, and so do we. Several rewards are
+Departures: Algorithm 1 prints -w grad r; we use the hinge, as the text (Eq. 11) and ReFL do. Several rewards are
 our addition. DRaFT-LV's copies are summed, as Algorithm 1 does.
 """
 
@@ -31,36 +31,36 @@ Score: TypeAlias = "Callable[[Tensor, list[int]], Mapping[str, Tensor]]"
 
 @dataclass(frozen=True, kw_only=True)
 class Hinge:
-    """One reward's part in the loss: weight * max(0, threshold - r)."""
+    """One reward's term in the loss: weight * max(0, threshold - r)."""
 
     threshold: float  # lambda, Eq. 11, in the reward's own scale
     weight: float = 1.0
-    unit_gradient: bool = False  # its gradient at each sample's latent gets the norm 1; the loss's value is as without
+    unit_gradient: bool = False  # scale its gradient at each sample's latent to norm 1; the loss value is unchanged
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LatentGradient:
-    """The objective at one surrogate. Tensors are without graph, and float32 at least."""
+    """The objective at one surrogate. Tensors have no graph and are at least float32."""
 
-    loss: Tensor  # 0-dim; summed over micro-batches of one batch_size it is the batch's loss
+    loss: Tensor  # 0-dim; its sum over micro-batches is the batch's loss
     grad: Tensor  # [N, ...] d loss / d x_hat
     rewards: dict[str, Tensor]  # [N] each
     hinges: dict[str, Tensor]  # [N] each: max(0, lambda - r), without weights
-    slopes: dict[str, Tensor]  # [N] for each unit_gradient term: the norm that its hinge's gradient had
+    slopes: dict[str, Tensor]  # [N] per unit_gradient term: the norm of its hinge's gradient before scaling
 
     @property
     def reward(self) -> Tensor:
-        """[N]: the reward, or the plain sum of several."""
+        """Return the reward [N], or the plain sum of several."""
         return sum(self.rewards.values())  # type: ignore[return-value]
 
     @property
     def below(self) -> Tensor:
-        """[N] bool: rows that still have a gradient, because some reward is below its threshold (NaN counts)."""
+        """Return [N] bool: rows with a gradient, because some reward is below its threshold (or NaN)."""
         return sum((h != 0).int() for h in self.hinges.values()) > 0  # type: ignore[return-value]
 
     @property
     def has_gradient(self) -> bool:
-        """False if every sample lies above every threshold: skip the update and count it."""
+        """False if every sample lies above every threshold: the update is skipped and counted."""
         return bool(self.below.any())
 
 
@@ -69,9 +69,9 @@ def latent_gradient(
 ) -> LatentGradient:
     """Score the surrogate's latents and return the loss with its gradient there.
 
-    `chunk`: latents scored at once (0 = all). `batch_size`: the samples of the whole batch, by which the loss is
-    divided (0 = the surrogate's own B); give the sum over micro-batches, and their gradients add up to the batch's.
-    Raises UserError if a reward is missing, has another shape than [n], or carries no graph.
+    `chunk`: latents scored at once (0 = all). `batch_size`: number of samples in the whole batch, by which the loss is
+    divided (0 = the surrogate's own B), so that gradients of micro-batches add up to the batch's.
+    Raises UserError if a reward is missing, has another shape than [n], or has no graph.
     """
     import torch
 
@@ -96,7 +96,7 @@ def latent_gradient(
 def _gradient(
     latents: Tensor, hinges: dict[str, Tensor], terms: Mapping[str, Hinge], weight: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """d (sum_n weight_n l_n) / d latents, and the gradient norms that were brought to 1 (Hinge.unit_gradient).
+    """Return d (sum_n weight_n l_n) / d latents, and the norms before scaling to 1 (Hinge.unit_gradient).
 
     Frees the chunk's graph; no weight of a reward gets a .grad.
     """
@@ -120,7 +120,7 @@ def _chunks(count: int, size: int) -> Iterator[slice]:
 
 
 def _checked(rewards: Mapping[str, Tensor], terms: Mapping[str, Hinge], count: int) -> dict[str, Tensor]:
-    """The rewards that have a term, in float32 at least."""
+    """Return the rewards that have a term, in at least float32."""
     import torch
 
     if not terms or rewards.keys() != terms.keys():

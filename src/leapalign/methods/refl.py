@@ -38,11 +38,11 @@ class ReFL:
         check_fraction("ReFL", "early_stop", self.early_stop)
 
     def draw(self, num_steps: int, rng: torch.Generator, noise: Noise) -> ReFLDraws:
-        """t_min ~ U{1..m}, m = round(early_stop * T)."""
+        """Draw t_min ~ U{1..m}, m = round(early_stop * T)."""
         return ReFLDraws(uniform_integer(1, early_stop_range(num_steps, self.early_stop), rng))
 
     def __call__(self, velocity: Velocity, x: Tensor, sigmas: Tensor, draws: ReFLDraws) -> Surrogate:
-        """T - t_min + 1 forwards, the last with graph; the reward sees x_hat_0 leapt from t_min."""
+        """Run T - t_min + 1 forwards, the last with graph; the reward sees x_hat_0 leapt from t_min."""
         t = draws.t_min
         check_steps([t], grid_steps(sigmas, x))
         x = rollout(velocity, x, sigmas, stop=t)

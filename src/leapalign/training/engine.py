@@ -66,7 +66,7 @@ class Engine:
         return self.world.size > 1 and bool(self.run.shard_rewards)
 
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
-        """This rank's part of the batch of update `step`."""
+        """Yield this rank's micro-batches of update `step`."""
         return batches.micro_batches(self.run, self.prompts, step, self.world.rank, self.world.size, self.begin)
 
     def noise(self, micro: MicroBatch, purpose: str = "noise") -> Tensor:
@@ -172,7 +172,7 @@ def reward_names(run: Run) -> list[str]:
 
 
 def refuse_without_gradient(run: Run) -> None:
-    """Before anything is loaded; a reward of the user's own that does not say has one."""
+    """Raise UserError for a reward without gradient; user-defined rewards count as differentiable by default."""
     for name, term in zip(reward_names(run), run.rewards):
         if not adapt.described(term.reward).differentiable:
             raise UserError(
