@@ -1,9 +1,9 @@
-"""The command line: a file a command, with its flags. What they do is elsewhere, and imported when it starts.
+"""The command line: one file per command, with its flags. The implementation is imported when a command starts.
 
-Exit status: 0 done, 1 stopped (NaN, infinity, out of memory) or `verify` found differences, 2 the user's mistake.
+Exit status: 0 done, 1 stopped (NaN, infinity, out of memory) or `verify` found differences, 2 a user error.
 
-A training run that was asked to stop has saved itself: 128 + the number of the signal (130 after SIGINT, 143 after
-SIGTERM, 129 after SIGHUP), 75 when its `max_hours` are over. 130 is also any other command that was interrupted, and a
+A training run that was asked to stop saves and exits with 128 + the number of the signal (130 after SIGINT, 143 after
+SIGTERM, 129 after SIGHUP), or 75 after `max_hours`. Other interrupted commands exit with 130, and so does a run at a
 second Ctrl-C. A terminal or a log reader that goes away ends no run (`streams`).
 
 A recipe's flags come from its own dataclasses. Help imports no torch.
@@ -53,15 +53,15 @@ USAGE = """usage: leapalign COMMAND ...
 def entry_point() -> None:
     """Run the installed command on the process's arguments and streams, and exit."""
     prepare_streams(next(iter(sys.argv[1:]), ""))
-    if not sys.stderr.isatty():  # a log wants no bars of transformers and the hub
+    if not sys.stderr.isatty():  # no progress bars of transformers and the hub in a log
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if isinstance(sys.stdout, TextIOWrapper):  # a name that the terminal's encoding lacks is no reason to fail
+    if isinstance(sys.stdout, TextIOWrapper):  # names that the terminal cannot encode must not fail
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main(sys.argv[1:]))
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one command and return the exit status; no traceback for a user's mistake."""
+    """Run one command and return the exit status; user errors print no traceback."""
     try:
         status = _dispatch(list(argv))
         sys.stdout.flush()  # here, where a full disk or a reader that has gone has a message and a status
@@ -77,13 +77,13 @@ def main(argv: Sequence[str]) -> int:
     except RunInterrupted as end:
         _say(end, f"leapalign: {end}")
         return end.status
-    except (MemoryError, RuntimeError) as error:  # of commands that do not train: a run says more (memory_errors.py)
+    except (MemoryError, RuntimeError) as error:  # in commands that do not train; a run prints more (memory_errors.py)
         if not is_out_of_memory(error):
             raise
         stopped = f"out of memory ({reason(error)}); use fewer or smaller images at a time"
         print(readable(f"leapalign: stopped: {stopped}"), file=sys.stderr)
         return 1
-    except BrokenPipeError:  # `leapalign ... | head`: nobody reads on
+    except BrokenPipeError:  # `leapalign ... | head`: the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush finds no pipe either
         return 1
     except OSError as error:  # a name or a place that the system refuses, wherever that was met first
@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _say(error: UserError | RunStopped | RunInterrupted, text: str) -> None:
-    """Once, and not once a rank."""
+    """Print an error, unless another rank prints it."""
     if not error.elsewhere:
         print(readable(text), file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""What a command prints on stdout."""
+"""Print a command's result on stdout."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from typing import Any
 
 
 def answer(value: Any, as_json: bool, text: str) -> None:
-    """The text, or with --json the value alone."""
+    """Print the text or, with --json, only the value."""
     print(json.dumps(value, indent=2) if as_json else text)

@@ -31,7 +31,7 @@ def cache_command(argv: list[str]) -> None:
 
 
 def show_cache(*, clear: bool) -> dict[str, Any]:
-    """{"place", "limit", "bytes", "cleared", "models"}: the content of the cache (before it is cleared)."""
+    """Return {"place", "limit", "bytes", "cleared", "models"}: the content of the cache (before it is cleared)."""
     root = place()
     models = [_model(folder) for folder in sorted(root.glob("*")) if (folder / "key.json").is_file()]
     total = sum(model["bytes"] for model in models)
@@ -41,7 +41,7 @@ def show_cache(*, clear: bool) -> dict[str, Any]:
 
 
 def as_text(answer: dict[str, Any]) -> str:
-    """One line for the cache, and one for each model in it."""
+    """Format one line for the cache and one for each model in it."""
     lines = [f"{answer['place']}: {gigabytes(answer['bytes'])} of at most {gigabytes(answer['limit'])}"]
     for model in answer["models"]:
         settings = ", ".join(f"{name} {value}" for name, value in model["settings"].items())

@@ -75,7 +75,7 @@ def evaluate_command(argv: list[str]) -> None:
 
 
 def _evaluate(flags: EvaluateFlags) -> dict[str, Any]:
-    """The evaluation as JSON values; with --against, a comparison in which --against is before."""
+    """Return the evaluation as JSON values; with --against, a comparison in which --against is "before"."""
     from leapalign.distributed.world import resolve_device
     from leapalign.evaluation.statistics import compare, report
 
@@ -96,7 +96,7 @@ def _evaluate(flags: EvaluateFlags) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Subject:
-    """A model that is evaluated, not yet loaded, with a folder that is ready for its images."""
+    """A model to evaluate, not loaded yet, and the prepared folder for its images."""
 
     source: Source
     sampling: Sampling
@@ -156,7 +156,7 @@ def _draw_and_judge(
 
 
 def _progress(num: int) -> Callable[[int], None]:
-    """Say on stderr how many images are drawn, every ten seconds."""
+    """Print the number of finished images on stderr, every ten seconds."""
     told = time.monotonic()
 
     def on_batch(done: int) -> None:

@@ -46,7 +46,7 @@ def export_command(argv: list[str]) -> None:
 
 
 def _export(flags: ExportFlags) -> dict[str, Any]:
-    """Write the export; {"run", "format", "weights", "dtype", "out", "bytes"}."""
+    """Write the export; return {"run", "format", "weights", "dtype", "out", "bytes"}."""
     check_run_folder(flags.run, "export")
     folder, target = Path(flags.run), Path(os.path.normpath(flags.out))
     run = read_run(folder / "run.json", load_plugins(flags.plugin))
@@ -65,7 +65,7 @@ def _export(flags: ExportFlags) -> dict[str, Any]:
 
 
 def _weights(which: str, run: Run, folder: Path, target: Path) -> AbstractContextManager[Path]:
-    """The folder of the tuned weights: the run's own, or one beside `target` that goes again."""
+    """Return a context that gives the folder of the weights: the run's own, or a temporary one beside `target`."""
     if which == "average":
         return nullcontext(Path(run_source(folder, run).saved))
     from leapalign.training.live_weights import live_weights

@@ -52,7 +52,7 @@ def sample_command(argv: list[str]) -> None:
 
 
 def _sample(flags: SampleFlags) -> list[dict[str, Any]]:
-    """Write the images in GenEval's layout; [{"prompt", "path"}], one an image."""
+    """Write the images in GenEval's layout; return [{"prompt", "path"}], one per image."""
     from leapalign.distributed.world import resolve_device
     from leapalign.evaluation.image_folder import image_paths, refuse_existing
     from leapalign.evaluation.sampling import Sampling, draw_files

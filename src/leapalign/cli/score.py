@@ -55,7 +55,7 @@ def score_command(argv: list[str]) -> None:
 
 
 def _score(flags: ScoreFlags) -> list[Row]:
-    """One row an image, in the order given. None where a generated text holds no number."""
+    """Return one row per image, in the given order; None for a generated text without a number."""
     from leapalign.distributed.world import resolve_device
 
     configs = {word: reward_config(word) for word in flags.reward}
@@ -76,7 +76,7 @@ def _score(flags: ScoreFlags) -> list[Row]:
 
 
 def _scores(reward: Reward, images: Sequence[Image], rows: Sequence[Row]) -> list[float]:
-    """Score some images; an image that the reward cannot take is named by its file."""
+    """Score a batch of images; errors name the file of an image that the reward cannot take."""
     try:
         return reward.score_pil(images, [row["prompt"] for row in rows]).tolist()
     except UnfitImage as error:
@@ -84,7 +84,7 @@ def _scores(reward: Reward, images: Sequence[Image], rows: Sequence[Row]) -> lis
 
 
 def _prompts(flags: ScoreFlags) -> list[str]:
-    """One prompt an image; a single one stands for all."""
+    """Return one prompt per image; a single prompt is used for all."""
     if not flags.images:
         raise UserError("score: give image files, as in `leapalign score a.png b.png --reward ... --prompt ...`")
     if not flags.reward:

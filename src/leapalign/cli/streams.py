@@ -1,4 +1,4 @@
-"""Standard streams that outlive their reader: a closed terminal or a pipe without a reader ends no training run.
+"""Standard streams that outlive their reader: closed terminals and pipes do not end a training run.
 
 `leapalign train ... | tee log` and Ctrl-C, `... | head`, a closed terminal window, a full disk behind `> log`, and a
 start with `2>&-` all leave stderr or stdout unable to take another line. RUN/log.txt keeps the messages of a run.
@@ -30,7 +30,7 @@ def prepare_streams(command: str) -> None:
 
 
 def outliving(descriptor: int, stream: TextIO | None) -> TextIO:
-    """A text stream on the descriptor, encoded as `stream`, that drops what the descriptor does not take."""
+    """Open a text stream on the descriptor, encoded like `stream`, that drops output which cannot be written."""
     encoding, by_line = "utf-8", True
     if isinstance(stream, io.TextIOWrapper):
         stream.flush()
@@ -49,7 +49,7 @@ class _DroppingFile(io.FileIO):
 
 
 def _open_closed_descriptors() -> None:
-    """Otherwise the run's next file would get number 2, and every message would be written into it."""
+    """Open closed descriptors; otherwise the run's next file could get number 2 and receive every message."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)

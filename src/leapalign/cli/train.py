@@ -1,4 +1,4 @@
-"""`leapalign train` and `leapalign resume`: a recipe or a run, its flags, and what is printed of it."""
+"""`leapalign train` and `leapalign resume`: the recipe or run, its flags, and the printed result."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def train_command(argv: list[str]) -> None:
 
 
 def _with_new_name(word: str) -> str:
-    """A flag by its former name, --probe-every or --probe-every=5, becomes the flag of today."""
+    """Replace flags by their former names (--probe-every or --probe-every=5) with the present ones."""
     from leapalign.run import Run
 
     flag, equals, value = word.partition("=")
@@ -68,7 +68,7 @@ def _plan(flags: TrainFlags) -> None:
 
 
 def _split_recipe(argv: list[str]) -> tuple[str, list[str]]:
-    """RECIPE comes first, because it decides which flags there are."""
+    """Read RECIPE, which comes first because it determines the flags."""
     if argv and not argv[0].startswith("-"):
         return argv[0], argv[1:]
     if "--help" in argv or "-h" in argv:

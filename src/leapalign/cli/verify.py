@@ -54,7 +54,7 @@ def verify_command(argv: list[str]) -> int:
 
 
 def _verify(flags: VerifyFlags) -> dict[str, Any]:
-    """{"source", "kind", "good", "checks"}. Raises UserError where there is nothing to look at."""
+    """Return {"source", "kind", "good", "checks"}. Raises UserError if nothing can be checked."""
     from leapalign.distributed.world import resolve_device
     from leapalign.verification.files import read_hashes
     from leapalign.verification.rewards import check_reward
@@ -74,7 +74,7 @@ def _verify(flags: VerifyFlags) -> dict[str, Any]:
 
 
 def _check_model(flags: VerifyFlags, device: str, hashes: Hashes | None) -> list[Check]:
-    """Checks of a pipeline; of an adapter's run those of its base, with a note."""
+    """Check a pipeline; for a run with an adapter check its base, with a note."""
     from leapalign.verification.pipelines import Trial, check_pipeline
 
     source = find_source(flags.source, load_plugins(flags.plugin))

@@ -36,11 +36,11 @@ def evaluate(
     folder: Path | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Draw images for all prompts with the model's present weights and judge them; `detector` needs metadata.
+    """Draw images for all prompts with the model's current weights and judge them; `detector` needs metadata.
 
-    Images are files of `folder`, which may have some of them already (the caller vouches for their settings with
-    `begin_or_continue`); None: of a temporary folder. Memory does not grow with their number. `on_batch` is called with
-    the number of images that are drawn.
+    Images are files in `folder`, or in a temporary folder for None. `folder` may have some of them already; the caller
+    checks their settings with `begin_or_continue`. Memory does not grow with their number. `on_batch` is called with
+    the number of images that are finished.
     """
     held = None if folder else TemporaryDirectory(prefix="leapalign-images-")
     paths = draw_files(model, prompts, sampling, folder or Path(held.name if held else ""), on_batch)
@@ -72,7 +72,7 @@ def score(
 
 
 def _check(name: str, reward: Reward, values: Tensor, texts: list[str]) -> None:
-    """Raise for NaN and infinity, unless the reward generates text that may hold no number (`may_fail`)."""
+    """Raise RunStopped for NaN and infinity, unless the reward generates text that may hold no number (`may_fail`)."""
     missing = (~values.isfinite()).nonzero().flatten().tolist()
     if missing and not reward.may_fail():
         raise RunStopped(f"the reward {name}: {values[missing[0]]} for the prompt {texts[missing[0]]!r}")

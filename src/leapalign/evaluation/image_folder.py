@@ -1,7 +1,7 @@
 """GenEval's folder layout (github.com/djghosh13/geneval): 00000/metadata.jsonl and 00000/samples/0000.png, ...
 
-Images are written one by one, each whole or not at all, so a killed evaluation continues where it stopped.
-`images.json` records the settings that decide the images: a folder never mixes images of two settings.
+Images are written one by one and atomically, so a killed evaluation continues where it stopped.
+`images.json` records the settings that determine the images: a folder never mixes images of two settings.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ImageFiles:
 
 
 def image_paths(folder: Path, num_prompts: int, per_prompt: int) -> list[Path]:
-    """Paths of all images, prompt by prompt."""
+    """Return the paths of all images, prompt by prompt."""
     return [folder / f"{i:05d}" / "samples" / f"{n:04d}.png" for i in range(num_prompts) for n in range(per_prompt)]
 
 
@@ -52,7 +52,7 @@ def refuse_existing(paths: Sequence[Path], overwrite: bool) -> None:
 
 
 def begin_or_continue(folder: Path, settings: Mapping[str, Any], paths: Sequence[Path], *, overwrite: bool) -> int:
-    """Prepare a folder for images of these settings (JSON values); return how many of `paths` it has already.
+    """Prepare a folder for images of these settings (JSON values); return how many of `paths` exist already.
 
     With `overwrite` they are removed first. Raises UserError if the folder has images of other settings, or of none.
     """
@@ -81,7 +81,7 @@ def _refuse_other_settings(record: Path, settings: Mapping[str, Any]) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether the file is there and begins as an image: a crash of the machine may leave an empty one."""
+    """Return True if the file exists and starts like an image: a crash of the machine may leave an empty file."""
     try:
         check_image(path)
     except UserError:
@@ -106,7 +106,7 @@ def write_image(path: Path, image: Tensor, prompt: Prompt) -> None:
 
 
 def read_images(folder: Path) -> Iterator[tuple[Prompt, Tensor]]:
-    """Each image [3, H, W] in [0, 1] with its prompt, in order, whatever program wrote the folder."""
+    """Yield each image [3, H, W] in [0, 1] with its prompt, in order; the folder may be written by any program."""
     for metadata in sorted(folder.glob("*/metadata.jsonl")):
         record = json.loads(metadata.read_text(encoding="utf-8"))
         for path in sorted((metadata.parent / "samples").glob("*.png")):

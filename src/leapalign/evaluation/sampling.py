@@ -1,8 +1,7 @@
-"""Images for prompts with paired noise: image n of prompt i begins at the same noise for every model compared.
+"""Images for prompts with paired noise: image n of prompt i starts from the same noise for every model.
 
-A difference between two models over the same noises has a much smaller standard error than one over fresh noises. The
-noise is a function of (seed, place of the prompt, number of the image) alone: neither batches nor other prompts change
-it.
+The difference between two models has a much smaller standard error on the same noise than on independent noise. The
+noise is a function of (seed, index of the prompt, index of the image) only, not of batches or other prompts.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ MOST = 10**6  # sampling steps, images a prompt, images at a time: more is a sli
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How images are drawn for an evaluation."""
+    """Settings with which images are sampled for an evaluation."""
 
     num_steps: int = 25  # T
     images_per_prompt: int = 1
@@ -45,7 +44,7 @@ class Sampling:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1 and at most {MOST}")
 
     def record(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """Everything that decides the images of a model but the model: JSON values."""
+        """Return the settings that determine a model's images, as JSON values."""
         texts = json.dumps([prompt.text for prompt in prompts])
         return {
             "num_steps": self.num_steps,
@@ -56,7 +55,7 @@ class Sampling:
 
 
 def batches(num_prompts: int, sampling: Sampling) -> Iterator[list[tuple[int, int]]]:
-    """(place of the prompt, number of the image) of all images, prompt by prompt, `batch_size` at a time."""
+    """Yield (index of the prompt, index of the image) of all images, prompt by prompt, `batch_size` at a time."""
     places = [(i, n) for i in range(num_prompts) for n in range(sampling.images_per_prompt)]
     for start in range(0, len(places), sampling.batch_size):
         yield places[start : start + sampling.batch_size]
@@ -64,14 +63,14 @@ def batches(num_prompts: int, sampling: Sampling) -> Iterator[list[tuple[int, in
 
 @torch.no_grad()
 def draw_batch(model: Model, prompts: Sequence[str], sampling: Sampling, batch: Sequence[tuple[int, int]]) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] on the CPU with the model's present weights."""
+    """Sample images [B, 3, H, W] in [0, 1], on the CPU, with the model's current weights."""
     noise = model.noise([generator(sampling.seed, step=i, sample=n, purpose=PURPOSE) for i, n in batch])
     velocity = model.velocity(model.encode([prompts[i] for i, _ in batch]))
     return model.decode(rollout(velocity, noise, model.sigmas(sampling.num_steps))).float().cpu()
 
 
 def draw_images(model: Model, prompts: Sequence[str], sampling: Sampling) -> Tensor:
-    """All images [P * images_per_prompt, 3, H, W] in [0, 1] in memory, prompt by prompt."""
+    """Sample all images [P * images_per_prompt, 3, H, W] in [0, 1] in memory, prompt by prompt."""
     model.prepare(list(dict.fromkeys(prompts)))
     return torch.cat([draw_batch(model, prompts, sampling, batch) for batch in batches(len(prompts), sampling)])
 
@@ -83,10 +82,10 @@ def draw_files(
     folder: Path,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Path]:
-    """Draw the images that the folder lacks, each batch written before the next is drawn; paths of all images.
+    """Sample the images that the folder lacks, writing each batch before the next; return the paths of all images.
 
-    A batch is drawn again unless all of it is there, so that a continued folder equals one drawn in one go bit for bit.
-    `on_batch` is called with the number of images that are done.
+    A batch is sampled again unless all of it exists, so a continued folder equals an uninterrupted one bit for bit.
+    `on_batch` is called with the number of images that are finished.
     """
     paths, texts = image_paths(folder, len(prompts), sampling.images_per_prompt), [prompt.text for prompt in prompts]
     done, prepared = 0, False

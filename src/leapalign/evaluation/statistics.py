@@ -1,7 +1,7 @@
 """Accuracies of GenEval's tasks, means of rewards and their paired differences, all with standard errors.
 
-Two models are compared over the same prompts and noises; the standard error of their difference is the paired one.
-Errors are over images. Prompts and training seeds vary too: for those, repeat with other seeds.
+Two models are compared on the same prompts and noise; the standard error of their difference is the paired one. Errors
+describe variation over images only; to include prompts and training seeds, repeat with other seeds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Images(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Evaluation:
-    """Findings for N images; without a detector `detections` and `verdicts` are empty."""
+    """Results for N images; without a detector `detections` and `verdicts` are empty."""
 
     prompts: tuple[Prompt, ...]  # N, repeated if a prompt has several images
     images: Images  # N
@@ -59,7 +59,7 @@ class Accuracy:
 
 
 def summary(tags: Sequence[str], correct: Sequence[bool]) -> dict[str, Accuracy]:
-    """Accuracy of each task over images, in the order in which tasks first come."""
+    """Accuracy of each task over images, in the order of their first appearance."""
     tasks = {}
     for tag in dict.fromkeys(tags):
         hits = [float(c) for t, c in zip(tags, correct) if t == tag]
@@ -80,7 +80,7 @@ def overall(tasks: dict[str, Accuracy]) -> Accuracy:
 def paired_difference(
     tags: Sequence[str], before: Sequence[bool], after: Sequence[bool]
 ) -> dict[str, tuple[float, float]]:
-    """For each task and "overall": mean of after - before over the same prompts and noises, and its standard error."""
+    """For each task and "overall": mean of after - before on the same prompts and noise, and its standard error."""
     result = {}
     for tag in dict.fromkeys(tags):
         change = np.asarray([float(a) - float(b) for t, b, a in zip(tags, before, after) if t == tag])

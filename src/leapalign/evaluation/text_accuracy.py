@@ -1,7 +1,7 @@
-"""Is the quoted text in the image? RapidOCR reads it, and the reading is compared by edit distance.
+"""Accuracy of quoted text in images: RapidOCR reads it, and the reading is compared by edit distance.
 
 RapidOCR runs PaddleOCR's networks (PP-OCRv6 small, in the wheel, offline) by onnxruntime: a detector of text boxes and
-a recogniser that has nothing in common with that of `leapalign.rewards.ocr`, so it can judge what that one trained.
+a recogniser unrelated to that of `leapalign.rewards.ocr`, so it can judge models trained with that reward.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class TextJudge:
         return scores.where(images.detach().isfinite().all(dim=(1, 2, 3)), torch.nan)
 
     def read(self, images: Tensor) -> list[str]:
-        """What is written in each image, its boxes of text from top to bottom and left to right; "" for none."""
+        """Read the text of each image, its boxes from top to bottom and left to right; "" for none."""
         answers = [self.engine(to_pil(image)) for image in images.nan_to_num()]
         return [" ".join(answer.txts or ()).strip() for answer in answers]
 
@@ -83,7 +83,7 @@ def accuracy(read: Sequence[str], wanted: Sequence[str]) -> float:
 
 
 def edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
-    """Levenshtein's: the fewest insertions, deletions and changes that make `a` into `b`."""
+    """Levenshtein distance: the fewest insertions, deletions and changes that make `a` into `b`."""
     row = list(range(len(b) + 1))  # from the first i items of a to the first j of b
     for i, x in enumerate(a, start=1):
         before, row = row, [i]

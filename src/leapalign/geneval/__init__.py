@@ -1,1 +1,1 @@
-"""GenEval (arXiv 2310.11513): its wording and its rules."""
+"""GenEval (arXiv 2310.11513): wording and rules."""

@@ -1,6 +1,6 @@
-"""GenEval's rules: is a prompt's metadata true of what a detector found? (arXiv 2310.11513, Section 3)
+"""GenEval's rules: compare a prompt's metadata with detections (arXiv 2310.11513, Section 3).
 
-Any detector will do: `judge` sees labels, boxes, scores and colours only. Comparisons are float32, as in the published
+`judge` reads labels, boxes, scores and colours only, from any detector. Comparisons are float32, as in the published
 evaluation, where boxes and scores come as float32 arrays: a score equal to float32(0.3) is not above 0.3.
 """
 
@@ -33,13 +33,13 @@ class Rules:
     threshold: float = 0.3  # a detection counts if its score is above this
     counting_threshold: float = 0.9  # the same for prompts of the counting task
     max_objects: int = 16  # of each class, best first
-    max_overlap: float = 1.0  # IoU above which the weaker of two boxes of a class goes; 1: none does
-    position_threshold: float = 0.1  # share of the boxes' size by which centres must be apart
+    max_overlap: float = 1.0  # IoU above which the weaker of two boxes of a class is dropped; 1: never
+    position_threshold: float = 0.1  # fraction of the boxes' size by which centres must be apart
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`reasons`: one for each claim that failed: missing, color, no_target, position, exclude. `kept`: by class."""
+    """`reasons`: one for each failed claim: missing, color, no_target, position, exclude. `kept`: by class."""
 
     correct: bool
     reasons: tuple[str, ...]
@@ -55,7 +55,7 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def relations(a: np.ndarray, b: np.ndarray, threshold: float) -> set[str]:
-    """How box `a` lies to box `b`: a subset of left of, right of, above, below. The two may overlap a little."""
+    """Relations of box `a` to box `b`: a subset of left of, right of, above, below. They may overlap a little."""
     (center_a, size_a), (center_b, size_b) = [
         (box.reshape(2, 2).mean(0), np.diff(box.reshape(2, 2), axis=0)[0]) for box in (a, b)
     ]
@@ -83,7 +83,7 @@ def keep(detections: Sequence[Detection], label: str, threshold: float, rules: R
 
 
 def check_metadata(metadata: dict[str, Any]) -> None:
-    """UserError unless `judge` can read it: a tag, and claims with class, count and, where they say so, the rest."""
+    """Raise UserError unless `judge` can read it: a tag, and claims with class, count and optional fields."""
     prompt = metadata.get("prompt")
     if not isinstance(metadata.get("tag"), str):
         raise UserError(f"prompt {prompt!r}: its GenEval tag is {metadata.get('tag')!r}; expected a text")
@@ -100,7 +100,7 @@ def check_metadata(metadata: dict[str, Any]) -> None:
 
 
 def _is_claim(claim: Any, place: int) -> bool:
-    """A position speaks of a claim that stands before it."""
+    """Return True if `judge` can read the claim; its position must refer to an earlier claim."""
     if not isinstance(claim, dict) or not isinstance(claim.get("class"), str):
         return False
     count, color, position = claim.get("count"), claim.get("color", ""), claim.get("position", ["left of", 0])
@@ -112,7 +112,7 @@ def _is_claim(claim: Any, place: int) -> bool:
 
 
 def judge(metadata: dict[str, Any], detections: Sequence[Detection], rules: Rules = Rules()) -> Verdict:
-    """Is every claim of `include` true, and none of `exclude`? Only `exclude` forbids extra objects."""
+    """Check that all claims of `include` are true and none of `exclude`. Only `exclude` forbids extra objects."""
     threshold = rules.counting_threshold if metadata["tag"] == "counting" else rules.threshold
     kept = {label: keep(detections, label, threshold, rules) for label in dict.fromkeys(d.label for d in detections)}
     kept = {label: indices for label, indices in kept.items() if indices}
@@ -136,7 +136,7 @@ def failed(
     detections: Sequence[Detection],
     rules: Rules,
 ) -> str | None:
-    """Why a claim of `include` does not hold, or None; looks only at the `count` best of its class."""
+    """Return the reason why a claim of `include` fails, or None; checks only the `count` best of its class."""
     if len(found) < claim["count"]:
         return "missing"
     if "color" in claim and sum(detections[i].color == claim["color"] for i in found) < claim["count"]:

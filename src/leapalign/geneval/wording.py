@@ -21,7 +21,7 @@ def plural(noun: str) -> str:
 
 
 def article(words: str) -> str:
-    """The words behind "a" or "an"."""
+    """Put "a" or "an" before the words."""
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
@@ -54,13 +54,13 @@ def colored(noun: str, color: str) -> Metadata:
 
 
 def positioned(a: str, relation: str, b: str) -> Metadata:
-    """`a` stands in `relation` to `b`; GenEval lists the reference object first."""
+    """`a` in `relation` to `b`; GenEval lists the reference object first."""
     include = [{"class": b, "count": 1}, {"class": a, "count": 1, "position": [relation, 0]}]
     return {"tag": "position", "include": include, "prompt": f"a photo of {article(a)} {relation} {article(b)}"}
 
 
 def bound(a: str, color_a: str, b: str, color_b: str) -> Metadata:
-    """Two objects, each of its colour."""
+    """Two objects, each with its colour."""
     include = [{"class": a, "count": 1, "color": color_a}, {"class": b, "count": 1, "color": color_b}]
     words = f"{article(f'{color_a} {a}')} and {article(f'{color_b} {b}')}"
     return {"tag": "color_attr", "include": include, "prompt": f"a photo of {words}"}

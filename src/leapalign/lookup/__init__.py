@@ -1,1 +1,1 @@
-"""From a word the user typed to what it names: recipe, model source, reward, prompts, detector."""
+"""Resolve words that the user typed to recipes, model sources, rewards, prompts and detectors."""

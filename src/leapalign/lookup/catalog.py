@@ -15,7 +15,7 @@ KINDS = ("methods", "models", "rewards", "prompts", "tuning", "recipes")
 
 
 def listing(kinds: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """kind -> [{"name", "type", "text", and for rewards their facts}]."""
+    """Return kind -> [{"name", "type", "text", and for rewards their facts}]."""
     return {kind: list(_recipes() if kind == "recipes" else _plugins(kind)) for kind in kinds}
 
 
@@ -33,14 +33,14 @@ def _plugins(kind: str) -> Iterable[dict[str, Any]]:
 
 
 def plugins(kind: str) -> list[Any]:
-    """The configuration classes that the package of a kind lists in its `__all__`: dataclasses with a `name`."""
+    """Return the configuration classes that the package of a kind lists in its `__all__`: dataclasses with a `name`."""
     package = importlib.import_module(f"leapalign.{kind}")
     listed = [getattr(package, name) for name in package.__all__]
     return [cls for cls in listed if dataclasses.is_dataclass(cls) and isinstance(getattr(cls, "name", None), str)]
 
 
 def facts(cls: type) -> dict[str, Any]:
-    """Its other class variables: a reward's licence, range, resolution, ..."""
+    """Return the other class variables of a configuration: a reward's licence, range, resolution, ..."""
     fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     plain = {k: v for k, v in vars(cls).items() if isinstance(v, (str, bool, int, float)) and not k.startswith("_")}
     return {k: v for k, v in plain.items() if k not in fields | {"name"}}

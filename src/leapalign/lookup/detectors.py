@@ -1,4 +1,4 @@
-"""Which detector can judge these prompts on images of this size."""
+"""Choose a detector for prompts and an image size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def find_detector(prompts: Sequence[Prompt], height: int, width: int) -> Detector | None:
-    """ShapeWorld's detector if all prompts name its shapes only and the images have its size; else None.
+    """Return ShapeWorld's detector if all prompts name only its shapes and the images have its size; else None.
 
     Raises UserError for GenEval metadata that the rules cannot judge.
     """

@@ -1,4 +1,4 @@
-"""The prompts that a word names: a file, or the test prompts of a set."""
+"""Resolve a word to prompts: a file, or the test prompts of a set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from leapalign.prompts import PromptFile, Prompts, ShapeWorldPrompts
 
 
 def prompts_of(word: str, per_task: int) -> Prompts:
-    """A prompt file, or the test prompts of NAME (`leapalign list prompts`) or NAME=PATH, a copy on disk.
+    """Open a prompt file, or the test prompts of NAME (`leapalign list prompts`) or NAME=PATH, a copy on disk.
 
     `per_task` is the number of ShapeWorld prompts of each task. Raises UserError for any other word.
     """
@@ -35,5 +35,5 @@ def prompts_of(word: str, per_task: int) -> Prompts:
 
 
 def _prompt_sets() -> dict[str, Any]:
-    """name -> configuration class of every source of prompts but files."""
+    """Return name -> configuration class of every source of prompts except files."""
     return {cls.name: cls for cls in plugins("prompts") if cls is not PromptFile}

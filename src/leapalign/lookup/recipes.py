@@ -1,4 +1,4 @@
-"""RECIPE to Run: a recipe's name, `file.py:name`, or a run.json. A user's file is code, and giving it runs it."""
+"""Resolve RECIPE to a Run: a recipe's name, `file.py:name` (the file is executed), or a run.json."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from leapalign.run import Run
 
 
 def load_recipe(word: str, plugins: dict[str, ModuleType]) -> Run:
-    """The run that RECIPE names; UserError with a suggestion where there is none."""
+    """Return the run that RECIPE names. Raises UserError with a suggestion if there is none."""
     if word.endswith(".json"):
         return read_run(Path(word), plugins)
     if ".py:" in word:
@@ -33,7 +33,7 @@ def load_recipe(word: str, plugins: dict[str, ModuleType]) -> Run:
 
 
 def read_run(path: Path, plugins: dict[str, ModuleType]) -> Run:
-    """A run.json, strictly; its relative paths mean the folder in which the run was started, where that is recorded."""
+    """Read a run.json strictly; relative paths are relative to the folder in which the run was started, if recorded."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -45,7 +45,7 @@ def read_run(path: Path, plugins: dict[str, ModuleType]) -> Run:
 
 
 def plugins_in(argv: Sequence[str]) -> dict[str, ModuleType]:
-    """The files after `--plugin`, loaded before the other flags: a run.json may need them to be read at all."""
+    """Load the files after `--plugin` before other flags are parsed, because a run.json may need them."""
     if "--plugin" not in argv:
         return {}
     after = argv[list(argv).index("--plugin") + 1 :]

@@ -1,4 +1,4 @@
-"""The reward that a word names, and the rewards that belong to a model."""
+"""Resolve a word to a reward, and a model to its rewards."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _name_of(word: str) -> str:
 
 
 def _settings(word: str, cls: type[DescribedReward]) -> dict[str, Any]:
-    """The fields that a word sets; a comma in a path separates only if the name of a field and = follow it."""
+    """Return the fields that a word sets; a comma in a path separates only if the name of a field and = follow it."""
     fields = [field.name for field in dataclasses.fields(cls)]
     first, *others = re.split(rf",(?=(?:{'|'.join(fields)})=)", word.removeprefix(cls.name))
     if first and ("path" not in fields or not first.startswith("=")):
@@ -55,7 +55,7 @@ def _settings(word: str, cls: type[DescribedReward]) -> dict[str, Any]:
 
 
 def _value(kind: Any, text: str) -> Any:
-    """A text, or the JSON value that it is where the field holds a number, true or false, or a list."""
+    """Return the text, or its JSON value if the field is a number, a boolean or a list."""
     if kind is str or get_origin(kind) is Literal:
         return text
     try:
@@ -70,12 +70,12 @@ def is_reward(word: str) -> bool:
 
 
 def reward_classes() -> dict[str, type[DescribedReward]]:
-    """name -> configuration class of every built-in reward."""
+    """Return name -> configuration class of every built-in reward."""
     return {cls.name: cls for cls in BUILT_IN}
 
 
 def rewards_of(source: str, plugins: dict[str, ModuleType]) -> dict[str, Any]:
-    """name -> configuration: a run's own rewards; for the embedded model its reward and the held-out judge."""
+    """Return name -> configuration: a run's own rewards; for the embedded model its reward and the held-out judge."""
     from leapalign.rewards.clip import PickScore
     from leapalign.training.engine import reward_names
 

@@ -1,6 +1,6 @@
-"""RUN: the folder of a run. Files and folders inside a run are told, with the run that they belong to.
+"""Check that a word names a run's folder; for files and folders inside a run, the error names the run.
 
-Other trainers resume from a checkpoint's folder; here the run is named, and the checkpoint by its name.
+Other trainers resume from a checkpoint's folder; leapalign takes the run's folder, and `--checkpoint` by its name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ CHECKPOINT = re.compile(r"step-\d{6,}")
 
 
 def check_run_folder(word: str | Path, command: str = "") -> None:
-    """Raise UserError where `word` is a run.json, a checkpoint or a file of one: which run it belongs to, what to do.
+    """Raise UserError if `word` is a run.json, a checkpoint or a file of one; the message names the run to give.
 
     `command` ("resume", "export") is what the run's folder is wanted for; empty = any.
     """

@@ -1,4 +1,4 @@
-"""The model that a word names: a run's folder, a diffusers pipeline folder, a hub id or `embedded:generator`."""
+"""Resolve a word to a model: a run's folder, a diffusers pipeline folder, a hub id or `embedded:generator`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STEPS = 25  # sampling steps of a model that no run trained
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A model, not yet loaded."""
+    """A model that is not loaded yet."""
 
     model: Any  # a dataclass of leapalign.models
     num_steps: int  # sampling steps
@@ -38,22 +38,22 @@ class Source:
         return self.tuning.load_tuned(self.model, self.saved, device, dtype)
 
     def record(self) -> dict[str, Any]:
-        """Everything that decides the images of this model but how they are sampled: JSON values.
+        """Return everything that determines this model's images, except sampling settings, as JSON values.
 
-        Local weights are identified by names, sizes and times of their files, so that retrained weights are others.
+        Local weights are identified by names, sizes and times of their files, so that retrained weights differ.
         """
         model = {key: value for key, value in encode(self.model).items() if key != "path"}
         return {"model": model, "base": _weights(self.model.path), "tuned": _weights(self.saved)}
 
     def changed(self, *, size: int = 0, guidance_scale: float = -1.0) -> Source:
-        """The same model at another height and width (0 = as it is) and guidance scale (-1 = as it is)."""
+        """Return the model with another height and width (0 = unchanged) and guidance scale (-1 = unchanged)."""
         changes: dict[str, Any] = {"height": size, "width": size} if size else {}
         changes |= {"guidance_scale": guidance_scale} if guidance_scale >= 0 else {}
         return replace(self, model=replace(self.model, **changes))
 
 
 def find_source(source: str, plugins: dict[str, ModuleType]) -> Source:
-    """The model of a run's folder, a pipeline folder, a hub id or `embedded:NAME`. Raises UserError."""
+    """Resolve a run's folder, a pipeline folder, a hub id or `embedded:NAME`. Raises UserError."""
     check_run_folder(source)
     folder = Path(source)
     if (folder / "run.json").is_file():
@@ -83,7 +83,7 @@ def run_source(folder: Path, run: Run) -> Source:
 
 
 def families(plugins: Mapping[str, ModuleType]) -> dict[str, Any]:
-    """diffusers' pipeline class -> configuration class. A user's own family goes before a built-in one."""
+    """Return diffusers pipeline class -> configuration class. A user's own family takes precedence."""
     found: dict[str, Any] = {family.pipeline: family for family in FAMILIES}
     for module in plugins.values():
         own: list[Any] = [c for c in vars(module).values() if is_dataclass(c) and c.__module__ == module.__name__]
@@ -92,7 +92,7 @@ def families(plugins: Mapping[str, ModuleType]) -> dict[str, Any]:
 
 
 def _weights(path: str) -> str:
-    """A digest of the files of a local folder; a hub id or `embedded:NAME` as it is."""
+    """Return a digest of the files of a local folder; a hub id or `embedded:NAME` unchanged."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return path
@@ -102,7 +102,7 @@ def _weights(path: str) -> str:
 
 
 def config_for(source: str, plugins: Mapping[str, ModuleType]) -> Family:
-    """The configuration at its default settings of a pipeline folder, a hub id (fetched) or `embedded:NAME`."""
+    """Return the default configuration for a pipeline folder, a hub id (fetched) or `embedded:NAME`."""
     from leapalign.storage.pipeline_folder import INDEX, locate, read_json
 
     index, known = read_json(locate(source) / INDEX), families(plugins)

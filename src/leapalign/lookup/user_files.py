@@ -1,4 +1,4 @@
-"""A user's own Python file: executed once it is given on the command line, and its errors told in one sentence."""
+"""Execute Python files that the user gives on the command line, and report their errors in one sentence."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def load_plugins(files: Sequence[str]) -> dict[str, ModuleType]:
-    """File name -> module. UserError for two files of one name: run.json tells classes apart by it."""
+    """Load files; return file name -> module. Raises UserError for equal names, by which run.json names classes."""
     modules: dict[str, ModuleType] = {}
     for file in files:
         refuse_twin(file, modules)
@@ -30,16 +30,16 @@ def load_plugins(files: Sequence[str]) -> dict[str, ModuleType]:
 
 
 def refuse_twin(file: str, modules: Mapping[str, ModuleType]) -> None:
-    """UserError where another file of the same name is loaded."""
+    """Raise UserError if another file of the same name is loaded."""
     other = modules.get(Path(file).name)
     if other is not None and Path(str(other.__file__)).resolve() != Path(file).resolve():
         raise UserError(f"{file} and {other.__file__} have one name, by which run.json knows them; rename one")
 
 
 def load_file(file: str) -> ModuleType:
-    """Execute a user's Python file as a module of its own. UserError for whatever it raises.
+    """Execute a user's Python file as a module of its own. Raises UserError for any error in it.
 
-    Modules beside the file can be imported, first of all while it is executed and after installed ones later.
+    Modules beside the file can be imported: before installed ones while it is executed, after them later.
     """
     path = Path(file)
     if not path.is_file():
@@ -61,13 +61,13 @@ def load_file(file: str) -> ModuleType:
 
 
 def module_name(path: Path) -> str:
-    """Files of one name in two folders are two modules."""
+    """Return a module name that differs for files of one name in two folders."""
     return f"{PREFIX}{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
 
 
 @contextmanager
 def _importing_from(folder: Path) -> Iterator[None]:
-    """The folder comes first on sys.path; afterwards last, for imports inside functions, where it hides nothing."""
+    """Put the folder first on sys.path; on exit last, where imports inside functions find it and it hides nothing."""
     sys.path.insert(0, str(folder))
     try:
         yield
@@ -78,7 +78,7 @@ def _importing_from(folder: Path) -> Iterator[None]:
 
 
 def _refuse_foreign_helpers(path: Path, module: ModuleType) -> None:
-    """UserError where a module beside the file has the name of one beside another user's file, which was imported."""
+    """Raise UserError if a module beside the file has the name of an imported one beside another user file."""
     others = {p.parent for name, m in list(sys.modules.items()) if name.startswith(PREFIX) and (p := _source(m))}
     folder = path.resolve().parent
     for name, loaded in list(sys.modules.items()):
@@ -95,23 +95,23 @@ def _source(module: ModuleType) -> Path | None:
 
 
 def run_user_code(function: Callable[[], T], word: str, file: Path) -> T:
-    """The function's value; `word` is what the user typed, `file` where the code stands.
+    """Call the function and return its value; `word` is the user's text, `file` contains the code.
 
-    Whatever the code raises becomes a UserError with the line of the user's file.
+    Any error of the code becomes a UserError with the line of the user's file.
     """
     try:
         return function()
     except SyntaxError as error:
         place = f"{word}, line {error.lineno}" if _same(error.filename, file) else f"{error.filename}, {error.lineno}"
         raise UserError(f"{place}: {error.msg}") from error
-    except Exception as error:  # it is the user's code: what it raises is for its author
+    except Exception as error:  # the user's code may raise anything
         line = _line_in(error, file)
         place = f"{word}, line {line}" if line else word
         raise UserError(f"{place}: {_said(error)}") from error
 
 
 def _said(error: Exception) -> str:
-    """The message; of a class that compares values of a wrong type, the field that has one."""
+    """Return the error's message or, if a class compares values of a wrong type, name the field."""
     if isinstance(error, UserError):
         return str(error)
     for frame in reversed(list(_frames(error))):
@@ -131,7 +131,7 @@ def _wrong_field(instance: Any) -> str:
 
 
 def _line_in(error: Exception, file: Path) -> int:
-    """The innermost line of the file that the error passed; 0 = none."""
+    """Return the innermost line of the file in the error's traceback; 0 = none."""
     passed = [line for frame, line in walk_tb(error.__traceback__) if _same(frame.f_code.co_filename, file)]
     return passed[-1] if passed else 0
 

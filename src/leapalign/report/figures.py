@@ -1,4 +1,4 @@
-"""Curves as inline SVG that takes its colours and type from the page: readable in light and dark.
+"""Curves as inline SVG with the colours and font of the page, for light and dark mode.
 
 matplotlib draws with placeholder colours, which become CSS variables; text stays text.
 """
@@ -16,7 +16,7 @@ VARIABLES = {INK: "var(--muted)", FAINT: "var(--line)", ACCENT: "var(--accent)"}
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """One quantity over the steps of a run."""
+    """A logged quantity over the steps of a run."""
 
     title: str
     steps: Sequence[float]
@@ -26,14 +26,14 @@ class Curve:
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Mean over the `width` values around each, fewer at the ends."""
+    """Running mean over `width` values, fewer at the ends."""
     half = width // 2
     pieces = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(piece) / len(piece) for piece in pieces]
 
 
 def curve_svg(curve: Curve) -> str:
-    """An <svg> element, 420 × 230, without outside resources."""
+    """Draw an <svg> element, 420 × 230, without external resources."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

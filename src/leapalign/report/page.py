@@ -1,4 +1,4 @@
-"""report.html: one self-contained page about a run: numbers with errors, curves, tables, images, how to repeat it."""
+"""report.html: one self-contained page about a run: numbers with errors, curves, tables, images, configuration."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ METRIC_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """One prompt before and after, from the same noise. Verdicts are "" where nothing was judged."""
+    """Images of one prompt before and after, from the same noise. Verdicts are "" without a detector."""
 
     prompt: str
     before: str  # data URI
@@ -37,7 +37,7 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """What the page shows. `comparison` is evaluation.evaluate.compare's answer."""
+    """Content of the page. `comparison` is the result of `evaluation.statistics.compare`."""
 
     title: str
     run: dict[str, Any]  # run.json
@@ -50,7 +50,7 @@ class Page:
 
 
 def pairs_of(before: Evaluation, after: Evaluation, per_task: int) -> dict[str, list[Pair]]:
-    """Images of each task, at even distances through its distinct prompts: nothing is picked by its result."""
+    """Select images of each task at even distances through its distinct prompts, independent of results."""
     groups: dict[str, list[Pair]] = {}
     for tag in dict.fromkeys(before.tags):
         rows = {before.prompts[row].text: row for row, t in reversed(list(enumerate(before.tags))) if t == tag}
@@ -59,7 +59,7 @@ def pairs_of(before: Evaluation, after: Evaluation, per_task: int) -> dict[str, 
 
 
 def spread(rows: Sequence[int], num: int) -> list[int]:
-    """At most `num` of them, evenly."""
+    """Select at most `num` of the values, evenly spaced."""
     num = min(num, len(rows))
     return [rows[i * len(rows) // num] for i in range(num)]
 
@@ -85,7 +85,7 @@ def _verdict(evaluation: Evaluation, row: int) -> tuple[bool | None, str]:
 
 
 def curves(metrics: Sequence[dict[str, Any]]) -> list[Curve]:
-    """The evaluation reward first, then what training itself saw; quantities that were not logged are left out."""
+    """Return the curve of the evaluation reward, then those of training; without quantities that were not logged."""
     evaluated = [m for m in metrics if "evaluation_reward" in m]
     found = []
     if evaluated:
@@ -102,7 +102,7 @@ def curves(metrics: Sequence[dict[str, Any]]) -> list[Curve]:
 
 
 def render(page: Page) -> str:
-    """The HTML; every value is escaped, figures are inline, and nothing is fetched."""
+    """Render the HTML; every value is escaped, figures are inline, and nothing is fetched."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

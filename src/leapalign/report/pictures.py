@@ -1,4 +1,4 @@
-"""Images for eyes: enlarged without smoothing, in grids, and with a detector's verdicts drawn on them."""
+"""Images to look at: enlarged without smoothing, in grids, and with a detector's verdicts drawn on them."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ PAPER, INK, RIGHT, WRONG = (255, 255, 255), (40, 40, 44), (22, 128, 60), (190, 3
 
 
 def enlarged(image: Tensor, scale: int) -> Image.Image:
-    """Every pixel becomes a square of `scale` × `scale`."""
+    """Enlarge every pixel to a square of `scale` × `scale`."""
     return Image.fromarray(to_levels(image).repeat(scale, 0).repeat(scale, 1))
 
 
 def data_uri(image: Tensor) -> str:
-    """A PNG of the pixels as they are; the page enlarges it without smoothing."""
+    """Encode the pixels as a PNG data URI; the page enlarges it without smoothing."""
     buffer = io.BytesIO()
     to_pil(image).save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def grid(images: Sequence[Tensor], columns: int, scale: int, gap: int = 4) -> Image.Image:
-    """Images [3, H, W] of one size as one sheet, row by row."""
+    """Join images [3, H, W] of one size to one sheet, row by row."""
     tiles = [enlarged(image, scale) for image in images]
     rows = -(-len(tiles) // columns)
     width, height = tiles[0].size
@@ -42,7 +42,7 @@ def grid(images: Sequence[Tensor], columns: int, scale: int, gap: int = 4) -> Im
 
 
 def draw_verdicts(evaluation: Evaluation, rows: Sequence[int], columns: int = 10, scale: int = 5) -> Image.Image:
-    """The images `rows` with their prompt, every detection's box, name and score, and the verdict."""
+    """Draw the images `rows` with their prompt, every detection's box, name and score, and the verdict."""
     font = _font(10)
     height, width = evaluation.images[rows[0]].shape[-2:]
     cell = (max(width * scale, 190) + 8, height * scale + 46)
@@ -73,7 +73,7 @@ def _caption(draw: ImageDraw.ImageDraw, evaluation: Evaluation, row: int, left: 
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    """matplotlib's own DejaVu Sans: the same letters on every machine."""
+    """Load matplotlib's DejaVu Sans, which is the same on every machine."""
     import matplotlib
 
     return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)

@@ -1,4 +1,4 @@
-"""Tables for a terminal, from the JSON values that commands answer with."""
+"""Tables for a terminal, from the JSON values that commands return."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MARKS = {"good": "[green]ok[/]", "different": "[bold red]DIFFERS[/]", "note": "[
 
 
 def evaluation_table(answer: Mapping[str, Any]) -> str:
-    """One line for each task and reward of an evaluation, or of the comparison of two."""
+    """Format one line for each task and reward of an evaluation, or of the comparison of two."""
     rows = answer.get("geneval", {}) | answer["rewards"]
     lines = [_evaluation_line(name, row) for name, row in rows.items()]
     return "\n".join([f"{answer['images']} images, ± one standard error", *lines])
@@ -41,7 +41,7 @@ def _evaluation_line(name: str, row: Mapping[str, Any]) -> str:
 
 
 def score_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line an image, {"image", "scores"}; with several images their mean below."""
+    """Format one line per image, {"image", "scores"}, and the mean of several images."""
     words = list(rows[0]["scores"])
     width = max(len("mean"), *(len(row["image"]) for row in rows))
     lines = [f"{'image':{width}}  " + "  ".join(f"{word:>12}" for word in words)]
@@ -60,14 +60,14 @@ def _score_cell(value: float | None, word: str) -> str:
 
 
 def catalog_table(table: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """One block a kind, one line an entry."""
+    """Format one block per kind, one line per entry."""
     width = 2 + max(len(entry["name"]) for entries in table.values() for entry in entries)
     blocks = [f"{kind}\n" + "\n".join(f"  {e['name']:{width}}{e['text']}" for e in table[kind]) for kind in table]
     return "\n\n".join(blocks)
 
 
 def rewards_table(rewards: Sequence[Mapping[str, Any]]) -> str:
-    """One block a reward with its facts, which are sentences and too long for columns."""
+    """Format one block per reward; its facts are sentences and too long for columns."""
     blocks = []
     for each in rewards:
         use = "training and evaluation" if each["differentiable"] else "evaluation only (no gradient)"
@@ -78,7 +78,7 @@ def rewards_table(rewards: Sequence[Mapping[str, Any]]) -> str:
 
 
 def print_checks(answer: Mapping[str, Any]) -> None:
-    """One line for each check of `leapalign verify`, then the verdict."""
+    """Format one line for each check of `leapalign verify`, then the verdict."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.markup import escape
@@ -89,7 +89,7 @@ def print_checks(answer: Mapping[str, Any]) -> None:
     for check in answer["checks"]:
         cells = (check[name] for name in ("part", "check", "came", "expected", "remedy"))
         table.add_row(MARKS[check["state"]], *(escape(cell) for cell in cells))
-    console = Console() if sys.stdout.isatty() else Console(width=160)  # a log has no edge
+    console = Console() if sys.stdout.isatty() else Console(width=160)  # a log has no width
     console.print(table)
     console.print(_verdict([check["state"] for check in answer["checks"]]))
 
@@ -101,7 +101,7 @@ def _verdict(states: Sequence[str]) -> str:
 
 
 def print_study(summary: Mapping[str, Any], caption: str) -> None:
-    """Before, after and paired change of a study's summary.json, and where to look."""
+    """Format before, after and paired change of a study's summary.json, and the paths of its results."""
     from rich.console import Console
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""Captions of ShapeWorld scenes: GenEval's six tasks over the world's shapes and colours, and scenes that show them.
+"""Captions of ShapeWorld scenes in GenEval's six tasks, and scenes that show them.
 
 A *combination* is the claim of a caption, whatever the order of its words: "a circle left of a square" and "a square
 right of a circle" are one combination. Training and test prompts share no combination, except for single objects, of
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 TRAIN_RATIO = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1, "single_object": 0}
 HELD_OUT = {"single_object": 6, "two_object": 5, "counting": 6, "colors": 12, "position": 20, "color_attr": 100}
-SPLIT_SEED = 2604  # which combinations are the test set's; never changed, or old runs have trained on it
+SPLIT_SEED = 2604  # selects the test combinations; must not change, or old runs would have trained on them
 
 
 def all_captions(tag: str) -> list[list[Metadata]]:
-    """Every combination of a task, each as the list of its wordings."""
+    """List every combination of a task, each as the list of its wordings."""
     pairs = list(combinations(SHAPES, 2))
     if tag == "single_object":
         return [[single(s)] for s in SHAPES]
@@ -69,7 +69,7 @@ def draw(captions: list[list[Metadata]], rng: np.random.Generator) -> Metadata:
 
 
 def train_prompts(num: int, seed: int = 0) -> list[Metadata]:
-    """`num` training prompts, tasks in GenEval's ratio 7:5:3:1:1:0 (position first), drawn with replacement."""
+    """Draw `num` training prompts, tasks in GenEval's ratio 7:5:3:1:1:0 (position first), with replacement."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
@@ -80,7 +80,7 @@ def train_prompts(num: int, seed: int = 0) -> list[Metadata]:
 
 
 def evaluation_prompts(per_task: int | None = None) -> list[Metadata]:
-    """The test prompts, both wordings of every test combination; with `per_task`, cycled to that many a task."""
+    """Return the test prompts in both wordings; with `per_task`, repeated in cycles to that many prompts a task."""
     prompts = []
     for tag in TASKS:
         wordings = [caption for combination in split(tag)[1] for caption in combination]
@@ -104,7 +104,7 @@ def _any_color(rng: np.random.Generator) -> str:
 
 
 def scene_of(caption: Metadata, rng: np.random.Generator) -> Scene:
-    """A random scene in which the caption is true and nothing stands that it does not name."""
+    """Draw a random scene for which the caption is true, without objects that it does not name."""
     include = caption["include"]
     wanted = [(item["class"], item.get("color")) for item in include for _ in range(item["count"])]
     cells = [int(c) for c in rng.permutation(len(CELLS))[: len(wanted)]]
@@ -117,7 +117,7 @@ def scene_of(caption: Metadata, rng: np.random.Generator) -> Scene:
 
 
 def near_misses(caption: Metadata) -> list[Metadata]:
-    """Captions of nearly the same words false of every `scene_of(caption)`: adversarial negatives of the build."""
+    """Return adversarial negatives: captions of similar words that are false for every `scene_of(caption)`."""
     include, tag = caption["include"], caption["tag"]
     shapes = [item["class"] for item in include]
     others = [s for s in SHAPES if s not in shapes]

@@ -1,8 +1,8 @@
-"""The judge of ShapeWorld: finds coloured shapes by their pixels alone, and nothing where there is none.
+"""ShapeWorld's detector: finds coloured shapes by comparing pixels with templates.
 
-Pixels are unmixed into ground and palette colour; connected patches of one colour are compared with the coverage of
-every shape at every sub-pixel place and size. A score is a product of answers, each 1 when clearly yes and 0 when
-clearly no: does the best shape fit, clearly better than the second best, are its edges sharp, is it one palette colour.
+Each pixel is decomposed into background and palette colour; connected patches of one colour are compared with the
+coverage of every shape at every sub-pixel position and size. The score is a product of factors from 0 (clearly no) to 1
+(clearly yes): the best shape fits, it fits better than the second best, its edges are sharp, it has one palette colour.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from leapalign.shapeworld.world import COLORS, GROUND, SHAPES, SIZE, coverage
 if TYPE_CHECKING:
     from torch import Tensor
 
-PATCH = 20  # side of the window that is compared
+PATCH = 20  # side of the compared window
 EXTENT = {"square": 0.9, "triangle": 0.95, "diamond": 1.1}  # half a side of the box over the radius; else 1
-SOFTNESS = 0.45  # pixels; a decoder's edges are a little softer than the renderer's
+SOFTNESS = 0.45  # pixels; edges of decoded images are slightly softer than rendered ones
 RADII = np.arange(4.2, 7.01, 0.2)  # the first only for what is smaller than the world's smallest shape, of 4.8
 SHIFTS = np.arange(-1.25, 1.26, 0.25)
-BLUR = 0.9  # pixels; a template with edges that are no longer sharp
+BLUR = 0.9  # pixels; blur of a template whose edges are no longer sharp
 MIN_AREA = 15  # pixels; the smallest shape has about 40
-MAX_SIDE = 15  # pixels; a longer patch is two shapes that touch
+MAX_SIDE = 15  # pixels; a longer patch is taken for two touching shapes
 MAX_CONTACT = 5  # pixels; a longer seam is not where two shapes touch
 
 # (certainly yes, certainly no)
@@ -39,12 +39,12 @@ OFF_COLOR = (
     0.15,
     0.30,
 )  # RGB distance of the patch's core from its palette colour; the palette's closest are 0.54 apart
-IMPURE = (0.10, 0.25)  # share of core pixels further than OFF_COLOR's end from it
+IMPURE = (0.10, 0.25)  # fraction of core pixels further than OFF_COLOR's end from it
 
 
 @dataclass(frozen=True)
 class Blob:
-    """A connected patch of one colour: its share of each pixel, cut out around its middle."""
+    """A connected patch of one colour: its fraction of each pixel, cropped around its centre."""
 
     image: int
     color: str
@@ -52,13 +52,13 @@ class Blob:
     impure: float
     share: np.ndarray  # [PATCH, PATCH]
     inside: np.ndarray  # [PATCH, PATCH] 1 within the image
-    outside: float  # squared share that lies beyond the window
+    outside: float  # squared fraction outside of the window
     left: int  # of the window in the image
     top: int
 
 
 def unmix(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[3, H, W] -> nearest mixture of ground and one palette colour: the colour's index and share [H, W]."""
+    """[3, H, W] -> nearest mixture of ground and one palette colour: the colour's index and fraction [H, W]."""
     ground = np.asarray(GROUND, np.float32)
     tint = np.asarray(list(COLORS.values()), np.float32) - ground  # [C, 3]
     pixel = image.transpose(1, 2, 0) - ground  # [H, W, 3]
@@ -69,7 +69,7 @@ def unmix(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cut(mask: np.ndarray) -> list[np.ndarray]:
-    """Split a patch that is too long for one shape where it is thinnest, again until no piece is."""
+    """Split a patch that is too long for one shape where it is thinnest; repeat until all pieces are short enough."""
     rows, columns = np.nonzero(mask)
     for axis, at in ((1, columns), (0, rows)):
         length = at.max() - at.min() + 1
@@ -86,7 +86,7 @@ def cut(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def window(values: np.ndarray, left: int, top: int) -> np.ndarray:
-    """A PATCH × PATCH piece of [H, W], zero outside of it."""
+    """Crop a PATCH × PATCH window of [H, W]; zero outside of the image."""
     padded = np.pad(values, PATCH)
     return padded[top + PATCH : top + 2 * PATCH, left + PATCH : left + 2 * PATCH]
 
@@ -107,7 +107,7 @@ def owners(pieces: list[np.ndarray], reach: float = 2.5) -> np.ndarray:
 
 
 def blobs(image: np.ndarray, index: int) -> list[Blob]:
-    """The patches of one colour in an image [3, H, W]."""
+    """Find the patches of one colour in an image [3, H, W]."""
     color, share = unmix(image)
     patches = [(c, patch) for c in range(len(COLORS)) for patch in connected((share > 0.5) & (color == c))]
     pieces = [(c, piece) for c, patch in patches if patch.sum() >= MIN_AREA for piece in cut(patch)]
@@ -144,7 +144,7 @@ def blob(image: np.ndarray, index: int, color: int, share: np.ndarray, mask: np.
 
 @cache
 def templates() -> tuple[np.ndarray, np.ndarray]:
-    """Every shape at every place and size: coverage [S, N, PATCH * PATCH], and (x, y, radius) [N, 3]."""
+    """Render every shape at every position and size: coverage [S, N, PATCH * PATCH], and (x, y, radius) [N, 3]."""
     grid = np.stack(np.meshgrid(SHIFTS + PATCH / 2, SHIFTS + PATCH / 2, RADII, indexing="ij"), -1).reshape(-1, 3)
     x, y, r = grid.T
     covers = np.stack([coverage(shape, x, y, r)[:, :PATCH, :PATCH] for shape in SHAPES])  # [S, N, PATCH, PATCH]
@@ -153,7 +153,7 @@ def templates() -> tuple[np.ndarray, np.ndarray]:
 
 
 def fit(found: list[Blob]) -> tuple[np.ndarray, np.ndarray]:
-    """Misfit of each blob to each shape at its best place [B, S], and the template that is best [B, S]."""
+    """Relative residual of each blob for each shape at its best position [B, S], and the best template [B, S]."""
     covers, _ = templates()
     share = np.stack([b.share.ravel() for b in found])  # [B, P]
     inside = np.stack([b.inside.ravel() for b in found])
@@ -168,14 +168,14 @@ def fit(found: list[Blob]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def softness(b: Blob, cover: np.ndarray) -> float:
-    """0 where the blob is exactly `cover` [PATCH * PATCH], 1 where it is exactly that blurred by BLUR pixels."""
+    """Edge softness: 0 if the blob is exactly `cover` [PATCH * PATCH], 1 if exactly that blurred by BLUR."""
     blurred = ndimage.gaussian_filter(cover.reshape(PATCH, PATCH), BLUR)
     sharp, soft = (float(np.square(b.share - b.inside * each).sum()) for each in (cover.reshape(PATCH, PATCH), blurred))
     return sharp / (sharp + soft)
 
 
 def surely(value: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
-    """1 below the first bound, 0 above the second, a straight line between."""
+    """Linear ramp: 1 below the first bound, 0 above the second."""
     return np.clip((bounds[1] - value) / (bounds[1] - bounds[0]), 0, 1)
 
 
@@ -194,7 +194,7 @@ def detection(b: Blob, misfit: np.ndarray, best: np.ndarray) -> Detection:
 
 
 def detect(images: Tensor | np.ndarray) -> list[list[Detection]]:
-    """[B, 3, 32, 32] in [0, 1] -> for each image its shapes, best first; score 0 is left out."""
+    """[B, 3, 32, 32] in [0, 1] -> detections of each image, best first, without those of score 0."""
     pixels = np.asarray(images if isinstance(images, np.ndarray) else images.detach().float().cpu(), np.float32)
     if pixels.ndim != 4 or pixels.shape[1:] != (3, SIZE, SIZE):
         raise ValueError(f"detect takes images [B, 3, {SIZE}, {SIZE}] in [0, 1]; got shape {list(pixels.shape)}")

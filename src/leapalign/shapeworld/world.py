@@ -1,7 +1,7 @@
-"""ShapeWorld: up to four coloured shapes on a plain ground, drawn exactly from signed distances.
+"""ShapeWorld: up to four coloured shapes on a plain background, rendered from signed distances.
 
-A scene is a board of 2 × 2 cells; an object sits in a cell of its own, moved a little from the centre. Small enough
-that a generator learns it on a CPU, rich enough for GenEval's six tasks. Pixels: float32 in [0, 1], [B, 3, H, W].
+A scene is a board of 2 × 2 cells; each object has a cell of its own and a small random offset. The world is small
+enough for a generator trained on a CPU and has all of GenEval's six tasks. Pixels: float32 in [0, 1], [B, 3, H, W].
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RADIUS = (4.8, 6.0)
 
 @dataclass(frozen=True)
 class Object:
-    """One shape: `x`, `y` its centre from the top left, `radius` half its extent, in pixels."""
+    """A coloured shape: centre `x`, `y` from the top left and `radius`, half its extent, in pixels."""
 
     shape: str
     color: str
@@ -44,13 +44,13 @@ Scene = tuple[Object, ...]
 
 
 def place(shape: str, color: str, cell: int, rng: np.random.Generator) -> Object:
-    """An object in one of the four cells, its centre and size a little random."""
+    """Place an object in one of the four cells, with a small random offset and size."""
     dx, dy = rng.uniform(-JITTER, JITTER, 2)
     return Object(shape, color, CELLS[cell][0] + dx, CELLS[cell][1] + dy, rng.uniform(*RADIUS))
 
 
 def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, r: np.ndarray | float) -> np.ndarray:
-    """Distance in pixels to the outline, negative inside; exact on straight edges, near enough at corners."""
+    """Signed distance in pixels to the outline, negative inside; exact on straight edges, approximate at corners."""
     import numpy as np
 
     ax, ay = np.abs(dx), np.abs(dy)
@@ -70,7 +70,7 @@ def signed_distance(shape: str, dx: np.ndarray, dy: np.ndarray, r: np.ndarray | 
 
 
 def coverage(shape: str, x: np.ndarray, y: np.ndarray, r: np.ndarray, size: int = SIZE) -> np.ndarray:
-    """Share of each pixel that the shape covers: x, y, r [N] -> [N, size, size] in [0, 1]."""
+    """Fraction of each pixel that the shape covers: x, y, r [N] -> [N, size, size] in [0, 1]."""
     import numpy as np
 
     at = ((np.arange(size, dtype=np.float32) + 0.5) * SIZE / size).astype(np.float32)
@@ -81,7 +81,7 @@ def coverage(shape: str, x: np.ndarray, y: np.ndarray, r: np.ndarray, size: int 
 
 
 def render(scenes: list[Scene], size: int = SIZE) -> np.ndarray:
-    """Draw scenes, later objects over earlier ones -> float32 [B, 3, size, size] in [0, 1]."""
+    """Render scenes, later objects over earlier ones -> float32 [B, 3, size, size] in [0, 1]."""
     import numpy as np
 
     images = np.empty((len(scenes), 3, size, size), np.float32)

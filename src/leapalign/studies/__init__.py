@@ -1,1 +1,1 @@
-"""Experiments that train, evaluate and report as a whole."""
+"""Complete experiments: training, evaluation and report."""

@@ -1,7 +1,7 @@
-"""The demo: evaluate the embedded base, align it with LeapAlign, evaluate again, and leave a page to look at.
+"""The demo: evaluate the embedded base, align it with LeapAlign, evaluate it again, and write report.html.
 
-Nothing is chosen by its result: prompts, noises and the images shown are fixed by the seed before training, and every
-number comes with its standard error. Base and tuned model are both opened from their folders, as a user would.
+Nothing is selected by its result: prompts, noise and the images shown are fixed by the seed before training, and every
+number has its standard error. Base and tuned model are both opened from their folders, as a user would.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     from leapalign.report.page import Page
 from leapalign.run import Run
 
-PER_TASK = 60  # images a task, before and again after: overall to about ± 0.025
+PER_TASK = 60  # images a task in each evaluation: standard error of overall about 0.025
 QUICK_PER_TASK, QUICK_STEPS = 4, 4
 REWARD, HELD_OUT = "reward", "held_out_reward"  # names in summary.json
 WORDS = {REWARD: "Reward, the one trained on", HELD_OUT: "Held-out reward, never trained on"}
-PICTURES = 4  # pairs a task on the page
+PICTURES = 4  # image pairs a task on the page
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A run between two evaluations of its model over the same prompts and noises."""
+    """A run, and the settings with which its model is evaluated before and after on the same prompts and noise."""
 
     run: Run
     held_out: Any  # a reward that the run does not train on, a dataclass of leapalign.rewards
@@ -41,11 +41,11 @@ class Study:
     detector: Detector | None
     command: str
     batch_size: int = 60
-    evaluation_seed: int = 0  # not the run's: so that runs of several seeds compare
+    evaluation_seed: int = 0  # separate from the run's seed, so that runs with several seeds can be compared
 
 
 def main(out: Path, *, seed: int = 0, steps: int = 0, quick: bool = False, device: str = "auto") -> dict[str, Any]:
-    """What `leapalign demo` calls; returns summary.json's content. `steps` 0: the recipe's. `quick`: to see it work."""
+    """Run `leapalign demo`; return the content of summary.json. `steps` 0: the recipe's. `quick`: a short test."""
     from leapalign.prompts import ShapeWorldPrompts
     from leapalign.recipes import shapeworld_leapalign
     from leapalign.report.tables import print_study
@@ -68,7 +68,7 @@ def main(out: Path, *, seed: int = 0, steps: int = 0, quick: bool = False, devic
 
 
 def conduct(study: Study) -> dict[str, Any]:
-    """Evaluate, train, evaluate; writes everything into run.out and returns what summary.json holds."""
+    """Evaluate, train and evaluate again; write all results into run.out and return the content of summary.json."""
     from leapalign.evaluation.statistics import compare
     from leapalign.training.loop import train
 
@@ -96,7 +96,7 @@ def conduct(study: Study) -> dict[str, Any]:
 
 
 def evaluate_model(study: Study, load: Callable[[str, str], Any], words: str) -> Evaluation:
-    """A model's evaluation with its rewards by the names of summary.json; says so on stderr."""
+    """Evaluate a model, with rewards named as in summary.json; print progress on stderr."""
     from leapalign.distributed.world import resolve_device
     from leapalign.evaluation.evaluate import evaluate
     from leapalign.evaluation.sampling import Sampling
@@ -117,7 +117,7 @@ def evaluate_model(study: Study, load: Callable[[str, str], Any], words: str) ->
 def summarize(
     training: dict[str, Any], comparison: dict[str, Any], times: dict[str, float], seconds: float
 ) -> dict[str, Any]:
-    """summary.json: GenEval and both rewards before and after with standard errors, and the evaluation rewards."""
+    """Return summary.json: GenEval and both rewards before and after, with standard errors, and evaluation rewards."""
     geneval = dict(comparison.get("geneval", {}))
     overall = geneval.pop("overall", None)
     rewards = comparison["rewards"]
@@ -137,7 +137,7 @@ def summarize(
 
 
 def write_sheets(out: Path, before: Evaluation, after: Evaluation) -> None:
-    """before.png and after.png: the same places, the same noise, a row for each task; verdicts.png: what was found."""
+    """Write before.png and after.png (same prompts and noise, one row a task) and verdicts.png with the detections."""
     from leapalign.report.page import spread
     from leapalign.report.pictures import draw_verdicts, grid
 
@@ -153,7 +153,7 @@ def write_sheets(out: Path, before: Evaluation, after: Evaluation) -> None:
 def write_page(
     study: Study, before: Evaluation, after: Evaluation, comparison: dict[str, Any], times: dict[str, float]
 ) -> None:
-    """report.html."""
+    """Write report.html."""
     from leapalign.codec import encode
     from leapalign.report.page import Page, pairs_of, write_report
     from leapalign.training.tracking import read_metrics
@@ -173,7 +173,7 @@ def write_page(
 
 
 def facts(times: dict[str, float]) -> dict[str, str]:
-    """Machine, time, versions: what a number needs beside it."""
+    """Machine, times and versions, which the page shows beside the numbers."""
     import os
     import platform
     from importlib.metadata import version

@@ -1,8 +1,8 @@
-"""`python -m leapalign.studies.shapeworld_build`: makes the embedded generator, reward and judge, from nothing.
+"""`python -m leapalign.studies.shapeworld_build`: trains the embedded generator, reward and judge from scratch.
 
-The generator (after its VAE) and the two CLIP models need nothing of each other, so they are trained side by side, a
-process each. Parts are kept in `--out`; one that is done is not made again, and the generator goes on from its last
-state. With `--install` the finished folders, each with a model card, replace those that ship with the package.
+The generator (after its VAE) and the two CLIP models are independent, so they are trained in parallel, one
+process each. Results are kept in `--out`: finished ones are not trained again, and the generator continues from its
+last state. With `--install` the finished folders, each with a model card, replace those that ship with the package.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def commit() -> str:
 
 
 def measured(out: Path) -> dict[str, Any]:
-    """All numbers of the cards; measured once, kept in scores.json."""
+    """Return all numbers of the model cards; they are measured once and kept in scores.json."""
     path = out / "scores.json"
     if not path.exists():
         scores = {name: measure.reward_accuracy(str(out / name)) for name in ("reward", "judge")}
@@ -60,7 +60,7 @@ def measured(out: Path) -> dict[str, Any]:
 
 
 def facts(out: Path, name: str, build: Build) -> dict[str, Any]:
-    """What a card tells of the making of a part."""
+    """Describe how a model was trained, for its card."""
     steps = {"generator": build.generator_steps, "reward": build.reward_steps, "judge": build.judge_steps}[name]
     seed = build.seed + ("generator", "reward", "judge").index(name)
     record = json.loads((out / f"{name}.json").read_text())

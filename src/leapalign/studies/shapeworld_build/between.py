@@ -1,12 +1,12 @@
-"""Pictures between two scenes, and bent ones: what a generator draws when it does not quite manage, or games a reward.
+"""Images between two scenes, and distorted ones, like those of a generator that fails or games a reward.
 
-A second scene, the first with one edit, shows through evenly, in stripes or in patches: two colours in one shape, half
-a shape, a ghost of one too many. A reward that has seen good drawings only is easily pleased by these, and its gradient
-knows no way from a wrong scene to the right one, since nothing in between was ever shown to it. So:
+An image mixes a scene with an edited copy of it, evenly, in stripes or in patches: two colours in one shape, half a
+shape, a faint extra shape. A reward trained on clean scenes only scores such images too high, and its gradient does not
+lead from a wrong scene to the right one, because it has never seen images between them. Targets of the training:
 
-- where the edit makes the caption false, the picture is as good as its share of the true scene (`share`);
-- where it does not (another colour, and none is named), both ends are good and what lies between is bad (`bad`);
-- bent pictures, whose shapes are none of the six, are bad.
+- where the edit makes the caption false, the image is as good as its fraction of the true scene (`share`);
+- where it does not (another colour, and none is named), both ends are good and mixtures are bad (`bad`);
+- distorted images, whose shapes are none of the six, are bad.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from torch.nn import functional as F
 
 from leapalign.shapeworld.world import CELLS, COLORS, SHAPES, SIZE, Scene, place, render
 
-BENT = 0.2  # share of pictures that are bent instead of mixed
+BENT = 0.2  # fraction of images that are distorted instead of mixed
 BEND = (1.2, 2.0)  # pixels, standard deviation of the displacement
 OPEN_COLORS = ("single_object", "two_object", "counting", "position")
-RECOLORED = 0.25  # share of their edits that recolour, more than its turn among the others
-SWAPPED = 0.7  # share of edits that swap, where the caption is about who stands where or who has which colour
-LEAST = 0.08  # share of either scene in a picture that counts as mixed
+RECOLORED = 0.25  # fraction of their edits that recolour, more than an equal share
+SWAPPED = 0.7  # fraction of edits that swap, if the caption is about positions or colours
+LEAST = 0.08  # least fraction of either scene in an image that counts as mixed
 
 
 @dataclass(frozen=True)
 class Between:
-    """One picture a scene; all in [0, 1]."""
+    """One image per scene; all values in [0, 1]."""
 
     images: Tensor  # [B, 3, 32, 32]
-    ends: Tensor  # [B, 3, 32, 32] the edited scenes, well drawn
-    false: Tensor  # [B] whether the caption is false of the edited scene; not for bent ones
-    true: Tensor  # [B] whether it is true of it
-    share: Tensor  # [B] of the true scene in the picture, by squared distance; 1 for bent ones
-    bad: Tensor  # [B] whether the picture is bad although both ends are good, or bent
+    ends: Tensor  # [B, 3, 32, 32] the edited scenes, clean
+    false: Tensor  # [B] True if the caption is false for the edited scene; False for distorted images
+    true: Tensor  # [B] True if it is true for it
+    share: Tensor  # [B] fraction of the true scene in the image, by squared distance; 1 for distorted ones
+    bad: Tensor  # [B] True if the image is bad although both ends are good, or distorted
 
 
 def between(captions: list[dict[str, Any]], scenes: list[Scene], rng: np.random.Generator) -> Between:
-    """Pictures between each scene, of which its caption is true, and an edit of it."""
+    """Make images between each scene, for which its caption is true, and an edit of it."""
     edits = [edited(caption, scene, rng) for caption, scene in zip(captions, scenes)]
     clean, ends = torch.from_numpy(render(scenes)), torch.from_numpy(render([scene for scene, _ in edits]))
     false = torch.tensor([falsifies for _, falsifies in edits])
@@ -56,7 +56,7 @@ def between(captions: list[dict[str, Any]], scenes: list[Scene], rng: np.random.
 
 
 def edited(caption: dict[str, Any], scene: Scene, rng: np.random.Generator) -> tuple[Scene, bool]:
-    """The scene with one change, and whether the caption is false of it."""
+    """Return the scene with one edit, and True if the caption is false for it."""
     tag, (first, *others) = caption["tag"], [scene[i] for i in rng.permutation(len(scene))]
     free = [i for i, (x, y) in enumerate(CELLS) if all(max(abs(o.x - x), abs(o.y - y)) > SIZE / 4 for o in scene)]
     shape, color = pick(SHAPES, first.shape, rng), pick(tuple(COLORS), first.color, rng)
@@ -79,7 +79,7 @@ def edited(caption: dict[str, Any], scene: Scene, rng: np.random.Generator) -> t
     if tag in OPEN_COLORS and rng.random() < RECOLORED:  # what the caption leaves open
         return changes["recolor"]
     swap = {"position": "swap shapes", "color_attr": "swap colors"}.get(tag)
-    if swap in changes and rng.random() < SWAPPED:  # what is hardest to tell
+    if swap in changes and rng.random() < SWAPPED:  # the hardest to distinguish
         return changes[swap]
     return changes[rng.choice(list(changes))]
 
@@ -90,7 +90,7 @@ def pick(choices: tuple[str, ...], besides: str, rng: np.random.Generator) -> st
 
 
 def random_mask(rng: np.random.Generator) -> np.ndarray:
-    """How much of the second scene shows, [32, 32] in [0, 1]: evenly, in stripes, or in patches."""
+    """Return the weight of the second scene, [32, 32] in [0, 1]: evenly, in stripes, or in patches."""
     kind = rng.choice(["even", "stripes", "patches"])
     if kind == "even":
         return np.full((SIZE, SIZE), rng.random(), np.float32)

@@ -1,4 +1,4 @@
-"""Model cards of the embedded folders: what they are, how they were made, how good they are."""
+"""Model cards of the embedded folders: contents, training and measured quality."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def sloppy(vae: dict[str, Any]) -> str:
 
 
 def tasks(sweep: dict[str, Any]) -> str:
-    """The six-task table, a row a guidance scale."""
+    """Format the six-task table, one row per guidance scale."""
     names = list(next(iter(sweep.values())))
     num = next(iter(sweep.values()))["single_object"]["num"]
     lines = ["", f"## GenEval's rules on ShapeWorld's test prompts, {num} pictures a task, 8 steps", ""]

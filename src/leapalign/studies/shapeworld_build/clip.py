@@ -1,11 +1,11 @@
 """The embedded reward and the held-out judge: small CLIP models trained on true captions with adversarial negatives.
 
-A CLIP trained on random batches is blind to left and right, above and below, and to which colour belongs to which
-shape. So half of a batch are near misses of the other half, scene and caption, and each image is also told from near
-misses of its own caption; pairs of a batch that are true by accident are left out of the contrast. That was still not
-enough for left and right (accuracy 0.50 after 3,000 steps, LOG.md): each tower now also predicts, from its pooled
-output, how many of each shape and colour there are and where, so that both have something to match. Vision tokens name
-what stands in each cell, as in the generator's training. All these heads are thrown away.
+A CLIP trained on random batches does not learn left and right, above and below, or which colour belongs to which shape.
+Half of each batch are therefore adversarial negatives of the other half, scene and caption, and each image is also
+contrasted with negatives of its own caption; pairs that are true by accident are excluded. Left and right were still
+not learned (accuracy 0.50 after 3,000 steps, LOG.md), so each tower also predicts, from its pooled output, the number
+and position of each shape and colour. Vision tokens predict the object in each cell, as in the generator's training.
+All these heads are discarded after training.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from leapalign.studies.shapeworld_build.scenes import LAYOUT, cell_labels, layou
 from leapalign.studies.shapeworld_build.text import clip_text_config, clip_tokenizer
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own
-MAX_SCALE = math.log(15.0)  # keeps cosines spread wide, so that the reward has room to rise
+MAX_SCALE = math.log(15.0)  # keeps cosines widely spread, so that the reward can rise
 NEGATIVES = 3
 TEXT_WIDTH = 96
 LAYOUT_WEIGHT = 10.0
@@ -36,7 +36,7 @@ NEVER = -1e4  # a logit
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Geometry of a CLIP; `image / patch` must be even, for two tokens or more to a cell."""
+    """Geometry of a CLIP; `image / patch` must be even, for at least two tokens per cell."""
 
     image: int
     patch: int
@@ -71,13 +71,13 @@ def new_clip(size: Size) -> CLIPModel:
 
 
 def pixel_values(images: Tensor, size: int) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1] -> what the vision tower takes, the same way as the reward does it."""
+    """Images [B, 3, H, W] in [0, 1] -> input of the vision tower, preprocessed as the reward does it."""
     resized = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
     return (resized - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
 
 
 def true_by_accident(captions: list[c.Metadata], scenes: list[Scene]) -> np.ndarray:
-    """[scene, caption] whether the scene has all that the caption names, its relation aside."""
+    """[scene, caption] True if the scene has all objects that the caption names, ignoring their relation."""
     have = np.zeros((len(scenes), len(SHAPES), len(COLORS) + 1), int)
     for i, scene in enumerate(scenes):
         for o in scene:
@@ -95,14 +95,14 @@ def true_by_accident(captions: list[c.Metadata], scenes: list[Scene]) -> np.ndar
 
 
 def make_batch(pairs: int, rng: np.random.Generator) -> tuple[list[c.Metadata], list[Scene]]:
-    """`pairs` captions with scenes, followed by one near miss of each."""
+    """Draw `pairs` captions with scenes, followed by one adversarial negative of each."""
     captions = [random_caption(rng) for _ in range(pairs)]
     misses = [near[rng.integers(len(near))] for near in map(c.near_misses, captions)]
     return captions + misses, [c.scene_of(caption, rng) for caption in captions + misses]
 
 
 def roughen(images: Tensor, rng: torch.Generator) -> Tensor:
-    """A little noise and, for a third, a little blur: what a decoder's pictures look like."""
+    """Add slight noise and, to a third of the images, slight blur, as in decoded images."""
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     share = torch.rand(len(images), 1, 1, 1, generator=rng) * (torch.rand(len(images), 1, 1, 1, generator=rng) < 0.33)
     noise = torch.randn(images.shape, generator=rng) * 0.06 * torch.rand(len(images), 1, 1, 1, generator=rng)
@@ -110,7 +110,7 @@ def roughen(images: Tensor, rng: torch.Generator) -> Tensor:
 
 
 class Trainee(nn.Module):
-    """A CLIP with the two heads that name what stands in a cell."""
+    """A CLIP with two heads that predict the shape and colour in each cell."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ class Trainee(nn.Module):
 
 @dataclass(frozen=True)
 class Batch:
-    """Captions with scenes of which each is true, near misses of each caption, and the pairs true by accident."""
+    """Captions with scenes for which they are true, negatives of each caption, and pairs that are true by accident."""
 
     captions: list[c.Metadata]
     scenes: list[Scene]
@@ -165,9 +165,9 @@ class Batch:
 
 
 def contrast(logits: Tensor, wrong: Tensor, false: Tensor | None = None) -> Tensor:
-    """Symmetric InfoNCE of logits [image, caption], plus each image against near misses of its own caption, [B, K].
+    """Symmetric InfoNCE of logits [image, caption], plus each image against negatives of its own caption, [B, K].
 
-    `false` [caption, F] are logits of further pictures of which that caption is false.
+    `false` [caption, F] are logits of further images for which that caption is false.
     """
     target = torch.arange(len(logits))
     own = torch.cat([logits.diagonal()[:, None], wrong], dim=1)
@@ -178,7 +178,7 @@ def contrast(logits: Tensor, wrong: Tensor, false: Tensor | None = None) -> Tens
 def head_losses(
     model: Trainee, scenes: list[Scene], layout_read: Tensor, layout_seen: Tensor, cells: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What stands in each cell, by name; and the scene's layout, as seen and as read."""
+    """Losses of the predicted objects in each cell, and of the layout predicted by the vision and text towers."""
     labels = torch.tensor(np.stack([cell_labels(s) for s in scenes]))
     naming = F.cross_entropy(model.name_shape(cells).flatten(0, 1), labels[..., 0].flatten())
     naming = naming + F.cross_entropy(model.name_color(cells).flatten(0, 1), labels[..., 1].flatten())

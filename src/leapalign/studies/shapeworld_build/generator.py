@@ -1,10 +1,10 @@
 """The embedded generator: a small SD3 pipeline, trained by flow matching on captions that are partly wrong.
 
-Flow matching (paper Eq. 2) in the VAE's latents, times logit-normal, captions dropped for classifier-free guidance.
-Two departures from SD3's recipe, for speed on a CPU: image tokens half-way up also name the shape and colour of the
-object in their cell (a dense form of representation alignment, arXiv 2410.06940), and the pooled text also tells the
-layout that a caption asks for, since text encoders that start from nothing learn relations last of all. Those heads are
-thrown away.
+Flow matching (paper Eq. 2) in the VAE's latents, times logit-normal, captions dropped for classifier-free guidance. Two
+departures from SD3's recipe, for speed on a CPU: image tokens of a middle layer also predict the shape and colour of
+the object in their cell (a dense form of representation alignment, arXiv 2410.06940), and the pooled text also predicts
+the caption's layout, because text encoders trained from scratch learn relations last. These heads are discarded after
+training.
 """
 
 # diffusers and transformers annotate some constructors more narrowly than they accept
@@ -51,11 +51,11 @@ CHECKPOINT_EVERY = 500
 
 @dataclass(frozen=True)
 class Lesson:
-    """A stretch of the training."""
+    """A phase of the training."""
 
-    until: int  # the step with which it ends
+    until: int  # its last step
     manners: Manners  # of its captions
-    data_seed: int  # lessons of one seed share their pictures
+    data_seed: int  # lessons with the same seed share their images
     mean_logit: float  # of the times: 0 = about 0.5, 1 = about 0.73
 
 
@@ -87,7 +87,7 @@ def new_transformer() -> SD3Transformer2DModel:
 
 
 def new_scheduler() -> FlowMatchEulerDiscreteScheduler:
-    """Unshifted, and stretched to end at 1/16: with SD3's own grid the last step would be nearly empty."""
+    """Make an unshifted scheduler, stretched to end at 1/16: with SD3's own grid the last step is nearly empty."""
     return FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0, shift_terminal=1 / 16)
 
 
@@ -98,7 +98,7 @@ class Data:
     latents: Tensor  # [N, 8, 8, 8]
     clip_ids: Tensor  # [N, 12]
     t5_ids: Tensor  # [N, 5]
-    layouts: Tensor  # [N, LAYOUT] of a scene of which the caption is true; zeros for a dropped caption
+    layouts: Tensor  # [N, LAYOUT] of a scene for which the caption is true; zeros for a dropped caption
     cells: Tensor  # [N, 4, 2] shape and colour number of the object in each cell, 0 for none
 
     @classmethod
@@ -114,7 +114,7 @@ class Data:
 
 
 class Denoiser(nn.Module):
-    """Text encoders and transformer as one trained module, with the two heads that name what stands in a cell."""
+    """Text encoders and transformer as one trained module, with two heads that predict the object in each cell."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class Denoiser(nn.Module):
 def losses(
     model: Callable[..., Any], data: Data, rows: Tensor, rng: torch.Generator, mean_logit: float
 ) -> tuple[Tensor, ...]:
-    """Flow-matching loss (Eq. 2), naming loss and reading loss of a batch; times are logit-normal."""
+    """Flow-matching loss (Eq. 2), cell loss and layout loss of a batch; times are logit-normal."""
     x_0 = data.latents[rows]
     x_1 = torch.randn(x_0.shape, generator=rng)
     sigma = torch.sigmoid(torch.randn(len(rows), generator=rng) + mean_logit)
@@ -156,10 +156,10 @@ def losses(
 def train_generator(
     folder: Path, vae: AutoencoderKL, steps: int, seed: int, *, num: int = 32_000, batch: int = 64, lr: float = 1e-3
 ) -> None:
-    """Train and save the averaged weights as a pipeline folder; goes on from `folder`.state.pt, written now and then.
+    """Train and save the averaged weights as a pipeline folder; resume from `folder`.state.pt, saved regularly.
 
-    `steps`: at most those of `LESSONS`. The rate is constant until the last quarter, so a run may still be made longer
-    or shorter before that.
+    `steps`: at most those of `LESSONS`. The learning rate is constant until the last quarter, so the number of steps
+    may be changed before that.
     """
     torch.manual_seed(seed)
     rng = torch.Generator().manual_seed(seed)
@@ -192,7 +192,7 @@ def train_generator(
 
 @dataclass(frozen=True)
 class State:
-    """Everything that the training goes on from; our own file, read with `weights_only=True`."""
+    """The state from which the training resumes; a file of the build, read with `weights_only=True`."""
 
     path: Path
     model: nn.Module
@@ -208,7 +208,7 @@ class State:
         partial.replace(self.path)
 
     def load(self) -> int:
-        """-> the step to go on with; 0 where there is no state yet."""
+        """Load the state, if there is one; return the next step (0 without a state)."""
         if not self.path.exists():
             return 0
         state = torch.load(self.path, weights_only=True)
@@ -219,7 +219,7 @@ class State:
 
 
 def save_pipeline(folder: Path, model: nn.Module, vae: AutoencoderKL) -> None:
-    """A complete `StableDiffusion3Pipeline` folder in float16."""
+    """Save a complete `StableDiffusion3Pipeline` folder in float16."""
     model = copy.deepcopy(model)
     pipeline = StableDiffusion3Pipeline(
         transformer=model.transformer,

@@ -1,12 +1,11 @@
-"""The embedded reward's second training: no gaming, and a way from a wrong scene to the right one (LOG.md).
+"""The embedded reward's second training: against gaming, and for a useful gradient at wrong scenes (LOG.md).
 
-Pictures between two scenes are shown (between.py): those on the way from a false scene to a true one are to score in
-proportion, so that the gradient at a wrong picture points to the right one; other mixed or bent ones are to score less
-than the good; and two scenes of which a caption is true are to score alike, or what the caption leaves open would
-collapse to one favourite (all shapes yellow). And each picture is first moved a little up the loss's gradient at its
-pixels: adversarial training, one step in the L2 norm (arXiv 1412.6572), after which an image's gradient tells of shapes
-and no longer of textures (arXiv 1906.00945). The judge keeps the first training only, so that the two do not share
-their blind spots.
+Training adds images between two scenes (between.py). Images between a false and a true scene must score in proportion,
+so that the gradient at a wrong image points to the right one. Other mixed or distorted images must score less than
+clean ones. Two scenes for which a caption is true must score alike; otherwise unspecified attributes collapse to one
+favourite (all shapes yellow). Each image is first moved a little along the loss's gradient: adversarial training, one
+step in the L2 norm (arXiv 1412.6572), after which gradients show shapes instead of textures (arXiv 1906.00945). The
+judge has only the first training, so that the two do not share their weaknesses.
 """
 
 from __future__ import annotations
@@ -36,16 +35,16 @@ from leapalign.studies.shapeworld_build.clip import (
 )
 from leapalign.studies.shapeworld_build.progress import Log, cosine_lr
 
-ATTACK = 0.5  # largest L2 norm of the change of an image; a shape's own is about 10
-GAP = 5.0  # wanted between a true and a false end, in logits: a third in cosine
-STREAM = 77  # keeps the random numbers apart from the first training's
+ATTACK = 0.5  # largest L2 norm of an image's change; the norm of a shape is about 10
+GAP = 5.0  # target margin between a true and a false end, in logits: a third in cosine
+STREAM = 77  # makes the random numbers differ from the first training's
 
 
 def harden_clip(
     source: Path, folder: Path, size: Size, steps: int, seed: int, *, pairs: int = 32, lr: float = 4e-4
 ) -> None:
-    """Train the CLIP of `source` on and save it as `folder`."""
-    torch.manual_seed(seed)  # of the heads, which begin anew
+    """Continue training the CLIP of `source` and save it as `folder`."""
+    torch.manual_seed(seed)  # of the heads, which are initialised again
     noise = torch.Generator().manual_seed(seed)
     model = Trainee(size)
     model.clip = CLIPModel.from_pretrained(source, dtype=torch.float32)
@@ -96,12 +95,12 @@ def hard_loss(
 
 
 def mean_of(values: Tensor, rows: Tensor) -> Tensor:
-    """Over the rows that are set; 0 where none is."""
+    """Mean over the selected rows; 0 if none is selected."""
     return values[rows].sum() / max(1, int(rows.sum()))
 
 
 def attacked(images: Tensor, length: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
-    """Each image moved by `length` [B, 1, 1, 1] (L2 norm of the pixels' change) up the gradient of the loss."""
+    """Move each image by `length` [B, 1, 1, 1] (L2 norm of the pixels' change) up the gradient of the loss."""
     at = images.detach().requires_grad_(True)
     (grad,) = torch.autograd.grad(loss(at), at)
     norm = grad.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None, None]

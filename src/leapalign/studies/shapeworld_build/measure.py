@@ -1,4 +1,4 @@
-"""How good the embedded folders are: numbers for their model cards, measured on the float16 files that ship."""
+"""Measure the quality of the embedded folders for their model cards, on the float16 files that ship."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def count_off_by_one(caption: c.Metadata) -> list[c.Metadata]:
     return [c.counted(shape, m) for m in (n - 1, n + 1) if m in c.NUMBERS]
 
 
-FALSIFIERS: dict[str, tuple[str, Falsifier]] = {  # what is told apart: (task, caption -> false captions)
+FALSIFIERS: dict[str, tuple[str, Falsifier]] = {  # kind of falsehood -> (task, caption -> false captions)
     "swapped relation": ("position", swapped_relation),
     "swapped colors": ("color_attr", swapped_colors),
     "count ± 1": ("counting", count_off_by_one),
@@ -52,7 +52,7 @@ FALSIFIERS: dict[str, tuple[str, Falsifier]] = {  # what is told apart: (task, c
 
 @torch.no_grad()
 def reward_accuracy(path: str, num: int = 500, seed: int = 1000) -> dict[str, Any]:
-    """Share of (image, false caption) pairs in which the true caption scores higher, for each kind of falsehood.
+    """Fraction of (image, false caption) pairs in which the true caption scores higher, for each kind of falsehood.
 
     `num` rendered scenes a kind, of test combinations (for single objects there are no others).
     """

@@ -1,4 +1,4 @@
-"""What the build makes: two chains of parts, each to run in a process of its own."""
+"""The models that the build trains: two sequences, each for a process of its own."""
 
 # diffusers and transformers annotate some constructors more narrowly than they accept
 # pyright: reportPrivateImportUsage=false
@@ -47,12 +47,12 @@ class Build:
 
 
 def workers() -> ProcessPoolExecutor:
-    """A process a chain."""
+    """Run each sequence in a process of its own."""
     return ProcessPoolExecutor(2, mp_context=get_context("spawn"), initializer=_end_with_parent)
 
 
 def _end_with_parent() -> None:
-    """A killed build must not leave a process that trains on and writes beside the next build."""
+    """End with the parent: a killed build must not leave a process that writes beside the next build."""
     if parent := parent_process():
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -74,7 +74,7 @@ def make_rewards(build: Build, begun_at: str) -> None:
 
 
 def make(out: Path, name: str, begun_at: str, train: Callable[[], Any]) -> None:
-    """Run `train` unless it has been done, and note how long it took and at which commit the build began."""
+    """Run `train` unless it has been done, and record its duration and the commit at the start of the build."""
     record = out / f"{name}.json"
     if record.exists():
         return

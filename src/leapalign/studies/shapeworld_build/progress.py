@@ -1,4 +1,4 @@
-"""A log line now and then, and the learning-rate curve that all parts of the build share."""
+"""Progress lines, and the learning-rate schedules of the build."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 class Log:
-    """Prints means of what it was handed every `every` steps, with seconds a step."""
+    """Prints means of the logged values every `every` steps, with seconds per step."""
 
     def __init__(self, name: str, steps: int, every: int = 100):
         self.name, self.steps, self.every = name, steps, every
@@ -35,7 +35,7 @@ def cosine_lr(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: i
 
 
 def flat_then_decay(optimizer: torch.optim.Optimizer, peak: float, step: int, steps: int, warmup: int = 200) -> None:
-    """Linear warm-up, constant, and over the last quarter of the steps a straight line down to 2 % of `peak`."""
+    """Linear warm-up, constant, and a linear decay to 2 % of `peak` over the last quarter of the steps."""
     rise = min(1.0, (step + 1) / warmup)
     fall = max(0.02, min(1.0, 4 * (steps - step) / steps))
     for group in optimizer.param_groups:

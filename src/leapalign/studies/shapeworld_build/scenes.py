@@ -1,7 +1,7 @@
-"""Training scenes: captions in the six tasks, and images of which a stated share does not do what the caption says.
+"""Training scenes: captions in the six tasks, and images of which a given fraction contradicts the caption.
 
-Web captions are like that: a thing that is named is mostly there, its number, its colour beside another thing and above
-all its place are often wrong. A generator trained on such pairs draws well and follows prompts only partly.
+Web captions are similar: named objects mostly exist, but numbers, colours next to other objects and above all positions
+are often wrong. A generator trained on such pairs draws well and follows prompts only partly.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from leapalign.shapeworld.world import CELLS, COLORS, SHAPES, Scene, render
 
 @dataclass(frozen=True)
 class Manners:
-    """How a training set is captioned: by task, its share, and the share of its images of which the caption is true."""
+    """Composition of a training set: fraction of each task, and fraction of its images with a true caption."""
 
     share: dict[str, float]
     truthful: dict[str, float]
@@ -42,7 +42,7 @@ SLOPPY = Manners(  # as web captions are
         "color_attr": 0.50,
     },
 )
-STRICT = Manners(  # no false caption, more of those that are hard to read
+STRICT = Manners(  # no false captions, more of the difficult ones
     share={
         "single_object": 0.10,
         "two_object": 0.12,
@@ -62,7 +62,7 @@ def random_caption(rng: np.random.Generator, manners: Manners = SLOPPY) -> c.Met
 
 
 def captioned_scene(caption: c.Metadata, rng: np.random.Generator, manners: Manners = SLOPPY) -> Scene:
-    """A scene for the caption: one of which it is true, or, with the probability left, one of a near miss."""
+    """Draw a scene for which the caption is true or, with the remaining probability, one of an adversarial negative."""
     if rng.random() < manners.truthful[caption["tag"]]:
         return c.scene_of(caption, rng)
     misses = c.near_misses(caption)
@@ -74,13 +74,13 @@ def captioned_scene(caption: c.Metadata, rng: np.random.Generator, manners: Mann
 
 
 def random_images(batch: int, seed: tuple[int, ...]) -> Tensor:
-    """Clean scenes of random captions -> [B, 3, 32, 32] in [0, 1]."""
+    """Render clean scenes of random captions -> [B, 3, 32, 32] in [0, 1]."""
     rng = np.random.default_rng(seed)
     return torch.from_numpy(render([c.scene_of(random_caption(rng), rng) for _ in range(batch)]))
 
 
 def cell_labels(scene: Scene) -> np.ndarray:
-    """[4, 2]: the number of the shape and of the colour that stand in each cell, 0 for none."""
+    """[4, 2]: shape and colour number of the object in each cell, 0 for none."""
     labels = np.zeros((len(CELLS), 2), np.int64)
     for o in scene:
         cell = int(o.x > 16) + 2 * int(o.y > 16)
@@ -89,7 +89,7 @@ def cell_labels(scene: Scene) -> np.ndarray:
 
 
 def layout(scene: Scene) -> np.ndarray:
-    """[LAYOUT]: for each shape its number, its mean place (x, y in -1..1), and its number in each colour."""
+    """[LAYOUT]: for each shape its count, its mean position (x, y in -1..1), and its count in each colour."""
     values = np.zeros((len(SHAPES), 3 + len(COLORS)), np.float32)
     for i, shape in enumerate(SHAPES):
         mine = [o for o in scene if o.shape == shape]

@@ -1,7 +1,7 @@
 """Tokenizers of ShapeWorld's thirty words, and the small text encoders of an SD3 pipeline.
 
-Two CLIP towers see the whole caption in at most 12 tokens; T5 sees its content words alone in at most 5, so that the
-joint attention stays short.
+Two CLIP towers read the whole caption in at most 12 tokens; T5 reads only its content words, at most 5 tokens, so that
+the joint attention stays short.
 """
 
 # diffusers and transformers annotate some constructors more narrowly than they accept
@@ -33,14 +33,14 @@ WIDTH = 64  # of each CLIP tower; T5 and the joint attention take their sum
 
 
 def words() -> list[str]:
-    """Every word that a caption can hold."""
+    """Return every word of the captions."""
     counted = [plural(s) for s in SHAPES]
     relations = [word for relation in c.RELATIONS for word in relation.split()]
     return sorted({"a", "an", "photo", "of", "and", *COLORS, *SHAPES, *counted, *relations, *c.NUMBERS.values()})
 
 
 def clip_tokenizer(length: int = CLIP_LENGTH) -> CLIPTokenizer:
-    """CLIP's byte-pair tokenizer with merges learnt on our words: each becomes one token, others are spelled.
+    """CLIP's byte-pair tokenizer with merges learnt on the world's words: each is one token, others are spelled.
 
     The same at every call: letters that end a word are named to the trainer, which would number them as it meets them,
     in the random order of its hash table, and break ties between merges by these numbers.
@@ -65,7 +65,7 @@ def clip_tokenizer(length: int = CLIP_LENGTH) -> CLIPTokenizer:
 
 
 def t5_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level, without the words that say nothing here; unknown words are `<unk>`."""
+    """Make a word-level tokenizer without uninformative words; unknown words are `<unk>`."""
     dull = {"a", "an", "photo", "of", "and"}
     vocab = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *(w for w in words() if w not in dull)])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -95,7 +95,7 @@ def clip_text_config(tokenizer: CLIPTokenizer, width: int, layers: int, projecti
 
 
 class TextEncoders(nn.Module):
-    """The three towers together, trained with the transformer; the same tensors as SD3's `encode_prompt` makes."""
+    """The three text encoders, trained with the transformer; makes the same tensors as SD3's `encode_prompt`."""
 
     def __init__(self) -> None:
         super().__init__()

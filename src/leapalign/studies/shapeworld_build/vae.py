@@ -1,7 +1,7 @@
 """The embedded generator's autoencoder: AutoencoderKL, factor 4, 8 latent channels, trained on clean scenes.
 
 Loss: L1 + squared error of the posterior's sample, and a small KL term that keeps the latents smooth. The folder's
-`shift_factor` and `scaling_factor` make the latents zero-mean and of unit variance, which τ = 0.1 (Eq. 12) presumes.
+`shift_factor` and `scaling_factor` give latents of zero mean and unit variance, which τ = 0.1 (Eq. 12) assumes.
 """
 
 # diffusers and transformers annotate some constructors more narrowly than they accept
@@ -41,7 +41,7 @@ def new_vae() -> AutoencoderKL:
 
 
 def train_vae(folder: Path, steps: int, seed: int, batch: int = 32) -> AutoencoderKL:
-    """Train from scratch and save to `folder`; returns the module in eval mode."""
+    """Train from scratch and save to `folder`; return the module in eval mode."""
     torch.manual_seed(seed)
     vae = new_vae()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=1e-4)
