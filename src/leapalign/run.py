@@ -63,7 +63,7 @@ def _takes_former_names(cls: type[R]) -> type[R]:
 @_takes_former_names
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What to train, on what, how and how long. The defaults are the paper's (Sec. 6.1) where it states them."""
+    """Settings of a training run. The defaults are the paper's (Sec. 6.1) where it states them."""
 
     name: str  # shown in reports only
     model: ModelConfig  # a dataclass of leapalign.models

@@ -42,7 +42,7 @@ class PickScore(DescribedReward):
     path: str = "yuvalkirstain/PickScore_v1"
     """A CLIPModel folder, a hub id, or embedded:reward / embedded:judge."""
     processor: str = ""
-    """Where tokenizer and preprocessor_config.json are; empty: with the model."""
+    """Folder or hub id of tokenizer and preprocessor_config.json; empty: same as `path`."""
     output: Literal["cosine", "logit"] = "cosine"
     """cosine: the scale of the paper's threshold 0.4. logit: exp(logit_scale) x cosine, the scale of tables."""
 
@@ -86,7 +86,7 @@ class CLIPScore(DescribedReward):
     path: str = "openai/clip-vit-large-patch14"
     """A CLIPModel folder, a hub id, or embedded:reward / embedded:judge. OpenAI's need hidden_act quick_gelu."""
     processor: str = ""
-    """Where tokenizer and preprocessor_config.json are; empty: with the model."""
+    """Folder or hub id of tokenizer and preprocessor_config.json; empty: same as `path`."""
     convention: Convention = "cosine"
     clamp: bool = False
     """True: the published max(., 0), for tables. It has no gradient below 0."""

@@ -38,7 +38,7 @@ class UnifiedReward(DescribedReward):
     path: str = "CodeGoat24/UnifiedReward-qwen-7b"
     """A folder of a transformers Qwen2_5_VLForConditionalGeneration, or a hub id."""
     processor: str = ""
-    """Where tokenizer and preprocessor_config.json are; empty: with the model."""
+    """Folder or hub id of tokenizer and preprocessor_config.json; empty: same as `path`."""
     aspect: Literal["alignment", "quality"] = "alignment"
     quality: Literal["coherence", "style"] = "coherence"
     """Line that aspect=quality reads; our choice, see above."""
