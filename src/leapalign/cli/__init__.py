@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
         print(readable(f"leapalign: stopped: {stopped}"), file=sys.stderr)
         return 1
     except BrokenPipeError:  # `leapalign ... | head`: the reader has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the last flush finds no pipe either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the last flush must not meet the closed pipe
         return 1
     except OSError as error:  # a name or a place that the system refuses, wherever that was met first
         if error.errno not in DISK_PROBLEMS:

@@ -32,7 +32,7 @@ class Rules:
 
     threshold: float = 0.3  # a detection counts if its score is above this
     counting_threshold: float = 0.9  # the same for prompts of the counting task
-    max_objects: int = 16  # of each class, best first
+    max_objects: int = 16  # detections kept per class, best first
     max_overlap: float = 1.0  # IoU above which the weaker of two boxes of a class is dropped; 1: never
     position_threshold: float = 0.1  # fraction of the boxes' size by which centres must be apart
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from leapalign.codec import check_fields
 from leapalign.errors import UserError
 
-PREFIX = "leapalign_user_"  # of the names of modules
+PREFIX = "leapalign_user_"  # prefix of module names
 T = TypeVar("T")
 
 

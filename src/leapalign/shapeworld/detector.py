@@ -53,7 +53,7 @@ class Blob:
     share: np.ndarray  # [PATCH, PATCH]
     inside: np.ndarray  # [PATCH, PATCH] 1 within the image
     outside: float  # squared fraction outside of the window
-    left: int  # of the window in the image
+    left: int  # position of the window in the image
     top: int
 
 

@@ -21,7 +21,7 @@ from leapalign.studies.shapeworld_build import measure
 from leapalign.studies.shapeworld_build.cards import card
 from leapalign.studies.shapeworld_build.parts import Build, make_generator, make_rewards, workers
 
-PER_TASK, NUM_STEPS = 300, 8  # of the guidance sweep; the steps are those of the recipes
+PER_TASK, NUM_STEPS = 300, 8  # prompts a task and steps of the guidance sweep; the steps are those of the recipes
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0)
 
 

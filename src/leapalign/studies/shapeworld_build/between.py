@@ -76,7 +76,7 @@ def edited(caption: dict[str, Any], scene: Scene, rng: np.random.Generator) -> t
         second, rest = others[0], others[1:]
         colors = (replace(first, color=second.color), replace(second, color=first.color), *rest)
         changes["swap colors"] = (colors, tag == "color_attr")
-    if tag in OPEN_COLORS and rng.random() < RECOLORED:  # what the caption leaves open
+    if tag in OPEN_COLORS and rng.random() < RECOLORED:  # attributes that the caption does not specify
         return changes["recolor"]
     swap = {"position": "swap shapes", "color_attr": "swap colors"}.get(tag)
     if swap in changes and rng.random() < SWAPPED:  # the hardest to distinguish

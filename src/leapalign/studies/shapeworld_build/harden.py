@@ -74,7 +74,7 @@ def hard_loss(
 ) -> Tensor:
     """The first training's loss with false ends in it, their distance, the way between, bad against good, good ends.
 
-    `images`: the batch's, then the ends and the pictures between for its first S scenes; `text`, `layout_read` and
+    `images`: the batch's, then the ends and the images between for its first S scenes; `text`, `layout_read` and
     `wrong` are what the text tower made of the batch's captions and misses.
     """
     num, size = len(middle.bad), len(batch.scenes)
