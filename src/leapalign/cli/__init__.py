@@ -14,8 +14,10 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from io import TextIOWrapper
+from pathlib import Path
 
 from leapalign.cli.cache import cache_command
 from leapalign.cli.demo import demo_command
@@ -34,19 +36,19 @@ from leapalign.storage.atomic import DISK_PROBLEMS
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # all but tab and the ends of lines
 USAGE = """usage: leapalign COMMAND ...
 
-  train RECIPE [--flags]   train; RECIPE is a name (leapalign list recipes), file.py:name, or a run.json
-                           with --dry-run: memory, downloads and disk that it would need, and nothing else
-  resume RUN               go on with an interrupted run, from its last checkpoint
+  train RECIPE [--flags]   train; RECIPE is a name (leapalign list recipes), file.py:name, or a run.json;
+                           --dry-run only prints the memory, downloads and disk space that it needs
+  resume RUN               continue an interrupted run from its last checkpoint
   sample WHAT              images from a run, a pipeline folder or an embedded model
   evaluate WHAT            GenEval tasks and rewards of a run or a pipeline folder
   score IMAGES             rewards of image files
   export RUN               a run's weights for other programs: pipeline or LoRA file
-  verify WHAT              whether a model's or a reward's files are good, and what to expect of it
-  cache                    the prompts encoded on disk: how many, and --clear
+  verify WHAT              check the files of a model or a reward, and its output
+  cache                    number and size of the prompt embeds on disk; --clear removes them
   list [KIND]              methods, models, rewards, prompt sets, ways of tuning or recipes
-  demo                     the whole way once, on a laptop CPU
+  demo                     evaluate, train and evaluate again on a laptop CPU
 
-  leapalign COMMAND --help says more; leapalign train RECIPE --help lists that recipe's flags
+  leapalign COMMAND --help lists the flags; leapalign train RECIPE --help lists that recipe's flags
 """
 
 
@@ -57,7 +59,17 @@ def entry_point() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if isinstance(sys.stdout, TextIOWrapper):  # names that the terminal cannot encode must not fail
         sys.stdout.reconfigure(errors="backslashreplace")
+    warnings.formatwarning = _as_message
     sys.exit(main(sys.argv[1:]))
+
+
+def _as_message(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Return a warning as one message without a place in the code, unless a library raised it."""
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
+        return f"leapalign: {readable(str(message))}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def main(argv: Sequence[str]) -> int:

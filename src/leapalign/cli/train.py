@@ -23,9 +23,9 @@ class TrainFlags:
     dry_run: bool = False
     """Print what the run would need (memory, downloads, disk) or what is wrong with it; fetch and load nothing."""
     ranks: int = 1
-    """With --dry-run: plan one of so many processes (torchrun starts them), each with a GPU of its own."""
+    """Number of ranks to plan for, each with a GPU of its own (--dry-run only)."""
     ranks_per_machine: int = 8
-    """With --dry-run: of these."""
+    """Ranks per node (--dry-run only)."""
     json: bool = False
     """Print the run's summary, or the plan, as JSON on stdout."""
     plugin: tuple[str, ...] = ()
@@ -43,7 +43,7 @@ def train_command(argv: list[str]) -> None:
         _plan(flags)
     elif flags.ranks != 1:
         raise UserError(
-            f"--ranks {flags.ranks} plans a run (--dry-run); to train on so many, "
+            f"--ranks {flags.ranks} plans a run (--dry-run); to train on several ranks, "
             f"`torchrun --nproc-per-node {flags.ranks} -m leapalign train {word} ...`"
         )
     else:

@@ -51,9 +51,7 @@ class Decoder:
 
     def __post_init__(self) -> None:
         if self.chunk < 0:
-            raise UserError(
-                f"decode_chunk {self.chunk}: expected the pictures to decode at a time, or 0 for all of them"
-            )
+            raise UserError(f"decode_chunk {self.chunk}: expected the images to decode at a time, or 0 for all of them")
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Decode latents [N, ...] to pixels [N, 3, H, W] in [0, 1], float32."""

@@ -180,7 +180,7 @@ def _advice(plan: Plan, peaks: dict[str, int]) -> str:
     less = {graph: peak for graph, peak in peaks.items() if peak < plan.peak}
     if less:
         return found + "".join(f"; graph {graph} would need {_gb(peak)} GB" for graph, peak in less.items())
-    return found + "; see tuning (LoRA, quantization), micro_batch_size, reward_chunk, and the size of the pictures"
+    return found + "; see tuning (LoRA, quantization), micro_batch_size, reward_chunk, and the size of the images"
 
 
 def _geometry(planned: Planned, forwards: Forwards) -> dict[str, int | float]:

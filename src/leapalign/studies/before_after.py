@@ -28,7 +28,7 @@ PER_TASK = 60  # images a task in each evaluation: standard error of overall abo
 QUICK_PER_TASK, QUICK_STEPS = 4, 4
 REWARD, HELD_OUT = "reward", "held_out_reward"  # names in summary.json
 WORDS = {REWARD: "Reward, the one trained on", HELD_OUT: "Held-out reward, never trained on"}
-PICTURES = 4  # image pairs a task on the page
+IMAGE_PAIRS = 4  # a task on the page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +165,7 @@ def write_page(
         metrics=read_metrics(out),
         comparison=comparison,
         rewards=WORDS,
-        pairs=pairs_of(before, after, PICTURES),
+        pairs=pairs_of(before, after, IMAGE_PAIRS),
         commands=(study.command, f"leapalign train {out}/run.json --out runs/again   # the training alone, replayed"),
         facts=facts(times),
     )

@@ -186,7 +186,7 @@ def _check_sampler(config: Any, folder: Path, trial: Trial) -> list[Check]:
     difference = float((image.cpu() - theirs.image).abs().max())
     remedy = "report it: one of the two samplers reads these files in another way"
     checks.append(within("sampler", "pixels, ours and the pipeline's own", difference, PIXELS, remedy))
-    return [*checks, _check_picture(image.cpu())]
+    return [*checks, _check_image(image.cpu())]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,12 +227,12 @@ def _check_latents(ours: Tensor, theirs: Theirs, model: Any) -> Check:
     return within("sampler", what, float((ours - expected).abs().max()), LATENTS * size, remedy)
 
 
-def _check_picture(image: Tensor) -> Check:
+def _check_image(image: Tensor) -> Check:
     deviation = float(image.flatten(2).std(dim=2).max())  # per channel; 0 for an image of one colour
     came = f"mean {float(image.mean()):.3f}, deviation {deviation:.3f}"
     if bool(image.isfinite().all()) and deviation > 1e-5:  # low, because a few steps may draw a nearly empty background
-        return good("vae", "decodes", came, "a picture")
-    return different("vae", "decodes", came, "a picture that is not of one colour", "fetch vae and transformer again")
+        return good("vae", "decodes", came, "an image")
+    return different("vae", "decodes", came, "an image that is not of one colour", "fetch vae and transformer again")
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ WHAT = {
     "reward": (
         "ShapeWorld reward",
         "transformers",
-        "A small `CLIPModel` (48 × 48 pixels) that tells whether a caption is true of a ShapeWorld picture; the\n"
+        "A small `CLIPModel` (48 × 48 pixels) that tells whether a caption is true of a ShapeWorld image; the\n"
         "reward is its cosine.",
     ),
     "judge": (
@@ -44,7 +44,7 @@ WHAT = {
 }
 CLEAN = "Data: scenes drawn on the fly by `leapalign.shapeworld`, true captions, near misses as adversarial negatives."
 HARD = (
-    "\nThen {steps} steps more, with badly drawn pictures as negatives and with pictures moved up the loss's\n"
+    "\nThen {steps} steps more, with badly drawn images as negatives and with images moved up the loss's\n"
     "gradient, so that a generator cannot please it with textures."
 )
 
@@ -83,7 +83,7 @@ def tasks(sweep: dict[str, Any]) -> str:
     """Format the six-task table, one row per guidance scale."""
     names = list(next(iter(sweep.values())))
     num = next(iter(sweep.values()))["single_object"]["num"]
-    lines = ["", f"## GenEval's rules on ShapeWorld's test prompts, {num} pictures a task, 8 steps", ""]
+    lines = ["", f"## GenEval's rules on ShapeWorld's test prompts, {num} images a task, 8 steps", ""]
     lines += ["| guidance | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for scale, row in sweep.items():
         cells = [f"{row[n]['accuracy']:.3f} ± {row[n]['standard_error']:.3f}" for n in names]
