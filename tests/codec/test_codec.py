@@ -83,7 +83,7 @@ def spoiled(**changes: Any) -> str:
         (spoiled(learning_rate=10**400), "learning_rate: the number is too large"),
         ('{"steps": NaN}', "NaN is not JSON"),
         (spoiled(learning_rate=0.125).replace("0.125", "1e999"), "learning_rate: inf is not finite"),
-        ('{"steps": 1, "steps": 2}', "the key 'steps' stands there twice"),
+        ('{"steps": 1, "steps": 2}', "the key 'steps' appears twice"),
         ("[]", r"expected Run\(name=..., .*\), got a list"),
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),

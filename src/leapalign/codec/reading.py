@@ -271,5 +271,5 @@ def _no_twins(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
     if len(record) != len(pairs):
         keys = [key for key, _ in pairs]
         twin = next(key for key in keys if keys.count(key) > 1)
-        raise UserError(f"{where}: the key {twin!r} stands there twice")
+        raise UserError(f"{where}: the key {twin!r} appears twice; keep one")
     return record

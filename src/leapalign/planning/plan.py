@@ -213,7 +213,7 @@ def _disk(planned: Planned) -> dict[str, int]:
     run, trained = planned.run, trained_bytes(planned)
     others = sum(count for name, count in planned.weights.items() if name != "transformer")
     per_weight = planned.source.bytes_per_weight
-    whole = getattr(run.tuning, "output", "pipeline") == "pipeline"
+    whole = run.tuning.output == "pipeline"
     return {
         "checkpoints": 4 * trained * (run.keep_checkpoints + 1),
         "tuned model": policy_bytes(planned) + others * per_weight if whole else trained,
