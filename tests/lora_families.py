@@ -72,12 +72,13 @@ def our_images(model: Any) -> Tensor:
     )
 
 
-def pipeline_images(family: Family, folder: str | Path, lora: str | Path = "") -> Tensor:
-    """[2, 3, H, W] by the pipeline's own call, with a LoRA file loaded by its own loader."""
+def pipeline_images(family: Family, folder: str | Path, lora: str | Path = "", weight: float = 1.0) -> Tensor:
+    """[2, 3, H, W] by the pipeline's own call, with a LoRA file loaded by its own loader at its own `weight`."""
     pipeline = type(family.build()).from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     if lora:
-        pipeline.load_lora_weights(str(lora), weight_name=FILE)  # named: diffusers 0.39 asks for it offline
+        pipeline.load_lora_weights(str(lora), weight_name=FILE, adapter_name="run")  # named: 0.39 asks for it offline
+        pipeline.set_adapters("run", weight)
     call = {name: list(value) if isinstance(value, list) else value for name, value in family.call.items()}
     return pipeline(  # copies of the lists: ZImagePipeline writes its chat format into the caller's
         prompt=list(PROMPTS), num_inference_steps=NUM_STEPS, generator=generators(), output_type="pt", **call

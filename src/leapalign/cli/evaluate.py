@@ -53,6 +53,9 @@ class EvaluateFlags:
     """Sampling steps; 0 = as in the run's training, or 25."""
     guidance: float = -1.0
     """Guidance scale; -1 = as in the run, or the family's usual scale."""
+    strength: float = 1.0
+    """Of a run's tuning, from 0 to 2: the weights are base + strength (tuned - base). 0 = the base, 1 = as trained;
+    less keeps more of the base's variety. Does not apply to --against."""
     batch_size: int = 64
     """Images at a time; changes memory and time only."""
     seed: int = 0
@@ -82,7 +85,7 @@ def _evaluate(flags: EvaluateFlags) -> dict[str, Any]:
     prompts = prompts_of(flags.prompts or ShapeWorldPrompts.name, flags.per_task).load()
     plugins = load_plugins(flags.plugin)
     configs = rewards_of(flags.source, plugins) | {word: reward_config(word) for word in flags.reward}
-    subjects = [_subject(flags.source, flags.out, prompts, flags, plugins)]
+    subjects = [_subject(flags.source, flags.out, prompts, flags, plugins, flags.strength)]
     if flags.against:
         beside = str(Path(flags.out) / "against") if flags.out else ""
         subjects.append(_subject(flags.against, beside, prompts, flags, plugins))
@@ -91,7 +94,8 @@ def _evaluate(flags: EvaluateFlags) -> dict[str, Any]:
     tell_longer(rewards, [prompt.text for prompt in prompts])
     after, *before = [_draw_and_judge(subject, prompts, rewards, device, flags) for subject in subjects]
     result = compare(before[0], after) if before else report(after)
-    return {"source": flags.source, "against": flags.against, "seed": flags.seed} | result
+    words = {"source": flags.source, "strength": flags.strength, "against": flags.against, "seed": flags.seed}
+    return words | result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +108,17 @@ class _Subject:
 
 
 def _subject(
-    word: str, folder: str, prompts: Sequence[Prompt], flags: EvaluateFlags, plugins: dict[str, ModuleType]
+    word: str,
+    folder: str,
+    prompts: Sequence[Prompt],
+    flags: EvaluateFlags,
+    plugins: dict[str, ModuleType],
+    strength: float = 1.0,
 ) -> _Subject:
     from leapalign.evaluation.image_folder import begin_or_continue, image_paths
     from leapalign.evaluation.sampling import Sampling
 
-    source = find_source(word, plugins).changed(guidance_scale=flags.guidance)
+    source = find_source(word, plugins, strength).changed(guidance_scale=flags.guidance)
     sampling = Sampling(
         num_steps=flags.steps or source.num_steps,
         images_per_prompt=flags.num,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,9 +15,11 @@ from leapalign.cli.answer import answer
 from leapalign.errors import UserError
 from leapalign.lookup.recipes import load_plugins, read_run
 from leapalign.lookup.runs import check_run_folder
-from leapalign.lookup.sources import run_source
+from leapalign.lookup.sources import check_base, run_source
 from leapalign.run import Run
 from leapalign.storage.atomic import SCRATCH, disk_errors
+
+RECORD = "export.json"  # in the exported folder: which weights of the run these are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +36,9 @@ class ExportFlags:
     """The averaged weights of a finished run, or those without averaging of the newest checkpoint."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the transformer or the adapter; bfloat16 halves it and rounds each weight."""
+    strength: float = 1.0
+    """Of the tuning, from 0 to 2: the weights are base + strength (tuned - base). 0 = the base, 1 = as trained;
+    less keeps more of the base's variety."""
     json: bool = False
     """Print what was written as JSON on stdout."""
     plugin: tuple[str, ...] = ()
@@ -46,7 +52,7 @@ def export_command(argv: list[str]) -> None:
 
 
 def _export(flags: ExportFlags) -> dict[str, Any]:
-    """Write the export; return {"run", "format", "weights", "dtype", "out", "bytes"}."""
+    """Write the export; return {"run", "format", "weights", "dtype", "strength", "out", "bytes"}."""
     check_run_folder(flags.run, "export")
     folder, target = Path(flags.run), Path(os.path.normpath(flags.out))
     run = read_run(folder / "run.json", load_plugins(flags.plugin))
@@ -57,22 +63,26 @@ def _export(flags: ExportFlags) -> dict[str, Any]:
         )
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"{target} exists; give a new folder, nothing is overwritten")
-    with disk_errors(target, "give another --out"), _weights(flags.weights, run, folder, target) as saved:
-        run.tuning.export(run.model, str(saved), target, format=flags.format, dtype=flags.dtype)
+    words = {"format": flags.format, "weights": flags.weights, "dtype": flags.dtype, "strength": flags.strength}
+    with disk_errors(target, "give another --out"), _weights(flags, run, folder, target) as saved:
+        run.tuning.export(
+            run.model, str(saved), target, format=flags.format, dtype=flags.dtype, strength=flags.strength
+        )
+        (target / RECORD).write_text(json.dumps({"run": run.name, **words}, indent=2) + "\n", encoding="utf-8")
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    words = {"format": flags.format, "weights": flags.weights, "dtype": flags.dtype}
     return {"run": flags.run, **words, "out": str(target), "bytes": size}
 
 
-def _weights(which: str, run: Run, folder: Path, target: Path) -> AbstractContextManager[Path]:
+def _weights(flags: ExportFlags, run: Run, folder: Path, target: Path) -> AbstractContextManager[Path]:
     """Return a context that gives the folder of the weights: the run's own, or a temporary one beside `target`."""
-    if which == "average":
-        return nullcontext(Path(run_source(folder, run).saved))
+    if flags.weights == "average":
+        return nullcontext(Path(run_source(folder, run, flags.strength).saved))
     from leapalign.training.live_weights import live_weights
 
+    check_base(folder, run, flags.strength)
     return live_weights(run, folder, target.with_name(f"{SCRATCH}{target.name}-live"))
 
 
 def _as_text(found: dict[str, Any]) -> str:
-    what = f"{found['format']}, {found['dtype']}, {found['weights']} weights"
+    what = f"{found['format']}, {found['dtype']}, {found['weights']} weights at strength {found['strength']:g}"
     return f"{found['out']}: {what}, {found['bytes'] / 1e6:.1f} MB"

@@ -36,6 +36,9 @@ class SampleFlags:
     """Height and width in pixels; 0 = as in the run, or the family's usual size."""
     guidance: float = -1.0
     """Guidance scale; -1 = as in the run, or the family's usual scale."""
+    strength: float = 1.0
+    """Of a run's tuning, from 0 to 2: the weights are base + strength (tuned - base). 0 = the base, 1 = as trained;
+    less keeps more of the base's variety."""
     seed: int = 0
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -62,7 +65,7 @@ def _sample(flags: SampleFlags) -> list[dict[str, Any]]:
     sampling = Sampling(num_steps=flags.steps or STEPS, images_per_prompt=flags.num, batch_size=1, seed=flags.seed)
     paths = image_paths(flags.out, len(prompts), flags.num)
     refuse_existing(paths, flags.overwrite)
-    source = find_source(flags.source, load_plugins(flags.plugin))
+    source = find_source(flags.source, load_plugins(flags.plugin), flags.strength)
     source = source.changed(size=flags.size, guidance_scale=flags.guidance)
     model = source.load(resolve_device(flags.device), flags.dtype)
     sampling = replace(sampling, num_steps=flags.steps or source.num_steps)

@@ -24,7 +24,7 @@ KINDS = {  # by field name
     "method": PluginKind("methods", {"draw": 3, "__call__": 4}),
     "reward": PluginKind("rewards", {"load": 2}),  # device, dtype
     "prompts": PluginKind("prompts", {"load": 0}),
-    "tuning": PluginKind("tuning", {"load_policy": 4, "initialise": 2, "in_update": 3, "save": 2, "load_tuned": 4}),
+    "tuning": PluginKind("tuning", {"load_policy": 4, "initialise": 2, "in_update": 3, "save": 2, "load_tuned": 5}),
 }
 
 

@@ -20,6 +20,7 @@ from leapalign.models import FAMILIES
 from leapalign.models.base import Family
 from leapalign.run import Run
 from leapalign.tuning.full import FULL
+from leapalign.tuning.strength import check_strength
 
 STEPS = 25  # sampling steps of a model that no run trained
 
@@ -32,10 +33,11 @@ class Source:
     num_steps: int  # sampling steps
     saved: str  # tuned weights: a pipeline folder, hub id or embedded:NAME, or an adapter's folder
     tuning: Any = FULL  # a dataclass of leapalign.tuning
+    strength: float = 1.0  # of the tuning: base + strength (tuned - base)
 
     def load(self, device: str, dtype: str) -> Any:
         """The tuned model."""
-        return self.tuning.load_tuned(self.model, self.saved, device, dtype)
+        return self.tuning.load_tuned(self.model, self.saved, device, dtype, self.strength)
 
     def record(self) -> dict[str, Any]:
         """Return everything that determines this model's images, except sampling settings, as JSON values.
@@ -43,7 +45,8 @@ class Source:
         Local weights are identified by names, sizes and times of their files, so that retrained weights differ.
         """
         model = {key: value for key, value in encode(self.model).items() if key != "path"}
-        return {"model": model, "base": _weights(self.model.path), "tuned": _weights(self.saved)}
+        found = {"model": model, "base": _weights(self.model.path), "tuned": _weights(self.saved)}
+        return found if self.strength == 1 else found | {"strength": self.strength}  # folders of before lack it
 
     def changed(self, *, size: int = 0, guidance_scale: float = -1.0) -> Source:
         """Return the model with another height and width (0 = unchanged) and guidance scale (-1 = unchanged)."""
@@ -52,12 +55,20 @@ class Source:
         return replace(self, model=replace(self.model, **changes))
 
 
-def find_source(source: str, plugins: dict[str, ModuleType]) -> Source:
-    """Resolve a run's folder, a pipeline folder, a hub id or `embedded:NAME`. Raises UserError."""
+def find_source(source: str, plugins: dict[str, ModuleType], strength: float = 1.0) -> Source:
+    """Resolve a run's folder, a pipeline folder, a hub id or `embedded:NAME`. Raises UserError.
+
+    `strength` in [0, 2]: of a run's tuning; another model has no base to mix with, and takes 1 alone.
+    """
     check_run_folder(source)
     folder = Path(source)
     if (folder / "run.json").is_file():
-        return run_source(folder, read_run(folder / "run.json", plugins))
+        return run_source(folder, read_run(folder / "run.json", plugins), strength)
+    if strength != 1:
+        raise UserError(
+            f"{source}: a strength of {strength:g} mixes a run's tuned weights with its base, and this is no run's "
+            "folder; give a run, or leave out --strength"
+        )
     if source.startswith("embedded:"):
         from leapalign.recipes import shapeworld_leapalign
 
@@ -66,20 +77,36 @@ def find_source(source: str, plugins: dict[str, ModuleType]) -> Source:
     return Source(model=config_for(source, plugins), num_steps=STEPS, saved=source)
 
 
-def run_source(folder: Path, run: Run) -> Source:
-    """The tuned model of a finished run. Raises UserError if the run is not finished."""
+def run_source(folder: Path, run: Run, strength: float = 1.0) -> Source:
+    """The tuned model of a finished run. Raises UserError if the run is not finished, or as `check_base`."""
     saved = folder / run.tuning.output
     if not saved.is_dir():
         raise UserError(
             f"{folder}: this run is not finished, it has no {run.tuning.output} yet; use `leapalign resume {folder}`"
         )
-    if run.tuning.output != FULL.output and (changes := base_changes(run, folder)):
-        warnings.warn(
-            f"{folder}: the base is not the one that this run was trained on, and its images are not the trained "
-            f"model's: {'; '.join(changes)}",
-            stacklevel=2,
+    check_base(folder, run, strength)
+    return Source(
+        model=run.model, num_steps=run.num_sampling_steps, saved=str(saved), tuning=run.tuning, strength=strength
+    )
+
+
+def check_base(folder: Path, run: Run, strength: float) -> None:
+    """Compare the base with the one that the run was trained on, if the tuned model at this strength needs it.
+
+    Warns about an adapter on another base. Raises UserError for weights tuned in place, whose difference from another
+    base means nothing, and for a strength outside [0, 2].
+    """
+    check_strength(strength)
+    in_place = run.tuning.output == FULL.output
+    if (in_place and strength == 1) or not (changes := base_changes(run, folder)):
+        return
+    told = f"{folder}: the base is not the one that this run was trained on"
+    if in_place:
+        raise UserError(
+            f"{told}, and a strength of {strength:g} mixes the tuned weights with it: {'; '.join(changes)}. Put it "
+            f"back at {run.model.path} (fetch a hub id: `hf download`), or use a strength of 1"
         )
-    return Source(model=run.model, num_steps=run.num_sampling_steps, saved=str(saved), tuning=run.tuning)
+    warnings.warn(f"{told}, and its images are not the trained model's: {'; '.join(changes)}", stacklevel=3)
 
 
 def families(plugins: Mapping[str, ModuleType]) -> dict[str, Any]:

@@ -47,13 +47,16 @@ class Tuning(Protocol):
         """Write the current tuned weights into this folder."""
         ...
 
-    def load_tuned(self, model: Any, saved: str, device: str, dtype: str) -> Any:
-        """Load the tuned model. `model`: the run's model configuration; `saved`: the folder that `save` wrote."""
+    def load_tuned(self, model: Any, saved: str, device: str, dtype: str, strength: float = 1.0) -> Any:
+        """Load the tuned model. `model`: the run's model configuration; `saved`: the folder that `save` wrote.
+
+        `strength` in [0, 2]: base + strength (tuned - base) (tuning/strength.py).
+        """
         ...
 
-    def export(self, model: Any, saved: str, target: Path, *, format: str, dtype: str) -> None:
+    def export(self, model: Any, saved: str, target: Path, *, format: str, dtype: str, strength: float = 1.0) -> None:
         """Write the tuned weights for other programs into `target`, in this dtype. `format`: one of `formats`.
 
-        `model`: the run's model configuration; `saved`: the folder that `save` wrote.
+        `model`, `saved` and `strength`: as in `load_tuned`.
         """
         ...

@@ -51,15 +51,25 @@ class FullFineTuning:
         """Write the whole pipeline into the folder."""
         model.save(folder)
 
-    def load_tuned(self, model: Any, saved: str, device: str, dtype: str) -> Any:
-        """Load the run's model from the saved pipeline."""
-        return model.at(saved).load(device, dtype)
+    def load_tuned(self, model: Any, saved: str, device: str, dtype: str, strength: float = 1.0) -> Any:
+        """Load the run's model from the saved pipeline; at a strength other than 1, from the base as well.
 
-    def export(self, model: Any, saved: str, target: Path, *, format: str, dtype: str) -> None:
+        Raises UserError if the base is needed and cannot be opened, or has other weights than the saved pipeline.
+        """
+        from leapalign.storage.pipeline_folder import TRANSFORMER
+        from leapalign.tuning.strength import interpolate
+
+        if strength == 1:
+            return model.at(saved).load(device, dtype)
+        mixed = model.load(device, dtype)
+        interpolate(mixed.policy, Path(saved) / TRANSFORMER, strength)
+        return mixed
+
+    def export(self, model: Any, saved: str, target: Path, *, format: str, dtype: str, strength: float = 1.0) -> None:
         """Write the pipeline, its transformer in this dtype."""
         import torch
 
-        tuned = self.load_tuned(model, saved, "cpu", "float32")
+        tuned = self.load_tuned(model, saved, "cpu", "float32", strength)
         tuned.policy.to(getattr(torch, dtype))
         tuned.save(target)
 

@@ -114,32 +114,41 @@ class LoRA:
 
         write_lora(folder, adapter_state(model.policy))
 
-    def load_tuned(self, model: Any, saved: str, device: str, dtype: str) -> Any:
-        """Load the run's base in `dtype`, with the saved adapter, not merged.
+    def load_tuned(self, model: Any, saved: str, device: str, dtype: str, strength: float = 1.0) -> Any:
+        """Load the run's base in `dtype`, with the saved adapter times `strength`, not merged.
 
         In bfloat16 the base is quantised as in the run; in float32 it is not.
         """
-        return self._open(model, saved, device, dtype, self.quantization if dtype == "bfloat16" else "none")
+        kind = self.quantization if dtype == "bfloat16" else "none"
+        return self._open(model, saved, device, dtype, kind, strength)
 
-    def export(self, model: Any, saved: str, target: Path, *, format: str, dtype: str) -> None:
-        """Write base and adapter merged (format "pipeline"), or the adapter's file (format "lora"), in this dtype."""
+    def export(self, model: Any, saved: str, target: Path, *, format: str, dtype: str, strength: float = 1.0) -> None:
+        """Write base and adapter merged (format "pipeline"), or the adapter's file (format "lora"), in this dtype.
+
+        The adapter is scaled by `strength` in float32.
+        """
         import torch
 
         from leapalign.storage.atomic import complete_folder
         from leapalign.tuning.files import read_lora, write_lora
+        from leapalign.tuning.strength import scale_adapter
 
         if format == "pipeline":
-            self._open(model, saved, "cpu", dtype, "none").save(target)
+            self._open(model, saved, "cpu", dtype, "none", strength).save(target)
             return
-        state = {name: value.to(getattr(torch, dtype)) for name, value in read_lora(Path(saved)).items()}
+        scaled = scale_adapter(read_lora(Path(saved)), strength)
+        state = {name: value.to(getattr(torch, dtype)) for name, value in scaled.items()}
         with complete_folder(target) as folder:
             write_lora(folder, state)
 
-    def _open(self, model: Any, saved: str, device: str, dtype: str, quantization: Quantization) -> Any:
+    def _open(
+        self, model: Any, saved: str, device: str, dtype: str, quantization: Quantization, strength: float
+    ) -> Any:
         from leapalign.tuning.adapter import restore
         from leapalign.tuning.files import read_lora
+        from leapalign.tuning.strength import scale_adapter
 
-        state = read_lora(Path(saved))
+        state = scale_adapter(read_lora(Path(saved)), strength)
         # the saved B contains the scale, so alpha must be the rank here
         opened = replace(self, alpha=0.0, base_dtype="", quantization=quantization, start="")
         tuned = model.load(device, dtype, opened)
