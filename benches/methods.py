@@ -36,7 +36,7 @@ from leapalign.prompts import ShapeWorldPrompts
 from leapalign.rewards.clip import PickScore
 from leapalign.run import Run, differences, trajectory
 from leapalign.shapeworld.detector import detect
-from leapalign.studies.before_after import HELD_OUT, Study, evaluate_model, summarize
+from leapalign.studies.before_after import HELD_OUT, Study, evaluate_model, shapeworld_diversity, summarize
 from leapalign.training.loop import train
 
 TARGETS = {"overall": 0.15, "position": 0.10, "color_attr": 0.10, HELD_OUT: 0.0}  # changes that the demo has to reach
@@ -149,6 +149,7 @@ def study_of(bench: Methods, recipe: str, seed: int) -> Study:
         held_out=PickScore(path=bench.judge),
         prompts=ShapeWorldPrompts(split="test", num=bench.per_task).load(),
         detector=detect,
+        diversity=shapeworld_diversity(),
         command="python benches/methods.py",
     )
 
@@ -159,6 +160,13 @@ def averages(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     rows |= {task: [run["geneval"]["per_task"][task] for run in runs] for task in runs[0]["geneval"]["per_task"]}
     rows |= {name: [run[name] for run in runs] for name in ("reward", HELD_OUT)}
     table = {name: _average(name, row) for name, row in rows.items()}
+    table["open_colors"] = _ratios([run["open_colors"]["entropy"] for run in runs])
+    spaces = runs[0]["diversity"]
+    table["diversity"] = {space: _ratios([run["diversity"][space] for run in runs]) for space in spaces}
+    statistics = runs[0]["image_statistics"]
+    table["image_statistics"] = {
+        name: _average(name, [run["image_statistics"][name] for run in runs]) for name in statistics
+    }
     return table | {"training_seconds": mean(run["seconds_of"]["training"] for run in runs)}
 
 
@@ -170,6 +178,11 @@ def _average(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if name in TARGETS:
         found["reached"] = found["difference"] >= TARGETS[name] and found["difference"] > 0
     return found
+
+
+def _ratios(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the seeds of before and after, and every seed's ratio, of which the demo is held to the least."""
+    return {key: mean(row[key] for row in rows) for key in ("before", "after")} | {"ratio": [r["ratio"] for r in rows]}
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from leapalign.errors import UserError
+from leapalign.evaluation.diversity import Diverse
 from leapalign.evaluation.sampling import Sampling, draw_images
 from leapalign.geneval.rules import Detection
 from leapalign.images import to_pil, to_tensor
@@ -51,7 +52,9 @@ def study(model_config, reward_config, held_out_config, tmp_path_factory) -> Stu
         evaluation_size=4,
         device="cpu",
     )
-    return Study(run=run, held_out=held_out_config, prompts=PROMPTS, detector=bright, command="leapalign demo")
+    several = Diverse(prompts=PROMPTS[:2], images_per_prompt=2)
+    settings = {"prompts": PROMPTS, "detector": bright, "diversity": several, "command": "leapalign demo"}
+    return Study(run=run, held_out=held_out_config, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +87,11 @@ def test_summary_holds_what_scripts_read(study: Study, summary: dict) -> None:
         assert {"before", "after", "difference", "difference_standard_error", "before_standard_error"} <= set(row)
     assert summary["geneval"]["difference"] == 0  # the stand-in sees the same in any pictures
     assert summary["held_out_reward"]["before"] != summary["reward"]["before"]
+    for space in ("pixels", "clip-image"):
+        row = summary["diversity"][space]
+        assert row["num"] == 2 and row["ratio"] == row["after"] / row["before"]
+    assert summary["image_statistics"]["brightness"]["num"] == len(PROMPTS)
+    assert summary["open_colors"] is None  # the stand-in names no colours
 
 
 def test_the_pictures_are_those_of_the_saved_pipeline(study: Study, summary: dict, model_config, reward_config) -> None:

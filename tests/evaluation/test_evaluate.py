@@ -15,12 +15,15 @@ from leapalign.errors import RunStopped, UserError
 from leapalign.evaluation import sampling as sampling_module
 from leapalign.evaluation.evaluate import evaluate, score
 from leapalign.evaluation.image_folder import begin_or_continue, image_paths, read_images, write_image
+from leapalign.evaluation.image_statistics import DEFINITIONS, brightness
 from leapalign.evaluation.sampling import Sampling, draw_images
 from leapalign.evaluation.statistics import Evaluation, compare, report
+from leapalign.geneval.open_colors import entropy, open_colors
 from leapalign.lookup.prompts import prompts_of
 from leapalign.prompts import Prompt, PromptFile, ShapeWorldPrompts
 from leapalign.prompts.geneval import GenEvalPrompts
 from leapalign.prompts.sets import DrawBench, HPDv2, MJHQ30k
+from leapalign.report.tables import evaluation_table
 from leapalign.seeds import generator
 from leapalign.shapeworld.captions import TASKS, evaluation_prompts, near_misses, scene_of
 from leapalign.shapeworld.detector import detect
@@ -176,6 +179,29 @@ def test_compare_is_paired() -> None:
     assert json.loads(json.dumps(table)) == table
 
 
+def test_monitors_of_an_evaluation_and_of_a_comparison() -> None:
+    before, after = judged(wrong_every=10**9), judged(wrong_every=2)
+    after.diversity["pixels"], before.diversity["pixels"] = torch.tensor([0.1, 0.2]), torch.tensor([0.4, 0.2])
+    one, table = report(before), compare(before, after)
+    counts = open_colors([p.metadata for p in PROMPTS], before.detections)
+    assert one["open_colors"] == {"entropy": entropy(counts), "counts": dict(counts)}
+    row = table["open_colors"]["entropy"]
+    assert row["before"] == entropy(counts) and row["ratio"] == row["after"] / row["before"] != 1
+    assert sum(color["before"] for color in table["open_colors"]["counts"].values()) == sum(counts.values())
+    row = table["diversity"]["pixels"]
+    assert (row["before"], row["after"], row["ratio"], row["num"]) == pytest.approx((0.3, 0.15, 0.5, 2))
+    assert set(table["image_statistics"]) == set(DEFINITIONS)
+    row, images = table["image_statistics"]["brightness"], drawn(2)
+    assert row["after"] == pytest.approx(float(brightness(images).mean()), abs=1e-6)
+    changes = (brightness(images) - brightness(drawn(10**9))).double()
+    assert row["difference_standard_error"] == pytest.approx(float(changes.std() / len(changes) ** 0.5), rel=1e-4)
+    for answer in (one, table):
+        assert json.loads(json.dumps(answer)) == answer
+        printed = evaluation_table(answer)
+        assert "entropy of open colors" in printed and "dark_share" in printed
+    assert "ratio 0.50" in evaluation_table(table)
+
+
 def test_compare_refuses_other_prompts() -> None:
     whole = judged(wrong_every=2)
     part = score(drawn(2)[:4], PROMPTS[:4], rewards={}, detector=detect)
@@ -320,4 +346,6 @@ def test_both_models_of_a_comparison_keep_their_images(tmp_path, capsys) -> None
     words = ["evaluate", "embedded:generator", "--against", "embedded:generator", "--steps", "1", "--device", "cpu"]
     assert main([*words, "--per-task", "1", "--json", "--out", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out)["rewards"]["pickscore"]["difference"] == 0
-    assert len(list(tmp_path.glob("*/samples/*.png"))) == len(list(tmp_path.glob("against/*/samples/*.png"))) == 6
+    for folder in (tmp_path, tmp_path / "against"):
+        assert len(list(folder.glob("*/samples/*.png"))) == 6
+        assert len(list(folder.glob("diversity/*/samples/*.png"))) == 4 * 6

@@ -26,6 +26,7 @@ from leapalign.rewards.base import Reward
 from leapalign.storage.atomic import disk_errors
 
 if TYPE_CHECKING:
+    from leapalign.evaluation.diversity import Diverse
     from leapalign.evaluation.sampling import Sampling
     from leapalign.evaluation.statistics import Evaluation
 
@@ -49,6 +50,8 @@ class EvaluateFlags:
     """ShapeWorld test prompts of each task."""
     num: int = 1
     """Images a prompt."""
+    diversity: int = 4
+    """Images of each of about 30 of the prompts, drawn beside, whose mean pairwise distance is reported; 0 = none."""
     steps: int = 0
     """Sampling steps; 0 = as in the run's training, or 25."""
     guidance: float = -1.0
@@ -105,6 +108,7 @@ class _Subject:
     source: Source
     sampling: Sampling
     folder: Path | None  # None: the images are not kept
+    diversity: Diverse | None  # None: not measured
 
 
 def _subject(
@@ -115,7 +119,9 @@ def _subject(
     plugins: dict[str, ModuleType],
     strength: float = 1.0,
 ) -> _Subject:
-    from leapalign.evaluation.image_folder import begin_or_continue, image_paths
+    from leapalign.evaluation.diversity import diverse
+    from leapalign.evaluation.evaluate import DIVERSITY
+    from leapalign.evaluation.image_folder import image_paths
     from leapalign.evaluation.sampling import Sampling
 
     source = find_source(word, plugins, strength).changed(guidance_scale=flags.guidance)
@@ -125,15 +131,28 @@ def _subject(
         batch_size=flags.batch_size,
         seed=flags.seed,
     )
-    if not folder:
-        return _Subject(source=source, sampling=sampling, folder=None)
-    paths = image_paths(Path(folder), len(prompts), flags.num)
-    settings = sampling.record(prompts) | source.record() | {"dtype": flags.dtype}
-    with disk_errors(Path(folder), "give another --out"):
-        kept = begin_or_continue(Path(folder), settings, paths, overwrite=flags.overwrite)
-    if kept:
-        print(f"{folder}: {kept} of {len(paths)} images are there and are kept", file=sys.stderr)
-    return _Subject(source=source, sampling=sampling, folder=Path(folder))
+    several = diverse(prompts, images_per_prompt=flags.diversity) if flags.diversity else None
+    subject = _Subject(source=source, sampling=sampling, folder=Path(folder) if folder else None, diversity=several)
+    if subject.folder:
+        paths = image_paths(subject.folder, len(prompts), flags.num)
+        if kept := _prepare(subject, subject.folder, prompts, paths, flags):
+            print(f"{folder}: {kept} of {len(paths)} images are there and are kept", file=sys.stderr)
+        if several:
+            beside = subject.folder / DIVERSITY
+            paths = image_paths(beside, len(several.prompts), several.images_per_prompt)
+            _prepare(subject, beside, several.prompts, paths, flags)
+    return subject
+
+
+def _prepare(
+    subject: _Subject, folder: Path, prompts: Sequence[Prompt], paths: Sequence[Path], flags: EvaluateFlags
+) -> int:
+    """Prepare a folder for these images of the subject; return how many are there."""
+    from leapalign.evaluation.image_folder import begin_or_continue
+
+    settings = subject.sampling.record(prompts) | subject.source.record() | {"dtype": flags.dtype}
+    with disk_errors(folder, "give another --out"):
+        return begin_or_continue(folder, settings, paths, overwrite=flags.overwrite)
 
 
 def _draw_and_judge(
@@ -154,6 +173,7 @@ def _draw_and_judge(
                 sampling=subject.sampling,
                 rewards=rewards,
                 detector=detector,
+                diversity=subject.diversity,
                 folder=subject.folder,
                 on_batch=_progress(len(prompts) * flags.num),
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor
 
 from leapalign.errors import RunStopped, UserError
+from leapalign.evaluation.diversity import Diverse, mean_pairwise_distance, spaces_of
 from leapalign.evaluation.image_folder import ImageFiles
+from leapalign.evaluation.image_statistics import DEFINITIONS, image_statistics
 from leapalign.evaluation.sampling import Sampling, draw_files
 from leapalign.evaluation.statistics import Evaluation, Images
 from leapalign.geneval.rules import Detection, judge
@@ -22,6 +25,7 @@ from leapalign.rewards.base import Reward
 if TYPE_CHECKING:
     from leapalign.models.base import Model
 
+DIVERSITY = "diversity"  # folder of the images whose distances are measured
 Detector = Callable[[Tensor], Sequence[Sequence[Detection]]]
 Scorers = Mapping[str, Callable[..., Tensor]]  # name -> a loaded reward, or any reward(images, texts) [B]
 
@@ -33,10 +37,14 @@ def evaluate(
     sampling: Sampling,
     rewards: Scorers,
     detector: Detector | None,
+    diversity: Diverse | None = None,
     folder: Path | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Draw images for all prompts with the model's current weights and judge them; `detector` needs metadata.
+
+    With `diversity`, several images of its prompts are drawn too, in a folder `diversity` beside the others, and their
+    distances measured in every feature space that the rewards allow.
 
     Images are files in `folder`, or in a temporary folder for None. `folder` may have some of them already; the caller
     checks their settings with `begin_or_continue`. Memory does not grow with their number. `on_batch` is called with
@@ -46,7 +54,29 @@ def evaluate(
     paths = draw_files(model, prompts, sampling, folder or Path(held.name if held else ""), on_batch)
     each = [prompt for prompt in prompts for _ in range(sampling.images_per_prompt)]
     images = ImageFiles(tuple(paths), held)
-    return score(images, each, rewards=rewards, detector=detector, batch_size=sampling.batch_size)
+    found = score(images, each, rewards=rewards, detector=detector, batch_size=sampling.batch_size)
+    if diversity is None:
+        return found
+    beside = paths[0].parents[2] / DIVERSITY
+    return replace(found, diversity=measure_diversity(model, diversity, sampling, rewards, beside))
+
+
+@torch.no_grad()
+def measure_diversity(
+    model: Model, diversity: Diverse, sampling: Sampling, rewards: Scorers, folder: Path
+) -> dict[str, Tensor]:
+    """Draw the images into `folder`; return feature space -> mean pairwise distance [P] of each prompt's images."""
+    per_prompt, batch_size = diversity.images_per_prompt, sampling.batch_size
+    several = replace(sampling, images_per_prompt=per_prompt)
+    images = ImageFiles(tuple(draw_files(model, diversity.prompts, several, folder)))
+    spaces = spaces_of({name: complete(name, reward) for name, reward in rewards.items()})
+    features: dict[str, list[Tensor]] = {name: [] for name in spaces}
+    for start in range(0, len(images), batch_size):
+        batch = torch.stack([images[i] for i in range(start, min(start + batch_size, len(images)))])
+        for name, space in spaces.items():
+            features[name].append(space(batch).cpu())
+    vectors = {name: torch.cat(each).unflatten(0, (-1, per_prompt)) for name, each in features.items()}
+    return {name: mean_pairwise_distance(spaces[name], each) for name, each in vectors.items()}
 
 
 @torch.no_grad()
@@ -56,18 +86,26 @@ def score(
     """Judge N images, each [3, H, W] in [0, 1], of N prompts; `batch_size` of them are in memory at a time."""
     detections: list[Sequence[Detection]] = []
     values: dict[str, list[Tensor]] = {name: [] for name in rewards}
+    statistics: dict[str, list[Tensor]] = {name: [] for name in DEFINITIONS}
     for start in range(0, len(prompts), batch_size):
         texts = [prompt.text for prompt in prompts[start : start + batch_size]]
         batch = torch.stack([images[start + i] for i in range(len(texts))])
         detections += detector(batch) if detector else []
         for name, reward in rewards.items():
             values[name].append(reward(batch, texts).float().cpu())
+        for name, measured in image_statistics(batch).items():
+            statistics[name].append(measured)
     verdicts = tuple(judge(_metadata(prompt), found) for prompt, found in zip(prompts, detections))
     whole = {name: torch.cat(each) for name, each in values.items()}
     for name, reward in rewards.items():
         _check(name, complete(name, reward), whole[name], [prompt.text for prompt in prompts])
     return Evaluation(
-        prompts=tuple(prompts), images=images, detections=tuple(detections), verdicts=verdicts, rewards=whole
+        prompts=tuple(prompts),
+        images=images,
+        detections=tuple(detections),
+        verdicts=verdicts,
+        rewards=whole,
+        statistics={name: torch.cat(each) for name, each in statistics.items()},
     )
 
 

@@ -6,12 +6,14 @@ describe variation over images only; to include prompts and training seeds, repe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from leapalign.geneval.open_colors import entropy, open_colors
 from leapalign.geneval.rules import Detection, Verdict
 from leapalign.prompts import Prompt
 
@@ -38,10 +40,17 @@ class Evaluation:
     detections: tuple[Sequence[Detection], ...]
     verdicts: tuple[Verdict, ...]
     rewards: dict[str, Tensor]  # name -> [N] float32
+    statistics: dict[str, Tensor] = field(default_factory=dict)  # name -> [N], of image_statistics.py
+    diversity: dict[str, Tensor] = field(default_factory=dict)  # feature space -> [P], of diversity.py
 
     @property
     def tags(self) -> list[str]:
         return [(prompt.metadata or {}).get("tag", "") for prompt in self.prompts]
+
+    @property
+    def open_colors(self) -> Counter[str]:
+        """Colours of all detected objects whose prompt names none."""
+        return open_colors([prompt.metadata or {} for prompt in self.prompts], self.detections)
 
     @property
     def correct(self) -> list[bool]:
@@ -92,17 +101,26 @@ def paired_difference(
 
 
 def report(evaluation: Evaluation) -> dict[str, Any]:
-    """The six-task table with `overall`, and the mean of each reward, with standard errors; JSON values."""
+    """The six-task table with `overall`, and means of rewards, image statistics and diversity; JSON values.
+
+    `open_colors` has the entropy in bits and the counts, if any object of a detector has an open colour.
+    """
     result: dict[str, Any] = {"images": len(evaluation.prompts)}
     if evaluation.verdicts:
         tasks = summary(evaluation.tags, evaluation.correct)
         result["geneval"] = {"overall": asdict(overall(tasks))} | {tag: asdict(task) for tag, task in tasks.items()}
-    result["rewards"] = {name: _mean(values) for name, values in evaluation.rewards.items()}
+    if counts := evaluation.open_colors:
+        result["open_colors"] = {"entropy": entropy(counts), "counts": dict(counts.most_common())}
+    for key, measured in _MEASURED.items():
+        result[key] = {name: _mean(values) for name, values in measured(evaluation).items()}
     return result
 
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:
-    """Before, after, their difference and its paired standard error for each task and reward; JSON values."""
+    """Before, after, their difference and its paired standard error for each task and measure; JSON values.
+
+    `open_colors` and `diversity` have `ratio`, after over before (null if before is 0).
+    """
     if [p.text for p in before.prompts] != [p.text for p in after.prompts]:
         raise ValueError("compare: the two evaluations have other prompts; use the same prompts and sampling for both")
     one, two = report(before), report(after)
@@ -111,11 +129,36 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:
         changes = paired_difference(before.tags, before.correct, after.correct)
         tasks = {tag: (one["geneval"][tag], two["geneval"][tag]) for tag in one["geneval"]}
         result["geneval"] = {tag: _pair(b, a, "accuracy", changes[tag]) for tag, (b, a) in tasks.items()}
-    result["rewards"] = {
-        name: _pair(b, two["rewards"][name], "mean", mean_and_error(after.rewards[name] - before.rewards[name]))
-        for name, b in one["rewards"].items()
-    }
+    if "open_colors" in one or "open_colors" in two:
+        result["open_colors"] = _compare_colors(before.open_colors, after.open_colors)
+    for key, measured in _MEASURED.items():
+        values = measured(after)
+        result[key] = {name: _compare_means(old, values[name]) for name, old in measured(before).items()}
+    for row in result["diversity"].values():
+        row["ratio"] = _ratio(row["before"], row["after"])
     return result
+
+
+_MEASURED: Mapping[str, Callable[[Evaluation], dict[str, Tensor]]] = {
+    "rewards": lambda evaluation: evaluation.rewards,
+    "diversity": lambda evaluation: evaluation.diversity,
+    "image_statistics": lambda evaluation: evaluation.statistics,
+}
+
+
+def _compare_means(before: Tensor, after: Tensor) -> dict[str, Any]:
+    return _pair(_mean(before), _mean(after), "mean", mean_and_error(after - before))
+
+
+def _compare_colors(before: Counter[str], after: Counter[str]) -> dict[str, Any]:
+    one, two = entropy(before), entropy(after)
+    colors = {color: {"before": before[color], "after": after[color]} for color, _ in (before + after).most_common()}
+    entropies = {"before": one, "after": two, "difference": two - one, "ratio": _ratio(one, two)}
+    return {"entropy": entropies, "counts": colors}
+
+
+def _ratio(before: float, after: float) -> float | None:
+    return after / before if before else None
 
 
 def _pair(before: dict[str, Any], after: dict[str, Any], key: str, change: tuple[float, float]) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from leapalign.errors import UserError
 
+T = TypeVar("T")
 MOST = 10**7  # most prompts to generate: gigabytes
 
 
@@ -40,6 +42,12 @@ class Prompt:
 
     text: str
     metadata: dict[str, Any] | None = None
+
+
+def spread(values: Sequence[T], num: int) -> list[T]:
+    """Select at most `num` of the values, evenly spaced."""
+    num = min(num, len(values))
+    return [values[i * len(values) // num] for i in range(num)]
 
 
 class Prompts(Protocol):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from leapalign.prompts.base import spread
 from leapalign.report.figures import Curve, curve_svg
 from leapalign.report.pictures import data_uri
 from leapalign.report.tables import TASK_NAMES
@@ -56,12 +57,6 @@ def pairs_of(before: Evaluation, after: Evaluation, per_task: int) -> dict[str, 
         rows = {before.prompts[row].text: row for row, t in reversed(list(enumerate(before.tags))) if t == tag}
         groups[tag] = [_pair(before, after, row) for row in spread(sorted(rows.values()), per_task)]
     return groups
-
-
-def spread(rows: Sequence[int], num: int) -> list[int]:
-    """Select at most `num` of the values, evenly spaced."""
-    num = min(num, len(rows))
-    return [rows[i * len(rows) // num] for i in range(num)]
 
 
 def _pair(before: Evaluation, after: Evaluation, row: int) -> Pair:

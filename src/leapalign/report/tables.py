@@ -25,9 +25,12 @@ MARKS = {"good": "[green]ok[/]", "different": "[bold red]DIFFERS[/]", "note": "[
 
 
 def evaluation_table(answer: Mapping[str, Any]) -> str:
-    """Format one line for each task and reward of an evaluation, or of the comparison of two."""
+    """Format one line for each task, reward and monitor of an evaluation, or of the comparison of two."""
     rows = answer.get("geneval", {}) | answer["rewards"]
+    rows |= {f"distance, {space}": row for space, row in answer["diversity"].items()} | answer["image_statistics"]
     lines = [_evaluation_line(name, row) for name, row in rows.items()]
+    if "open_colors" in answer:
+        lines.append(_colors_line(answer["open_colors"]["entropy"]))
     return "\n".join([f"{answer['images']} images, ± one standard error", *lines])
 
 
@@ -35,9 +38,20 @@ def _evaluation_line(name: str, row: Mapping[str, Any]) -> str:
     if "difference" not in row:
         value = row["accuracy"] if "accuracy" in row else row["mean"]
         failures = f"   without a number: {row['failures']}" if row.get("failures") else ""
-        return f"  {name:18}{value:.3f} ± {row['standard_error']:.3f}{failures}"
+        return f"  {name:24}{value:.3f} ± {row['standard_error']:.3f}{failures}"
     cells = [f"{row[key]:.3f} ± {row[f'{key}_standard_error']:.3f}" for key in ("before", "after", "difference")]
-    return f"  {name:18}{cells[0]}  →  {cells[1]}   change {cells[2]}"
+    return f"  {name:24}{cells[0]}  →  {cells[1]}   change {cells[2]}{_ratio(row)}"
+
+
+def _colors_line(entropy: float | Mapping[str, Any]) -> str:
+    name = f"  {'entropy of open colors':24}"
+    if isinstance(entropy, Mapping):
+        return f"{name}{entropy['before']:.2f}  →  {entropy['after']:.2f} bits{_ratio(entropy)}"
+    return f"{name}{entropy:.2f} bits"
+
+
+def _ratio(row: Mapping[str, Any]) -> str:
+    return f"   ratio {row['ratio']:.2f}" if row.get("ratio") is not None else ""
 
 
 def score_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -114,7 +128,11 @@ def print_study(summary: Mapping[str, Any], caption: str) -> None:
     if geneval:
         table.add_row("GenEval overall", *_study_cells(geneval), style="bold", end_section=True)
     table.add_row("reward", *_study_cells(summary["reward"]))
-    table.add_row("held-out reward", *_study_cells(summary["held_out_reward"]))
+    table.add_row("held-out reward", *_study_cells(summary["held_out_reward"]), end_section=True)
+    for space, row in summary["diversity"].items():
+        table.add_row(f"distance within a prompt, {space}", *_ratio_cells(row))
+    if summary["open_colors"]:
+        table.add_row("entropy of open colors, bits", *_ratio_cells(summary["open_colors"]["entropy"]))
     console = Console()
     console.print(table)
     console.print(caption, soft_wrap=True)
@@ -123,3 +141,7 @@ def print_study(summary: Mapping[str, Any], caption: str) -> None:
 def _study_cells(row: Mapping[str, Any]) -> list[str]:
     names = (("before", ".3f"), ("after", ".3f"), ("difference", "+.3f"))
     return [f"{row[name]:{form}} ± {row[f'{name}_standard_error']:.3f}" for name, form in names]
+
+
+def _ratio_cells(row: Mapping[str, Any]) -> list[str]:
+    return [f"{row['before']:.3f}", f"{row['after']:.3f}", "" if row["ratio"] is None else f"× {row['ratio']:.2f}"]

@@ -107,6 +107,10 @@ class Adapted(Reward):
         found = getattr(self.reward, "model", None)
         return found if isinstance(found, nn.Module) else None
 
+    def image_embedding(self) -> Callable[[Tensor], Tensor] | None:
+        own = getattr(self.reward, "image_embedding", None)
+        return own() if own else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Wrapped(Reward):
@@ -132,6 +136,9 @@ class Wrapped(Reward):
     def network(self) -> nn.Module | None:
         return self.reward.network()
 
+    def image_embedding(self) -> Callable[[Tensor], Tensor] | None:
+        return self.reward.image_embedding()
+
 
 @dataclass(frozen=True, kw_only=True)
 class OnDevice(Wrapped):
@@ -141,6 +148,10 @@ class OnDevice(Wrapped):
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.reward(images.to(self.device), prompts).to(images.device)
+
+    def image_embedding(self) -> Callable[[Tensor], Tensor] | None:
+        own = self.reward.image_embedding()
+        return (lambda images: own(images.to(self.device)).to(images.device)) if own else None
 
 
 def score_as_tensors(name: str, reward: Callable[..., Any], images: Sequence[Image], prompts: Sequence[str]) -> Tensor:

@@ -60,6 +60,10 @@ class Reward(Protocol):
         """Return the network, for memory plans and for sharding; None if there is none."""
         return None
 
+    def image_embedding(self) -> Callable[[Tensor], Tensor] | None:
+        """Return the map from images [B, 3, H, W] in [0, 1] to unit vectors [B, D], for diversity; None without one."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:

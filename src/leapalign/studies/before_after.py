@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from leapalign.errors import UserError
 
 if TYPE_CHECKING:
+    from leapalign.evaluation.diversity import Diverse
     from leapalign.evaluation.evaluate import Detector
     from leapalign.evaluation.statistics import Evaluation
     from leapalign.prompts import Prompt
@@ -39,6 +40,7 @@ class Study:
     held_out: Any  # a reward that the run does not train on, a dataclass of leapalign.rewards
     prompts: Sequence[Prompt]
     detector: Detector | None
+    diversity: Diverse | None = None  # prompts whose images are compared with each other
     command: str
     batch_size: int = 60
     evaluation_seed: int = 0  # separate from the run's seed, so that runs with several seeds can be compared
@@ -60,11 +62,20 @@ def main(out: Path, *, seed: int = 0, steps: int = 0, quick: bool = False, devic
         held_out=PickScore(path="embedded:judge"),
         prompts=ShapeWorldPrompts(split="test", num=QUICK_PER_TASK if quick else PER_TASK).load(),
         detector=detect,
+        diversity=shapeworld_diversity(),
         command=f"leapalign demo --out {out} --seed {seed} --steps {num_steps}{' --quick' if quick else ''}",
     )
     summary = conduct(study)
     print_study(summary, f"look at {out / 'report.html'}; the tuned pipeline is {out / 'pipeline'}")
     return summary
+
+
+def shapeworld_diversity() -> Diverse:
+    """The 30 prompts, five of each task, of which four images each are compared with each other."""
+    from leapalign.evaluation.diversity import Diverse
+    from leapalign.prompts import ShapeWorldPrompts
+
+    return Diverse(prompts=ShapeWorldPrompts(split="test", num=5).load(), images_per_prompt=4)
 
 
 def conduct(study: Study) -> dict[str, Any]:
@@ -109,7 +120,8 @@ def evaluate_model(study: Study, load: Callable[[str, str], Any], words: str) ->
     rewards = {name: load_reward(config, device, run.dtype) for name, config in configs.items()}
     sampling = Sampling(num_steps=run.num_sampling_steps, batch_size=study.batch_size, seed=study.evaluation_seed)
     loaded = load(device, run.dtype)
-    result = evaluate(loaded, study.prompts, sampling=sampling, rewards=rewards, detector=study.detector)
+    settings = {"sampling": sampling, "rewards": rewards, "detector": study.detector, "diversity": study.diversity}
+    result = evaluate(loaded, study.prompts, **settings)
     _say(f"  {time.monotonic() - begun:.0f} s")
     return result
 
@@ -117,7 +129,7 @@ def evaluate_model(study: Study, load: Callable[[str, str], Any], words: str) ->
 def summarize(
     training: dict[str, Any], comparison: dict[str, Any], times: dict[str, float], seconds: float
 ) -> dict[str, Any]:
-    """Return summary.json: GenEval and both rewards before and after, with standard errors, and evaluation rewards."""
+    """Return summary.json: GenEval, both rewards and monitors before and after, with standard errors."""
     geneval = dict(comparison.get("geneval", {}))
     overall = geneval.pop("overall", None)
     rewards = comparison["rewards"]
@@ -125,6 +137,9 @@ def summarize(
         "geneval": {**overall, "per_task": geneval} if overall else None,
         "reward": rewards[REWARD],
         "held_out_reward": rewards[HELD_OUT],
+        "open_colors": comparison.get("open_colors"),
+        "diversity": comparison["diversity"],
+        "image_statistics": comparison["image_statistics"],
         "evaluation_reward": training["reward"],
         "images": comparison["images"],
         "steps": training["steps"],

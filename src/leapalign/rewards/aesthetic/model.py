@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,10 @@ class AestheticReward(Reward):
 
     def network(self) -> nn.Module:
         return self.model
+
+    def image_embedding(self) -> Callable[[Tensor], Tensor]:
+        """Return the map from images [B, 3, H, W] in [0, 1] to CLIP's normalised image features [B, D]."""
+        return lambda images: unit_length(self.image_features(self.preprocess(images)))
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """Project normalised pixels [B, 3, size, size] to features [B, D], not normalised, on the model's device."""

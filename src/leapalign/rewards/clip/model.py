@@ -5,7 +5,7 @@ Image and text features are L2-normalised as in CLIP (arXiv 2103.00020, Fig. 3);
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -70,6 +70,10 @@ class ClipReward(Reward):
 
     def network(self) -> nn.Module:
         return self.model
+
+    def image_embedding(self) -> Callable[[Tensor], Tensor]:
+        """Return the map from images [B, 3, H, W] in [0, 1] to CLIP's normalised image features [B, D]."""
+        return lambda images: self.image_features(self.preprocess(images))
 
     def score(self, image_features: Tensor, text_features: Tensor) -> Tensor:
         """Score normalised features [..., D], which may broadcast: [...]."""
