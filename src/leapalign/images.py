@@ -89,7 +89,9 @@ def _rgb(image: Image, path: Path) -> Image:
 
 def _top(image: Image, path: Path) -> float:
     """The value that is white in an image of integers beyond 8 bits."""
-    tags = getattr(image, "tag_v2", {})
+    from PIL.TiffImagePlugin import TiffImageFile
+
+    tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
     if (image.mode == "I" and image.format not in ("PNG", "PPM")) or tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
         raise UserError(f"{path}: {image.format} with 32-bit or inverted grey values; save it with 8 or 16 bits")
     return 2.0 ** tags.get(_BITS, (16,))[0] - 1

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
 
 from leapalign.codec.messages import (
     KINDS,
@@ -34,6 +34,13 @@ from leapalign.codec.writing import type_name
 from leapalign.errors import UserError
 
 Plugins = Mapping[str, types.ModuleType]  # the user's own files, by file name
+
+
+@runtime_checkable
+class RenamesFields(Protocol):
+    """A dataclass, or its class, some of whose fields once had other names."""
+
+    renamed_fields: ClassVar[Mapping[str, str]]  # former name -> name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +216,7 @@ def _decode_dataclass(cls: Any, value: Any, known: Known, where: Where) -> Any:
     named = value.get("type", type_name(cls))
     if named != type_name(cls):
         raise UserError(f"{where}: expected type {type_name(cls)}, got {named!r}")
-    value = with_new_names(value, getattr(cls, "renamed_fields", {}))
+    value = with_new_names(value, _renamed(cls))
     hints = field_types(cls)
     names = [f.name for f in dataclasses.fields(cls) if f.init]
     for key in value.keys() - {"type"}:
@@ -226,6 +233,10 @@ def _construct(cls: Any, items: dict[str, Any], where: Where) -> Any:
         return cls(**items)
     except (UserError, ValueError, TypeError) as error:  # raised by a plug-in's own checks
         raise UserError(f"{where}: {error}") from None
+
+
+def _renamed(cls: Any) -> Mapping[str, str]:
+    return cls.renamed_fields if isinstance(cls, RenamesFields) else {}
 
 
 def with_new_names(values: dict[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:

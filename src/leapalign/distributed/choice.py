@@ -11,6 +11,7 @@ from leapalign.distributed.world import World, unequal_forwards
 from leapalign.errors import UserError
 from leapalign.models.prompt_embeds.location import gigabytes
 from leapalign.run import Run
+from leapalign.tuning.quantization import Quantised
 
 ROOM = 0.4  # share of a device's memory for weights, gradients, optimiser and average; above it, `auto` shards
 QUANTISED = "a quantised base cannot be sharded; use --sharding replicate, or --tuning.quantization none"
@@ -45,7 +46,7 @@ def choose(run: Run, policy: nn.Module, world: World, device: str, memory: int =
         return _replicate("the ranks compute on CPUs")
     if why := unequal_forwards(run, world):
         return _replicate(f"{why} (samples_per_draw {run.micro_batch_size * world.size}, or 0, would be)")
-    if is_quantised(policy):
+    if isinstance(policy, Quantised):
         return _replicate("a quantised base cannot be sharded")
     kept, there = kept_bytes(policy), memory or memory_of(device)
     share = f"{gigabytes(kept)} of {gigabytes(there)} of memory"
@@ -77,7 +78,7 @@ def check_fits(run: Run, policy: nn.Module, world: World, device: str, memory: i
 def _ways_to_fit(run: Run, policy: nn.Module, world: World, sharded: bool, memory: int) -> list[str]:
     others = ["a recipe that trains a LoRA", "a smaller model"]
     trained, frozen = _trained_and_frozen(policy)
-    if is_quantised(policy) or (frozen and trained >= memory):
+    if isinstance(policy, Quantised) or (frozen and trained >= memory):
         return others
     needed = -(-frozen // (memory - trained)) if frozen else -(-trained // memory)
     if world.size < needed:
@@ -102,11 +103,6 @@ def _trained_and_frozen(policy: nn.Module) -> tuple[int, int]:
     weights = list(policy.parameters())
     trained = KEPT * sum(p.numel() for p in weights if p.requires_grad)
     return trained, sum(p.numel() * p.element_size() for p in weights if not p.requires_grad)
-
-
-def is_quantised(policy: nn.Module) -> bool:
-    """Return True if the weights were quantised on loading (diffusers leaves the quantiser on the model)."""
-    return getattr(policy, "hf_quantizer", None) is not None
 
 
 def memory_of(device: str) -> int:

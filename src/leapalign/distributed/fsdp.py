@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from leapalign.distributed.choice import QUANTISED, choose, is_quantised, shared_by
+from leapalign.distributed.choice import QUANTISED, choose, shared_by
 from leapalign.distributed.tensors import whole
 from leapalign.distributed.world import World
 from leapalign.errors import UserError
 from leapalign.flow.rollout import Velocity
 from leapalign.run import Run
+from leapalign.tuning.quantization import Quantised
 
 
 class Recomputation:
@@ -106,10 +107,8 @@ def shard(run: Run, policy: nn.Module, world: World, device: str) -> Shards | No
     """Shard the policy if the run asks for it, else return None. Raises UserError if it cannot be sharded."""
     if not choose(run, policy, world, device).sharded:
         return None
-    if is_quantised(policy):
+    if isinstance(policy, Quantised):
         raise UserError(QUANTISED)
-    if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
-        raise UserError(f"sharded weights need a newer torch than {torch.__version__}; use --sharding replicate")
     shell = _shell(policy)
     mesh = mesh_of(run, world, device)
     trained = {p for p in policy.parameters() if p.requires_grad}

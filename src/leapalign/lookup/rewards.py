@@ -14,7 +14,7 @@ from leapalign.errors import UserError
 from leapalign.lookup.recipes import load_file, read_run
 from leapalign.rewards import BUILT_IN
 from leapalign.rewards.adapt import described
-from leapalign.rewards.base import DescribedReward, RewardConfig
+from leapalign.rewards.base import DescribedReward, Loads, RewardConfig
 from leapalign.rewards.custom import Custom
 from leapalign.storage.embedded import PREFIX
 
@@ -97,4 +97,4 @@ def _own(word: str) -> RewardConfig:
     found = getattr(module, name, None)
     if found is None:
         raise UserError(f"{word}: there is no {name!r} in the file{suggestion(name, vars(module))}")
-    return found() if hasattr(found, "load") else Custom(function=word)
+    return found() if isinstance(found, type) and isinstance(found, Loads) else Custom(function=word)

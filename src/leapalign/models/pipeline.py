@@ -221,7 +221,7 @@ def load_vae(folder: PipelineFolder, device: str, kind: str) -> Any:
 def load_chat_tokenizer(folder: PipelineFolder) -> Any:
     """Load the tokenizer. Raises UserError if it has no chat template."""
     tokenizer = load_component(folder, "tokenizer")
-    if not getattr(tokenizer, "chat_template", None):
+    if not tokenizer.chat_template:
         raise UserError(f"{folder.path / 'tokenizer'} has no chat template (chat_template.jinja); copy it completely")
     return tokenizer
 

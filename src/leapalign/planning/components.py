@@ -20,6 +20,7 @@ from leapalign.planning.sharding import ALONE, Rank
 from leapalign.planning.sources import Source
 from leapalign.run import Run
 from leapalign.storage.pipeline_folder import INDEX, TRANSFORMER, PipelineFolder
+from leapalign.tuning.base import QuantisesBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +120,9 @@ def _check_weights(folder: PipelineFolder) -> None:
 
 
 def quantization_of(run: Run) -> str:
-    kind = getattr(run.tuning, "quantization", "none")
-    return "" if kind == "none" else kind
+    """Return how the run quantises its base; empty if it does not."""
+    tuning = run.tuning
+    return tuning.quantization if isinstance(tuning, QuantisesBase) and tuning.quantization != "none" else ""
 
 
 def numbers_in(module: nn.Module) -> int:

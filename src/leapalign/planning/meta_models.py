@@ -7,7 +7,6 @@ attention choose the code that they choose on the CPU.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leapalign.errors import opening
+from leapalign.storage.components import component_class
 from leapalign.storage.pipeline_folder import Loading, PipelineFolder
 
 META = "meta"
@@ -60,7 +60,7 @@ def build_component(folder: PipelineFolder, name: str, dtype: torch.dtype | None
         return None
     library, class_name = folder.components[name]
     with opening(f"{folder.path / name}: its configuration makes no {class_name}", "copy the folder again, completely"):
-        kind = getattr(importlib.import_module(library), class_name)
+        kind = component_class(library, class_name)
         if not issubclass(kind, nn.Module):
             return kind.from_pretrained(folder.path / name, local_files_only=True)
         with torch.device(META):

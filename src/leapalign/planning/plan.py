@@ -18,6 +18,7 @@ import torch
 
 from leapalign.distributed.fsdp_frozen import check_names
 from leapalign.errors import UserError
+from leapalign.flow.graph import CheckpointsBlocks
 from leapalign.models.base import Conditioning
 from leapalign.models.pipeline import parse_dtype
 from leapalign.models.prompt_embeds.location import cache_plan, limit
@@ -171,7 +172,7 @@ def _smaller_graphs(plan: Plan, policy: Any) -> Sequence[str]:
     if not all(_fits(size - besides.get(phase, 0), plan.device) for phase, size in plan.phases.items()):
         return ()
     smaller = GRAPHS[GRAPHS.index(plan.graph) + 1 :]
-    return [graph for graph in smaller if graph != "blocks" or hasattr(policy, "enable_gradient_checkpointing")]
+    return [graph for graph in smaller if graph != "blocks" or isinstance(policy, CheckpointsBlocks)]
 
 
 def _advice(plan: Plan, peaks: dict[str, int]) -> str:

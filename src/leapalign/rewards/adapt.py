@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from leapalign.errors import UserError
-from leapalign.rewards.base import DescribedReward, Reward, RewardConfig, Source, Weightless, check_prompts
+from leapalign.rewards.base import DescribedReward, Loads, Reward, RewardConfig, Source, Weightless, check_prompts
 from leapalign.storage.token_limits import TooLong, sentence
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def described(config: RewardConfig) -> DescribedReward:
     """
     if isinstance(config, DescribedReward):
         return config
-    if isinstance(config, type) or not callable(getattr(config, "load", None)):
+    if isinstance(config, type) or not isinstance(config, Loads):
         raise UserError(f"reward: {config!r} is no reward; expected a dataclass with a method load(device, dtype)")
     return Described(config)
 

@@ -85,6 +85,13 @@ class Weightless:
     heads: tuple[str, ...] = ()  # submodules of `model` that compute in at least float32
 
 
+@runtime_checkable
+class Loads(Protocol):
+    """The only member that a user-defined reward's settings, or their class, must have."""
+
+    def load(self, device: str = "cpu", dtype: str = "float32") -> Callable[..., Tensor]: ...
+
+
 class RewardConfig(Protocol):
     """A reward's settings: a frozen, keyword-only dataclass that imports no torch before `load`."""
 

@@ -112,7 +112,7 @@ def disk_errors(out: Path, way_out: str) -> Iterator[None]:
         number = _errno(error)
         if number not in DISK_PROBLEMS:
             raise
-        place = getattr(error, "filename", None) or out
+        place = (error.filename if isinstance(error, OSError) else None) or out
         raise UserError(f"{place}: {DISK_PROBLEMS[number]}{_free(out, number)}; {way_out}") from error
 
 

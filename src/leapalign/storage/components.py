@@ -29,16 +29,21 @@ def load_component(folder: PipelineFolder, name: str, dtype: Any = None, quantiz
     if name == TRANSFORMER and folder.transformer_file:
         if quantization is not None:
             raise UserError(f"{folder.transformer_file}: a single file is not quantised; give the transformer's folder")
-        kind = getattr(importlib.import_module(library), class_name)
+        kind = component_class(library, class_name)
         model = load_single_file(kind, folder.transformer_file, folder.path / name, dtype)
         return _own_memory(model).eval().requires_grad_(False)
     with opening(f"{folder.path / name} cannot be opened as {class_name}", "copy the folder again, completely"):
-        kind = getattr(importlib.import_module(library), class_name)
+        kind = component_class(library, class_name)
         component, info = _from_pretrained(kind, folder.path / name, library, dtype, quantization)
     missing = sorted(info.get("missing_keys", ())) + sorted(map(str, info.get("mismatched_keys", ())))
     if missing:  # the libraries would initialise these at random and continue
         raise UserError(f"{folder.path / name} lacks {len(missing)} weights of {class_name}: {', '.join(missing[:3])}")
     return _own_memory(component) if name == TRANSFORMER and quantization is None else component
+
+
+def component_class(library: str, class_name: str) -> Any:
+    """Import a component's class from diffusers or transformers. Raises AttributeError if the library has no such."""
+    return getattr(importlib.import_module(library), class_name)
 
 
 def load_policy(folder: PipelineFolder, device: str, dtype: Any, quantization: Any = None) -> Any:
@@ -54,7 +59,7 @@ def _without_values(folder: PipelineFolder) -> Any:
     from accelerate import init_empty_weights
 
     library, class_name = folder.components[TRANSFORMER]
-    kind = getattr(importlib.import_module(library), class_name)
+    kind = component_class(library, class_name)
     with init_empty_weights(include_buffers=False):
         model = kind.from_config(kind.load_config(folder.path / TRANSFORMER))
     return model.eval().requires_grad_(False)

@@ -166,7 +166,7 @@ _SENTENCES: tuple[tuple[Callable[[set[str], int, list[Any]], bool], str], ...] =
         "the hub cannot be reached ({reason}): check network and proxy, or {elsewhere}",
     ),
     (
-        lambda kinds, status, causes: any(getattr(cause, "errno", None) == ENOSPC for cause in causes),
+        lambda kinds, status, causes: any(isinstance(cause, OSError) and cause.errno == ENOSPC for cause in causes),
         "the disk of the hub's cache is full ({cache}): make room, or set HF_HOME to a folder on another disk",
     ),
     (

@@ -7,7 +7,7 @@ check that no tensor is missing (it would stay on the meta device) or left over.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from leapalign.errors import UserError
 from leapalign.storage.safetensors_header import check_safetensors, read_header
@@ -15,6 +15,13 @@ from leapalign.storage.safetensors_header import check_safetensors, read_header
 LORA_MARKS = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.")
 # Prefixes of other components in checkpoints of a whole pipeline; these components are loaded from the folder instead.
 OTHER_COMPONENTS = ("first_stage_model.", "text_encoders.", "vae.", "conditioner.", "cond_stage_model.")
+
+
+@runtime_checkable
+class OpensSingleFile(Protocol):
+    """A class of diffusers that reads files with the key names of the model's authors."""
+
+    def from_single_file(self, *arguments: Any, **settings: Any) -> Any: ...
 
 
 def check_file(path: str) -> Path:
@@ -49,7 +56,7 @@ def load_single_file(kind: Any, file: Path, config_folder: Path, dtype: Any) -> 
     from torch import nn
 
     name = kind.__name__
-    if not hasattr(kind, "from_single_file"):
+    if not isinstance(kind, OpensSingleFile):
         raise UserError(f"transformer_file: diffusers opens no single file as {name}; leave it empty, give a folder")
     weights = {key: weight for key, weight in load_file(file).items() if not key.startswith(OTHER_COMPONENTS)}
     try:

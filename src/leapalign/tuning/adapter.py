@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from leapalign.errors import UserError
 from leapalign.seeds import generator
+from leapalign.tuning.quantization import Quantised
 
 ADAPTER = "default"  # peft's name of the one adapter that a policy has
 
@@ -149,7 +150,7 @@ def merged(policy: Any) -> Any:
     layers = lora_layers(policy)
     if not layers:
         return policy
-    if getattr(policy, "hf_quantizer", None) is not None:
+    if isinstance(policy, Quantised):
         raise UserError(
             "the adapter cannot be merged into a quantised base. If the run quantised it, `leapalign export RUN "
             "--format pipeline` merges it into the weights of the base's folder; if that folder is quantised itself, "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -59,4 +59,14 @@ class Tuning(Protocol):
 
         `model`, `saved` and `strength`: as in `load_tuned`.
         """
+        ...
+
+
+@runtime_checkable
+class QuantisesBase(Protocol):
+    """A way of tuning that can quantise the frozen base while it is loaded."""
+
+    @property
+    def quantization(self) -> str:
+        """Return "none", or a kind of leapalign.tuning.quantization."""
         ...

@@ -40,7 +40,9 @@ class FullFineTuning:
 
     def initialise(self, policy: Any, seed: int) -> None:
         """Change nothing: training begins at the folder's weights. Raises UserError if these are quantised."""
-        if getattr(policy, "hf_quantizer", None) is not None:
+        from leapalign.tuning.quantization import Quantised
+
+        if isinstance(policy, Quantised):
             raise UserError(QUANTISED)
 
     def in_update(self, policy: Any, seed: int, step: int) -> AbstractContextManager[None]:

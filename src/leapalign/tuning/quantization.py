@@ -7,11 +7,19 @@ arXiv 2305.14314), for which diffusers requires a GPU.
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from leapalign.errors import UserError
 
 PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}
+
+
+@runtime_checkable
+class Quantised(Protocol):
+    """A model that diffusers quantised while loading it, or loaded from a quantised folder: it holds its quantiser."""
+
+    @property
+    def hf_quantizer(self) -> Any: ...
 
 
 def quantization_config(kind: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from leapalign.errors import UserError
 from leapalign.flow.rollout import rollout
 from leapalign.models.diffusers_reference import as_ours, open_pipeline
 from leapalign.models.published import Published
+from leapalign.storage.components import component_class
 from leapalign.storage.pipeline_folder import (
     INDEX,
     TRANSFORMER,
@@ -75,7 +75,7 @@ def _check_component(component: Path, library: str, class_name: str) -> list[Che
 
     try:
         check_component(component, library, with_weights=False)
-        kind = getattr(importlib.import_module(library), class_name)
+        kind = component_class(library, class_name)
     except (UserError, AttributeError) as error:
         return [
             different(
@@ -105,7 +105,7 @@ def _check_tokenizer(folder: Path, name: str, components: dict[str, tuple[str, s
     if not isinstance(told, str) or told.removesuffix("Fast") != class_name.removesuffix("Fast"):
         return [different(name, "tokenizer", f"files of a {told}", class_name, remedy)]
     try:
-        kind = getattr(importlib.import_module(library), class_name)
+        kind = component_class(library, class_name)
         tokenizer = kind.from_pretrained(folder / name, local_files_only=True)
         again = tokenizer.decode(tokenizer(trial.prompt)["input_ids"], skip_special_tokens=True)
     except Exception as error:  # files of another tokenizer can make transformers raise anything
