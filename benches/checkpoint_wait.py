@@ -32,7 +32,7 @@ from shared import facts
 
 from leapalign.checkpoint import checkpoints
 from leapalign.checkpoint.async_writer import Saver
-from leapalign.checkpoint.checkpoints import Progress
+from leapalign.checkpoint.state import Progress
 from leapalign.recipes import shapeworld_leapalign
 from leapalign.training.direct import update
 from leapalign.training.engine import Engine, build

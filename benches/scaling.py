@@ -31,7 +31,7 @@ from shared import facts
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from leapalign.distributed.world import joined
+from leapalign.distributed.process_group import joined
 from leapalign.recipes import shapeworld_leapalign
 from leapalign.run import Run
 from leapalign.training import direct, loop

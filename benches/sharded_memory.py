@@ -31,7 +31,7 @@ from shared import facts
 from torch import Tensor, nn
 
 from leapalign.distributed.fsdp import shard
-from leapalign.distributed.world import joined
+from leapalign.distributed.process_group import joined
 from leapalign.flow.graph import inputs_only, own_backward
 from leapalign.recipes import shapeworld_leapalign
 

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from leapalign.checkpoint import checkpoints, formats
+from leapalign.checkpoint.state import digest, versions
 from leapalign.cli import main
 from leapalign.codec import dumps
 from leapalign.errors import UserError
 from leapalign.storage.atomic import disk_errors, refuse_links_out
 from leapalign.storage.files import sha256
-from leapalign.training import loop
+from leapalign.training import loop, session
 from leapalign.training.tracking import read_metrics
 
 
@@ -61,11 +62,11 @@ def damage(run, kind: str) -> None:
     elif kind == "unlisted":
         state = json.loads((folder / "state.json").read_text())
         del state["files"]["ema.safetensors"], state["self"]
-        (folder / "state.json").write_text(json.dumps(state | {"self": checkpoints._digest(state)}))
+        (folder / "state.json").write_text(json.dumps(state | {"self": digest(state)}))
     elif kind == "layout":
         state = json.loads((folder / "state.json").read_text()) | {"layout": "striped"}
         del state["self"]
-        (folder / "state.json").write_text(json.dumps(state | {"self": checkpoints._digest(state)}))
+        (folder / "state.json").write_text(json.dumps(state | {"self": digest(state)}))
 
 
 KINDS = {
@@ -160,7 +161,7 @@ def test_a_forged_checkpoint_whose_sums_are_right(trained):
     state = json.loads((folder / "state.json").read_text())
     del state["self"]
     state["files"][file.name] = sha256(file)
-    (folder / "state.json").write_text(json.dumps(state | {"self": checkpoints._digest(state)}))
+    (folder / "state.json").write_text(json.dumps(state | {"self": digest(state)}))
     with pytest.raises(
         UserError,
         match=r"damaged \(weights.safetensors is not a sound .*step-000002 is good",
@@ -181,7 +182,7 @@ def test_a_forged_optimizer_is_named(trained, old, new):
     state = json.loads((folder / "state.json").read_text())
     del state["self"]
     state["files"][file.name] = sha256(file)
-    (folder / "state.json").write_text(json.dumps(state | {"self": checkpoints._digest(state)}))
+    (folder / "state.json").write_text(json.dumps(state | {"self": digest(state)}))
     before = contents(Path(trained.out))
     with pytest.raises(UserError, match=rf"has {new.decode()} \[16\], which is no state of what the model trains"):
         loop.train(replace(trained, steps=6), resume=True)
@@ -205,7 +206,7 @@ def test_a_forged_state_is_named(trained, change):
     file = Path(trained.out) / "checkpoints" / "step-000004" / "state.json"
     state = json.loads(file.read_text()) | change
     del state["self"]
-    file.write_text(json.dumps(state | {"self": checkpoints._digest(state)}))
+    file.write_text(json.dumps(state | {"self": digest(state)}))
     with pytest.raises(UserError, match=rf"damaged \(state.json (says {next(iter(change))}|is of step 3)"):
         loop.train(replace(trained, steps=6), resume=True)
 
@@ -246,8 +247,8 @@ def test_another_model_is_refused_though_changes_are_allowed(trained, monkeypatc
 
 
 def test_other_versions_are_told(trained, monkeypatch, capsys):
-    newer = checkpoints.versions() | {"torch": "9.9"}
-    monkeypatch.setattr(checkpoints, "versions", lambda: newer)
+    newer = versions() | {"torch": "9.9"}
+    monkeypatch.setattr(session, "versions", lambda: newer)
     loop.train(replace(trained, steps=5), resume=True)
     assert "other versions, so numbers may differ in the last bits: torch: " in capsys.readouterr().err
 

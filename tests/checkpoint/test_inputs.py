@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file as read_tensors
 from safetensors.torch import save_file
 
-from leapalign.checkpoint import checkpoints, unchanged
+from leapalign.checkpoint import unchanged
 from leapalign.checkpoint.inputs import anchored, base_changes, differing, inputs_of
+from leapalign.checkpoint.state import digest
 from leapalign.codec import dumps, encode
 from leapalign.errors import UserError
 from leapalign.lookup.recipes import read_run
@@ -181,7 +182,7 @@ def test_older_checkpoints_without_a_record_resume(run, tmp_path):
     state = json.loads((folder / "state.json").read_text())
     for key in ("folder", "inputs", "derived", "self"):
         del state[key]
-    (folder / "state.json").write_text(json.dumps(state | {"self": checkpoints._digest(state)}))
+    (folder / "state.json").write_text(json.dumps(state | {"self": digest(state)}))
     (tmp_path / "run" / "inputs.json").unlink()
     assert resumed(run).summary["steps"] == 2
 

@@ -10,7 +10,7 @@ import torch
 
 from leapalign.checkpoint import checkpoints, formats
 from leapalign.checkpoint.async_writer import Copies, Saver
-from leapalign.checkpoint.checkpoints import Progress
+from leapalign.checkpoint.state import Progress
 from leapalign.errors import RunStopped, UserError
 from leapalign.training import direct, loop
 

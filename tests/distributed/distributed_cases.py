@@ -32,11 +32,12 @@ from distributed_models import GuidedSD3, networks, sd3_with_t5
 import tiny_pipelines
 from leapalign.checkpoint import checkpoints, sharded
 from leapalign.checkpoint.async_writer import Copies
-from leapalign.checkpoint.checkpoints import Progress
+from leapalign.checkpoint.state import Progress
 from leapalign.distributed import broadcast, fsdp_frozen
 from leapalign.distributed import prompts as rank_prompts
+from leapalign.distributed.process_group import joined
 from leapalign.distributed.tensors import whole
-from leapalign.distributed.world import World, joined
+from leapalign.distributed.world import World
 from leapalign.errors import NotFinite, RunInterrupted, RunStopped, UserError
 from leapalign.lookup.recipes import load_file
 from leapalign.methods import AlignProp, DRaFT, DRaFTLV, DRTune, LeapAlign, ReFL

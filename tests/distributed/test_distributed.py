@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from leapalign.checkpoint import checkpoints, formats, sharded
+from leapalign.checkpoint.state import digest
 from leapalign.errors import RunStopped, UserError
 from leapalign.run import Run
 from leapalign.training import loop
@@ -192,7 +193,7 @@ def damaged(out: Path, kind: str) -> None:
     if kind == "unlisted":
         state = json.loads((folder / "state.json").read_text())
         del state["files"][path.name], state["self"]
-        (folder / "state.json").write_text(json.dumps(state | {"self": checkpoints._digest(state)}))
+        (folder / "state.json").write_text(json.dumps(state | {"self": digest(state)}))
 
 
 DAMAGE = {

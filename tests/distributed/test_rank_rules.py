@@ -16,15 +16,9 @@ import tiny_pipelines
 from leapalign.distributed import fsdp_frozen, prompts
 from leapalign.distributed.choice import check_fits, choose
 from leapalign.distributed.fsdp import shard
-from leapalign.distributed.world import (
-    VARIABLES,
-    World,
-    check_geometry,
-    fingerprint,
-    joined,
-    unequal_forwards,
-    world_device,
-)
+from leapalign.distributed.process_group import VARIABLES, joined, world_device
+from leapalign.distributed.rank_rules import check_geometry, unequal_forwards
+from leapalign.distributed.world import World, fingerprint
 from leapalign.errors import UserError
 from leapalign.methods import AlignProp, DRaFT, DRaFTLV, DRTune, LeapAlign, ReFL
 from leapalign.models.z_image import ZImage

@@ -21,7 +21,7 @@ from PIL import Image
 from fuzz.given import PIPELINES, REWARDS
 from fuzz.sandbox import Change, Files, Input
 from fuzz.spoil import JUNK, damage, lying, misspelt, spoilt_bytes, spoilt_json
-from leapalign.checkpoint.checkpoints import _digest
+from leapalign.checkpoint.state import digest
 from leapalign.cli import COMMANDS
 
 CPU = ("--device", "cpu")
@@ -225,7 +225,7 @@ def _forged(files: Files, changes: tuple[Change, ...]) -> list[Change]:
             state.pop("self", None)
             if name in state["files"]:
                 state["files"][name] = hashlib.sha256(change.content).hexdigest()
-            told.append(Change(state_file, json.dumps(state | {"self": _digest(state)}).encode()))
+            told.append(Change(state_file, json.dumps(state | {"self": digest(state)}).encode()))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             continue
     return told

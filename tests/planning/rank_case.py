@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from leapalign.distributed.process_group import joined
 from leapalign.distributed.tensors import local
-from leapalign.distributed.world import joined
 from leapalign.planning.plan import make_plan
 from leapalign.recipes import RECIPES
 from leapalign.run import Run

@@ -7,7 +7,7 @@
 Frozen weights are not saved: the run's model is loaded again. Random state and position in the prompts are not saved,
 because randomness and prompt order are functions of (seed, step, sample, purpose), and the learning rate is a function
 of the step. state.json holds the step, counters, elapsed time, length of metrics.jsonl, versions, the configuration's
-hash, and the sha256 of every other file and of itself.
+hash, and the sha256 of every other file and of itself; `state.py` reads and checks it.
 
 `layout` in state.json is "whole" (one file per group) or "sharded" (files of each rank's shards). A checkpoint of any
 layout and number of ranks resumes on any other.
@@ -15,14 +15,11 @@ layout and number of ranks resumes on any other.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
-from importlib.metadata import version
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,32 +27,16 @@ import torch
 from leapalign import seeds
 from leapalign.checkpoint import formats, sharded
 from leapalign.checkpoint.sharded import Part, Writers, part_of
+from leapalign.checkpoint.state import UNREADABLE, Checkpoint, Progress, digest, is_good, verified, versions
 from leapalign.codec import encode
 from leapalign.distributed.tensors import Named, local
 from leapalign.errors import UserError
 from leapalign.run import Run, config_hash
 from leapalign.storage.atomic import clear_scratch, complete_folder, remove_folder, scratch_folder, write_text
-from leapalign.storage.files import PICKLES, sha256
-from leapalign.storage.safetensors_header import read_header
+from leapalign.storage.files import sha256
 
-PACKAGES = ("leapalign", "torch", "diffusers", "transformers", "safetensors")
 NEWEST = "newest.json"
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # errors from damaged files
 _NAME = re.compile(r"step-(\d{6,})")
-_RECORDS = {"run.json", "state.json"}
-
-
-@dataclass
-class Progress:
-    """How far a run has come: counters that its next step continues."""
-
-    step: int = 0  # updates done, including skipped ones
-    samples: int = 0  # training prompts read by these updates
-    skipped: int = 0  # updates without gradient
-    nonfinite_batches: int = 0  # skipped updates with NaN or infinity
-    seconds: float = 0.0  # spent in all processes so far
-    metrics_bytes: int = 0  # length of metrics.jsonl after these steps
-    changes: list[dict[str, Any]] = field(default_factory=list)  # {"step", "changes"}: settings changed on resuming
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,15 +56,6 @@ class Snapshot:
     @property
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for named in self.tensors.values() for t in named.values())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """A checkpoint on disk whose checksums match."""
-
-    folder: Path
-    state: dict[str, Any]
-    record: dict[str, Any]  # the content of its run.json
 
 
 def take(
@@ -138,7 +110,7 @@ def _write(target: Path, snapshot: Snapshot, before_rename: Callable[[], None]) 
             "versions": versions(),
             "files": files | {"run.json": sha256(folder / "run.json")},
         }
-        (folder / "state.json").write_text(json.dumps(state | {"self": _digest(state)}, indent=2))
+        (folder / "state.json").write_text(json.dumps(state | {"self": digest(state)}, indent=2))
         before_rename()
 
 
@@ -163,7 +135,7 @@ def read(run: Run, name: str = "") -> Checkpoint | None:
         return None
     chosen = folder / (name or names[-1])
     try:
-        return _verified(chosen)
+        return verified(chosen)
     except UNREADABLE as error:
         raise UserError(f"{chosen}: the checkpoint is damaged ({error}); {_way_out(run, chosen)}") from None
 
@@ -204,71 +176,8 @@ def complete(run: Run) -> list[Path]:
     return sorted((p for p in _folder(run).glob("step-*") if _NAME.fullmatch(p.name)), key=_step)
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of packages that the numbers depend on."""
-    return {package: version(package) for package in PACKAGES}
-
-
-def _verified(folder: Path) -> Checkpoint:
-    """Open a checkpoint and compare its checksums. Raises one of `UNREADABLE` if it is damaged."""
-    state = json.loads((folder / "state.json").read_text())
-    own = state.pop("self")
-    if own != _digest(state):
-        raise ValueError("state.json has other bytes than were written")
-    expected = formats.tensor_files(state) | _RECORDS
-    present = {path.name for path in folder.iterdir()}
-    if odd := (set(state["files"]) | {"state.json"}) ^ expected or expected - present:
-        raise ValueError(f"{min(odd)} is missing or unknown")
-    if pickles := sorted(name for name in present if PurePosixPath(name).suffix in PICKLES):
-        raise ValueError(f"{pickles[0]} is no part of a checkpoint; pickled files are never opened, remove it")
-    for name, digest in state["files"].items():
-        if sha256(folder / name) != digest:
-            raise ValueError(f"{name} has other bytes than were written")
-    for file in sorted(folder.glob("*.safetensors")):
-        _check_sound(file)  # a checksum shows later changes, not that the file was sound when it was written
-    record = json.loads((folder / "run.json").read_text())
-    if not isinstance(record, dict):
-        raise ValueError("run.json is no object")
-    state = _completed(state, record)
-    _check_progress(state, _step(folder))
-    return Checkpoint(folder=folder, state=state, record=record)
-
-
-def _completed(state: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """Add counters that older versions did not write: samples, and non-finite batches under their present name."""
-    if "samples" in state:
-        return state
-    former = {"samples": state["step"] * record["batch_size"], "nonfinite_batches": state.get("bad_batches", 0)}
-    return former | state
-
-
-def _check_progress(state: dict[str, Any], step: int) -> None:
-    """Check the counters' types and ranges, and that the step is the one in the folder's name. Raises ValueError."""
-    for each in fields(Progress):
-        value, known = state[each.name], getattr(Progress(), each.name)
-        kinds = (int, float) if isinstance(known, float) else (type(known),)
-        if type(value) not in kinds or (not isinstance(value, list) and not 0 <= value < math.inf):
-            raise ValueError(f"state.json says {each.name} {value!r}")
-    if state["step"] != step:
-        raise ValueError(f"state.json is of step {state['step']}")
-
-
-def _check_sound(file: Path) -> None:
-    try:
-        read_header(file)
-    except ValueError as error:
-        raise ValueError(f"{file.name} {error}") from error
-
-
-def _is_good(folder: Path) -> bool:
-    try:
-        return bool(_verified(folder))
-    except UNREADABLE:
-        return False
-
-
 def _way_out(run: Run, bad: Path | None) -> str:
-    good = next((path for path in reversed(complete(run)) if path != bad and _is_good(path)), None)
+    good = next((path for path in reversed(complete(run)) if path != bad and is_good(path)), None)
     if good is None:
         return f"no other one is good: train again, `leapalign train {run.out}/run.json --out ANOTHER`"
     return f"{good.name} is good: `leapalign resume {run.out} --checkpoint {good.name}` goes on from it"
@@ -288,10 +197,6 @@ def _refuse_deleted(run: Run, name: str, names: list[str]) -> None:
         raise UserError(f"{marker}: not readable ({error}); remove it to resume from the newest folder") from None
     if gone:
         raise UserError(f"{marker.parent / newest}: this checkpoint was there and is gone; {_way_out(run, None)}")
-
-
-def _digest(state: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _free_name(path: Path) -> Path:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from leapalign import seeds
-from leapalign.checkpoint.checkpoints import Checkpoint
 from leapalign.checkpoint.inputs import anchored, differing, inputs_of
+from leapalign.checkpoint.state import Checkpoint
 from leapalign.codec import classes_in, decode, encode
 from leapalign.errors import UserError
 from leapalign.run import Run, differences, trajectory

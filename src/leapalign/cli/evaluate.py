@@ -82,7 +82,7 @@ def evaluate_command(argv: list[str]) -> None:
 
 def _evaluate(flags: EvaluateFlags) -> dict[str, Any]:
     """Return the evaluation as JSON values; with --against, a comparison in which --against is "before"."""
-    from leapalign.distributed.world import resolve_device
+    from leapalign.distributed.process_group import resolve_device
     from leapalign.evaluation.statistics import compare, report
 
     prompts = prompts_of(flags.prompts or ShapeWorldPrompts.name, flags.per_task).load()

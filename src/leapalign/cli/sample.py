@@ -56,7 +56,7 @@ def sample_command(argv: list[str]) -> None:
 
 def _sample(flags: SampleFlags) -> list[dict[str, Any]]:
     """Write the images in GenEval's layout; return [{"prompt", "path"}], one per image."""
-    from leapalign.distributed.world import resolve_device
+    from leapalign.distributed.process_group import resolve_device
     from leapalign.evaluation.image_folder import image_paths, refuse_existing
     from leapalign.evaluation.sampling import Sampling, draw_files
     from leapalign.models.pipeline import tell_longer_prompts

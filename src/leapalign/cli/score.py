@@ -56,7 +56,7 @@ def score_command(argv: list[str]) -> None:
 
 def _score(flags: ScoreFlags) -> list[Row]:
     """Return one row per image, in the given order; None for a generated text without a number."""
-    from leapalign.distributed.world import resolve_device
+    from leapalign.distributed.process_group import resolve_device
 
     configs = {word: reward_config(word) for word in flags.reward}
     prompts = _prompts(flags)

@@ -55,7 +55,7 @@ def verify_command(argv: list[str]) -> int:
 
 def _verify(flags: VerifyFlags) -> dict[str, Any]:
     """Return {"source", "kind", "good", "checks"}. Raises UserError if nothing can be checked."""
-    from leapalign.distributed.world import resolve_device
+    from leapalign.distributed.process_group import resolve_device
     from leapalign.verification.files import read_hashes
     from leapalign.verification.rewards import check_reward
 

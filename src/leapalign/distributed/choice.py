@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from leapalign.distributed.world import World, unequal_forwards
+from leapalign.distributed.rank_rules import unequal_forwards
+from leapalign.distributed.world import World
 from leapalign.errors import UserError
 from leapalign.models.prompt_embeds.location import gigabytes
 from leapalign.run import Run

@@ -1,8 +1,9 @@
-"""Data-parallel training over torch.distributed: the ranks of a run, started by torchrun.
+"""Data-parallel training over torch.distributed: a rank, and the collectives that ranks use.
 
 Each update's batch is cut into rounds of micro_batch_size x ranks neighbouring samples, of which every rank takes a
 contiguous part. Prompts, noise and draws are functions of (seed, step, sample), independent of the rank. One process
-runs the same code with a `World` of size 1 and no process group.
+runs the same code with a `World` of size 1 and no process group. `process_group.py` opens the group; `rank_rules.py`
+says which numbers of ranks a run can have.
 
 Ranks agree on every event that changes the trajectory: a NaN, a skipped update, a signal, the time limit. A rank that
 ends with an error prints it; torchrun's agent, or the broken connection, ends the others.
@@ -12,11 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -25,14 +24,11 @@ from torch import Tensor, nn
 
 from leapalign.codec import encode
 from leapalign.distributed.tensors import Named
-from leapalign.errors import RunInterrupted, RunStopped, UserError
-from leapalign.run import Run, config_hash, nearest, nearest_multiples
+from leapalign.errors import RunStopped, UserError
+from leapalign.run import Run, config_hash
 
 Item = TypeVar("Item")
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-TIMEOUT = timedelta(minutes=30)  # of one collective; longer than the longest save for which other ranks wait
 BUCKET = 2**26  # bytes of gradients in one all-reduce
-BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket", "Timed out waiting")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,144 +169,3 @@ def sum_gradients(world: World, parameters: Mapping[str, Tensor]) -> None:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             grads.append(p.grad)
     world.sum_(grads)
-
-
-@contextmanager
-def joined(run: Run) -> Iterator[World]:
-    """Yield the world that torchrun's environment describes, with its process group open inside the block.
-
-    An existing process group is used and left open. Raises UserError if the run's batch does not fit the ranks.
-    """
-    ours = not dist.is_initialized()
-    world = _from_environment() if ours else _from_environment(dist.get_rank())
-    check_geometry(run, world)
-    if world.size == 1:
-        yield world
-        return
-    if ours:
-        _begin(run, world)
-    try:
-        yield world
-    except RunInterrupted as end:  # agreed on, so all ranks are here
-        end.elsewhere = not world.main
-        if ours:
-            dist.destroy_process_group()
-        raise
-    except RuntimeError as error:
-        if _is_broken(error):
-            raise RunStopped(
-                f"rank {world.rank}: the exchange with another rank broke off ({str(error).splitlines()[0]}); that "
-                "rank has ended, and its own message says why"
-            ) from error
-        raise
-    # after an error the group stays open until the process ends: closing it could wait for ranks that are gone
-    if ours:
-        dist.destroy_process_group()
-
-
-def _begin(run: Run, world: World) -> None:
-    """Open the process group: gloo for CPU tensors and agreement, nccl for CUDA tensors."""
-    device = world_device(run.device, world)  # with the rank's index for a GPU: cuda:LOCAL_RANK
-    on_gpu = device.startswith("cuda")
-    if on_gpu:
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=world.rank, world_size=world.size, timeout=TIMEOUT
-    )
-
-
-def _is_broken(error: RuntimeError) -> bool:
-    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in BROKEN)
-
-
-def _from_environment(rank: int | None = None) -> World:
-    """Read torchrun's variables. Raises UserError if some are missing or are not integers in range."""
-    names = VARIABLES[:4]
-    given = {name: os.environ[name] for name in VARIABLES if name in os.environ}
-    size_text = given.get("WORLD_SIZE", "1")
-    if rank is None and size_text == "1":
-        return World()
-    if missing := [name for name in VARIABLES if name not in given]:
-        raise UserError(
-            f"WORLD_SIZE is {size_text}, but {', '.join(missing)} is not set; start the ranks with "
-            "`torchrun --nproc-per-node N -m leapalign train RECIPE`, or unset WORLD_SIZE for one process"
-        )
-    try:
-        numbers = [int(given[name]) for name in names]
-    except ValueError:
-        raise UserError(f"{', '.join(f'{n}={given[n]!r}' for n in names)}: expected whole numbers") from None
-    if not (0 <= numbers[0] < numbers[1] and 0 <= numbers[2] < numbers[3] <= numbers[1]):
-        raise UserError(f"{', '.join(f'{n}={given[n]}' for n in names)}: expected ranks below their sizes")
-    return World(rank=numbers[0], size=numbers[1], local_rank=numbers[2], local_size=numbers[3])
-
-
-def world_device(name: str, world: World) -> str:
-    """Return this rank's device: `auto` and `cuda` mean cuda:LOCAL_RANK. Raises UserError if ranks would share one."""
-    if world.size == 1 or name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return name
-    if name not in ("auto", "cuda"):
-        raise UserError(f"device {name!r} would be that of all {world.size} ranks; use cuda (a device a rank) or cpu")
-    there = torch.cuda.device_count()
-    if world.local_rank >= there:
-        raise UserError(
-            f"rank {world.rank} is number {world.local_rank} on its machine, which has {there} CUDA devices; start at "
-            "most that many ranks (torchrun --nproc-per-node), or use --device cpu"
-        )
-    return f"cuda:{world.local_rank}"
-
-
-def resolve_device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r}: {str(error).splitlines()[0]}; use cpu, cuda or auto") from None
-    return name
-
-
-def check_geometry(run: Run, world: World) -> None:
-    """Raise UserError, with the nearest valid sizes, unless the batch is whole rounds of micro_batch_size x ranks."""
-    batch, micro, ranks = run.batch_size, run.micro_batch_size, world.size
-    if batch % (micro * ranks):
-        ways = [f"batch_size {nearest_multiples(batch, micro * ranks)}"]
-        if batch % ranks == 0:
-            ways.append(
-                f"micro_batch_size {nearest([m for m in range(1, batch + 1) if batch // ranks % m == 0], micro)}"
-            )
-        ways.append(f"{nearest([n for n in range(1, batch + 1) if batch // micro % n == 0], ranks)} ranks")
-        raise UserError(
-            f"batch_size {batch} is not made of rounds of {ranks} ranks with micro-batches of {micro}; "
-            f"use {', or '.join(ways)}"
-        )
-    if run.sharding in ("full", "hybrid") and (why := unequal_forwards(run, world)):
-        unit = micro * ranks
-        raise UserError(
-            f"sharding {run.sharding}: {why}; use samples_per_draw {nearest_multiples(run.samples_per_draw, unit)}, 0 "
-            "for the whole batch, or sharding replicate"
-        )
-    if run.shard_ranks and ranks > 1 and (run.shard_ranks > ranks or ranks % run.shard_ranks):
-        fits = [n for n in range(1, ranks + 1) if ranks % n == 0]
-        raise UserError(
-            f"shard_ranks {run.shard_ranks} does not divide {ranks} ranks; use {nearest(fits, run.shard_ranks)}"
-        )
-
-
-def unequal_forwards(run: Run, world: World) -> str:
-    """Explain why ranks would run different numbers of forwards or backwards in a round; empty if they would not.
-
-    Ranks with sharded weights gather each block together, so all must run it equally often.
-    """
-    unit = run.micro_batch_size * world.size
-    if run.samples_per_draw % unit == 0:
-        return ""
-    causes = {
-        f"the forwards of {run.method.name} depend on the draw": not run.method.same_forwards,
-        f"the forwards of {run.model.name} depend on the step": not run.model.same_forwards,
-        "gather_in_rollout gathers by the draw": run.gather_in_rollout,
-    }
-    why = " and ".join(cause for cause, applies in causes.items() if applies)
-    return why and (
-        f"{why}, and samples_per_draw {run.samples_per_draw} is not a multiple of the {unit} samples that "
-        f"{world.size} ranks work on at a time"
-    )

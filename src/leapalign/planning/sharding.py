@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from leapalign.distributed.choice import QUANTISED, choose, shared_by
 from leapalign.distributed.fsdp import repeated_blocks
-from leapalign.distributed.world import World, check_geometry
+from leapalign.distributed.rank_rules import check_geometry
+from leapalign.distributed.world import World
 from leapalign.errors import UserError
 from leapalign.run import Run
 

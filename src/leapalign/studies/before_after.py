@@ -108,7 +108,7 @@ def conduct(study: Study) -> dict[str, Any]:
 
 def evaluate_model(study: Study, load: Callable[[str, str], Any], words: str) -> Evaluation:
     """Evaluate a model, with rewards named as in summary.json; print progress on stderr."""
-    from leapalign.distributed.world import resolve_device
+    from leapalign.distributed.process_group import resolve_device
     from leapalign.evaluation.evaluate import evaluate
     from leapalign.evaluation.sampling import Sampling
     from leapalign.rewards.adapt import load_reward

@@ -21,9 +21,10 @@ from leapalign.distributed import broadcast
 from leapalign.distributed.choice import check_fits, choose
 from leapalign.distributed.fsdp import Shards
 from leapalign.distributed.fsdp_frozen import check_names, shard_rewards
+from leapalign.distributed.process_group import resolve_device, world_device
 from leapalign.distributed.prompts import prepare
 from leapalign.distributed.tensors import Named
-from leapalign.distributed.world import World, resolve_device, world_device
+from leapalign.distributed.world import World
 from leapalign.errors import UserError
 from leapalign.flow.graph import CheckpointsBlocks, with_graph
 from leapalign.flow.rollout import Velocity

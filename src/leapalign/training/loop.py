@@ -15,12 +15,13 @@ from typing import Any
 
 from leapalign.checkpoint import checkpoints
 from leapalign.checkpoint.async_writer import Saver
-from leapalign.checkpoint.checkpoints import Checkpoint, Progress
 from leapalign.checkpoint.inputs import FILE
 from leapalign.checkpoint.sharded import writers_of
+from leapalign.checkpoint.state import Checkpoint, Progress
 from leapalign.checkpoint.unchanged import check_derived, check_unchanged
 from leapalign.codec import dumps
-from leapalign.distributed.world import World, joined
+from leapalign.distributed.process_group import joined
+from leapalign.distributed.world import World
 from leapalign.errors import NotFinite, UserError
 from leapalign.flow.graph import CheckpointsBlocks
 from leapalign.run import Run

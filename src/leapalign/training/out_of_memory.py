@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from leapalign.distributed.rank_rules import unequal_forwards
 from leapalign.distributed.tensors import local
-from leapalign.distributed.world import World, unequal_forwards
+from leapalign.distributed.world import World
 from leapalign.errors import RunStopped, UserError, is_out_of_memory
 from leapalign.models.base import ImageSettings
 from leapalign.run import Run

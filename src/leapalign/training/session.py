@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from leapalign.checkpoint import checkpoints
 from leapalign.checkpoint.async_writer import Saver
-from leapalign.checkpoint.checkpoints import Checkpoint, Progress
 from leapalign.checkpoint.inputs import FILE
 from leapalign.checkpoint.sharded import Writers
+from leapalign.checkpoint.state import Checkpoint, Progress, versions
 from leapalign.errors import NotFinite, RunInterrupted, UserError
 from leapalign.run import Run, differences
 from leapalign.storage.atomic import refuse_links_out, refuse_other_kinds
@@ -115,7 +115,7 @@ def tell(
     if changes:
         progress.changes.append({"step": progress.step, "changes": changes})
         tracker.note("with changed settings:\n  " + "\n  ".join(changes))
-    if others := differences(origin.state["versions"], checkpoints.versions()):
+    if others := differences(origin.state["versions"], versions()):
         tracker.note("with other versions, so numbers may differ in the last bits: " + ", ".join(others))
     for path in aside:
         tracker.note(f"a later checkpoint is kept as {path.name}")

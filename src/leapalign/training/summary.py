@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from leapalign.checkpoint.checkpoints import Progress
+from leapalign.checkpoint.state import Progress
 from leapalign.run import Run
 from leapalign.storage.atomic import write_text
 from leapalign.training.tracking import read_metrics
