@@ -26,7 +26,8 @@ from leapalign.training.weights import trained_parameters
 from leapalign.tuning.full import FullFineTuning
 from leapalign.tuning.lora import LoRA
 
-HELPERS = {"base", "adapter", "targets", "files", "quantization", "start", "strength"}  # files that hold no way of tuning
+# Files that hold no way of tuning.
+HELPERS = {"base", "adapter", "targets", "files", "quantization", "start", "strength"}
 CASES: dict[str, Any] = {"full": FullFineTuning(), "lora": LoRA(rank=2, alpha=4.0)}
 PROMPTS = ["a red circle"]
 

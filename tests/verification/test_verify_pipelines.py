@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 import tiny_pipelines as tiny
-from hub_cache import lay_out
+from hub_cache import lay_out, share
 from leapalign.cli import main
 from leapalign.models import FAMILIES as MODEL_FAMILIES
 from leapalign.models import sd3
@@ -279,6 +279,11 @@ def test_hubs_cache_knows_the_hashes(sd3_folder: Path, tmp_path: Path, monkeypat
         ]
         assert any(c.state == "different" and str(file.relative_to(snapshot)) in c.came for c in wrong)
         blob.write_bytes(before)
+    share(snapshot / VAE)
+    (found,) = (
+        c for c in check_pipeline(SD3(path="org/tiny", max_sequence_length=5), TRIAL, None) if c.check == "hash"
+    )
+    assert found.came == f"{len(list(filter(Path.is_file, snapshot.rglob('*'))))} files"  # none of them unknown
 
 
 @pytest.mark.parametrize("family", ["flux2", "qwen-image", "z-image"])

@@ -7,6 +7,7 @@ All downloads use `snapshot_download`: unlike `hf_hub_download` it sends one req
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -17,6 +18,7 @@ from typing import Any, Literal
 from leapalign.errors import UserError
 
 RepoType = Literal["model", "dataset"]
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
@@ -97,6 +99,18 @@ def cached_folder(hub_id: str) -> Path | None:
 def commit_of(folder: Path) -> str:
     """Return the commit of a folder in the hub's cache; empty for any other folder."""
     return folder.name if folder.parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", folder.name) else ""
+
+
+def blob_hash(file: Path) -> str:
+    """Return the hash by which the hub's cache names a file: sha256, or git's for small files; empty if elsewhere.
+
+    A snapshot's file is a link to `blobs/HASH`, which may itself be a link into the store that repositories share.
+    """
+    while not (file.parent.name == "blobs" and _HASH.fullmatch(file.name)):
+        if not file.is_symlink():
+            return ""
+        file = Path(os.path.normpath(file.parent.resolve() / file.readlink()))
+    return file.name
 
 
 def explain(hub_id: str, error: Exception, repo_type: RepoType = "model") -> str:

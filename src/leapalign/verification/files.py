@@ -5,7 +5,6 @@ The class is built on the meta device from its config.json, so that no check nee
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +14,7 @@ from typing import Any
 
 from leapalign.errors import UserError
 from leapalign.storage.files import sha256
+from leapalign.storage.hub import blob_hash
 from leapalign.storage.pipeline_folder import is_variant, read_json
 from leapalign.storage.safetensors_header import Header, read_header
 from leapalign.verification.checks import Check, different, good, note, some
@@ -206,29 +206,21 @@ def check_hashes(part: str, root: Path, files: Iterable[Path], listed: Hashes | 
 
 
 def _check_blobs(part: str, root: Path, files: list[Path]) -> list[Check]:
-    recorded = {file: name for file in files if (name := _blob_name(file))}
+    """Compare files in the hub's cache with their names. Sends no request, as `hf cache verify` does."""
+    from huggingface_hub.utils.sha import git_hash
+
+    recorded = {file: name for file in files if (name := blob_hash(file))}
     if not recorded:
         remedy = "for a comparison give --hashes FILE, as `sha256sum` writes it"
         return [note(part, "hash", f"no hash is recorded for the {len(files)} files", remedy)]
     wrong = []
     for file, name in recorded.items():
-        found = sha256(file) if len(name) == 64 else _git_hash(file)
+        found = sha256(file) if len(name) == 64 else git_hash(file.read_bytes())  # git's only for small files
         if found != name:
             came = f"{file.relative_to(root)} has {found}"
             remedy = f"remove {file.resolve()} and fetch the model again"
             wrong.append(different(part, "hash", came, f"{name}, the hub's", remedy))
     return wrong or [good(part, "hash", f"{len(recorded)} files", "those that the hub recorded")]
-
-
-def _blob_name(file: Path) -> str:
-    """Return the hash that names a file in the hub's cache; empty for a file elsewhere."""
-    real = file.resolve()
-    return real.name if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", real.name) else ""
-
-
-def _git_hash(file: Path) -> str:
-    data = file.read_bytes()  # the hub uses git hashes for small files only
-    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def _weight_map(index: Path) -> dict[str, str]:

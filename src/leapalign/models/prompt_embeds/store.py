@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from leapalign.errors import UserError
 from leapalign.models.prompt_embeds.location import SCRATCH, CachePlan, free_bytes, limit, place, prune
+from leapalign.storage.hub import blob_hash
 from leapalign.storage.safetensors_header import read_header
 
 if TYPE_CHECKING:
@@ -160,9 +161,10 @@ def fingerprint(folder: Path, components: Iterable[str], root: Path) -> str:
 
 def file_hash(file: Path, root: Path) -> str:
     """Return a file's sha256: its blob name in the hub's cache, or the hash cached since its last change."""
+    known = blob_hash(file)
+    if len(known) == 64:
+        return known
     real = file.resolve()
-    if real.parent.name == "blobs" and len(real.name) == 64:
-        return real.name
     stat = real.stat()
     state = f"{real} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
     noted = root / "hashes" / hashlib.sha256(state.encode()).hexdigest()
