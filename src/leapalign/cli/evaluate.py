@@ -57,8 +57,7 @@ class EvaluateFlags:
     guidance: float = -1.0
     """Guidance scale; -1 = as in the run, or the family's usual scale."""
     strength: float = 1.0
-    """Of a run's tuning, from 0 to 2: the weights are base + strength (tuned - base). 0 = the base, 1 = as trained;
-    less keeps more of the base's variety. Does not apply to --against."""
+    """base + strength (tuned - base) of a run, from 0 to 2: 0 = the base, 1 = as trained; --against stays at 1."""
     batch_size: int = 64
     """Images at a time; changes memory and time only."""
     seed: int = 0

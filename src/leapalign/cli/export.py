@@ -37,8 +37,7 @@ class ExportFlags:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the transformer or the adapter; bfloat16 halves it and rounds each weight."""
     strength: float = 1.0
-    """Of the tuning, from 0 to 2: the weights are base + strength (tuned - base). 0 = the base, 1 = as trained;
-    less keeps more of the base's variety."""
+    """base + strength (tuned - base), from 0 to 2: 0 = the base, 1 = as trained; less keeps more variety."""
     json: bool = False
     """Print what was written as JSON on stdout."""
     plugin: tuple[str, ...] = ()

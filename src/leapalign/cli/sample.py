@@ -37,8 +37,7 @@ class SampleFlags:
     guidance: float = -1.0
     """Guidance scale; -1 = as in the run, or the family's usual scale."""
     strength: float = 1.0
-    """Of a run's tuning, from 0 to 2: the weights are base + strength (tuned - base). 0 = the base, 1 = as trained;
-    less keeps more of the base's variety."""
+    """base + strength (tuned - base) of a run, from 0 to 2: 0 = the base, 1 = as trained; less keeps more variety."""
     seed: int = 0
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"

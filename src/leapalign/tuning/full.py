@@ -72,7 +72,7 @@ class FullFineTuning:
         import torch
 
         tuned = self.load_tuned(model, saved, "cpu", "float32", strength)
-        tuned.policy.to(getattr(torch, dtype))
+        torch.nn.Module.to(tuned.policy, getattr(torch, dtype))  # diffusers' own `to` warns without a cause
         tuned.save(target)
 
 
