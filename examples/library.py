@@ -2,7 +2,7 @@
 
 import torch
 
-from leapalign import Hinge, LeapAlign, inputs_only, latent_gradient, rollout, sigma_grid
+from leapalign import Hinge, LeapAlign, Samples, inputs_only, latent_gradient, rollout, sigma_grid
 
 torch.manual_seed(0)
 rng = torch.Generator().manual_seed(0)
@@ -23,7 +23,7 @@ def score(latents, rows):  # rows: which samples of the batch (which prompts) th
 test_noise = torch.randn(256, 2, generator=rng)
 before = score(rollout(velocity, test_noise, sigmas), [])["closeness"].mean().item()
 for _ in range(150):
-    draws = method.draw(num_steps=10, rng=rng, noise=lambda n: torch.randn(n, 32, 2, generator=rng))
+    draws = method.draw(10, rng, Samples(count=32))
     surrogate = method(inputs_only(velocity), torch.randn(32, 2, generator=rng), sigmas, draws)
     result = latent_gradient(surrogate, score, {"closeness": Hinge(threshold=0.0)})  # max(0, lambda - r)
     surrogate.backward(result.grad)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from leapalign.flow.grids import sigma_grid
+from leapalign.methods.base import Samples
 from leapalign.methods.objective import Hinge, LatentGradient, latent_gradient
 
 DIM = 4
@@ -24,7 +25,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
         self.forwards.append(torch.is_grad_enabled())
-        h = self._block(lambda y: torch.tanh(y @ self.w1.T + sigma * self.u), x)
+        h = self._block(lambda y: torch.tanh(y @ self.w1.T + sigma[..., None] * self.u), x)
         return self._block(lambda y: torch.tanh(y @ self.w2.T) @ self.w3.T, h)
 
     def _block(self, block, x: Tensor) -> Tensor:
@@ -45,6 +46,10 @@ def noise(batch: int = 8, dtype: torch.dtype = torch.float64, seed: int = 1) -> 
 
 def grid(num_steps: int = 8, dtype: torch.dtype = torch.float64) -> Tensor:
     return sigma_grid(num_steps, 2.0, dtype)
+
+
+def samples(draw_noise=None, count: int = 8, **places) -> Samples:
+    return Samples(count=count, noise=draw_noise or (lambda n: noise(n * count).unflatten(0, (n, count))), **places)
 
 
 def rng(seed: int = 0) -> torch.Generator:

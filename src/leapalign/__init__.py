@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from leapalign.flow.grids import sigma_grid
     from leapalign.flow.rollout import rollout
     from leapalign.methods import AlignProp, DRaFT, DRaFTLV, DRTune, LeapAlign, ReFL
+    from leapalign.methods.base import Samples
     from leapalign.methods.objective import Hinge, latent_gradient
     from leapalign.models import SD3, Flux, Flux2Klein, QwenImage, ZImage
     from leapalign.prompts import (
@@ -55,6 +56,7 @@ _NAMES = {  # module -> the names that it offers; tests/cli/test_public_api.py c
     "flow.grids": ("sigma_grid",),
     "flow.rollout": ("rollout",),
     "methods": ("AlignProp", "DRTune", "DRaFT", "DRaFTLV", "LeapAlign", "ReFL"),
+    "methods.base": ("Samples",),
     "methods.objective": ("Hinge", "latent_gradient"),
     "models": ("SD3", "Flux", "Flux2Klein", "QwenImage", "ZImage"),
     "prompts": ("DrawBench", "GenEvalPrompts", "HPDv2", "MJHQ30k", "Prompt", "PromptFile", "ShapeWorldPrompts"),
@@ -102,6 +104,7 @@ __all__ = [
     "Run",
     "RunInterrupted",
     "RunStopped",
+    "Samples",
     "Sampling",
     "ShapeWorldPrompts",
     "UnifiedReward",

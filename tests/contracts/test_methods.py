@@ -14,7 +14,7 @@ import torch
 
 import leapalign.methods
 from leapalign.methods import AlignProp, DRaFT, DRaFTLV, DRTune, LeapAlign, ReFL
-from small_problem import Net, grid, noise, objective, rng
+from small_problem import Net, grid, noise, objective, rng, samples
 
 # one entry a config class: settings and a number of steps under which most draws have a gradient
 FIXTURES = {
@@ -68,7 +68,7 @@ def test_no_method_imports_torch():
 
 def call(method, net, x, seed: int):
     eps = torch.randn(5, *x.shape, generator=rng(9), dtype=x.dtype)
-    draws = method.draw(T, rng(seed), lambda n: eps[:n])
+    draws = method.draw(T, rng(seed), samples(lambda n: eps[:n], len(x)))
     return method(net, x, grid(T), draws), draws
 
 
@@ -110,8 +110,10 @@ def test_most_draws_have_a_gradient(method):
 def test_samples_do_not_see_each_other(method):
     """A sample's surrogate is the same in any company: nothing is averaged over the batch."""
     net, x = Net(), noise(4)
-    draws = method.draw(T, rng(2), lambda n: torch.zeros(n, *x.shape, dtype=x.dtype))
-    alone = method.draw(T, rng(2), lambda n: torch.zeros(n, *x[1:2].shape, dtype=x.dtype))
+    draws = method.draw(T, rng(2), samples(lambda n: torch.zeros(n, *x.shape, dtype=x.dtype), 4))
+    alone = method.draw(
+        T, rng(2), samples(lambda n: torch.zeros(n, *x[1:2].shape, dtype=x.dtype), 1, first=1, sharing=4)
+    )
     whole, single = method(net, x, grid(T), draws), method(net, x[1:2], grid(T), alone)
     rows = [1 + copy * 4 for copy in range(whole.copies)]
     torch.testing.assert_close(whole.x_hat[rows], single.x_hat, rtol=0, atol=1e-14)

@@ -131,6 +131,15 @@ def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]
         named[f"full, own draws, {graph}"] = lambda g=graph: compared(replace(own, graph=g), world, 3)
     for method in (DRaFT(num_last_steps=2), DRaFTLV()):
         named[f"full, own draws, {method.name}"] = lambda m=method: compared(replace(own, method=m), world)
+    pairs = LeapAlign(pairs_per_rollout=2, step_draws="stratified")
+    held = {"method": pairs, "anchor_weight": 20.0}
+    for name, run, steps in (("replicate", small, 3), ("replicate, real", real, 2), ("full", full, 2)):
+        named[f"{name}, anchored pairs"] = lambda r=run, n=steps: compared(replace(r, **held), world, n)
+    held_lora = replace(lora, sharding="full", **held)
+    named["full, lora, anchored pairs"] = lambda: compared(held_lora, world)
+    for graph in GRAPHS:
+        anchored = replace(full, anchor_weight=20.0, gather_in_rollout=True, graph=graph)
+        named[f"full, anchored, gathered, {graph}"] = lambda r=anchored: compared(r, world, 3)
     named["whole at a time"] = lambda: {g: whole_at_a_time(replace(full, graph=g), world) for g in GRAPHS}
     named["hybrid"] = lambda: compared(replace(real, sharding="hybrid", shard_ranks=max(1, world.size // 2)), world)
     halves = {"shard_ranks": max(1, world.size // 2), "async_checkpoints": False}

@@ -14,7 +14,7 @@ from leapalign.flow.rollout import rollout
 from leapalign.methods import DRaFT, LeapAlign
 from leapalign.methods.draft import DRaFTDraws
 from leapalign.methods.leapalign import LeapDraws, similarity_weight
-from small_problem import Net, grid, noise, objective, rng, train_once
+from small_problem import Net, grid, noise, objective, rng, samples, train_once
 
 T, K, J = 8, 6, 3
 
@@ -178,7 +178,7 @@ def test_weight_multiplies_each_samples_gradient():
 
 def draws_of(method, num_steps: int, count: int) -> list[tuple[int, ...]]:
     generator = rng()
-    return [method.draw(num_steps, generator, noise).steps for _ in range(count)]
+    return [method.draw(num_steps, generator, samples()).steps for _ in range(count)]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -223,8 +223,8 @@ def test_a_fixed_distance_stays_in_the_timestep_range():
 
 
 def test_the_same_generator_gives_the_same_draw():
-    assert LeapAlign().draw(25, rng(7), noise) == LeapAlign().draw(25, rng(7), noise)
-    assert len({LeapAlign().draw(25, rng(seed), noise) for seed in range(20)}) > 10
+    assert LeapAlign().draw(25, rng(7), samples()) == LeapAlign().draw(25, rng(7), samples())
+    assert len({LeapAlign().draw(25, rng(seed), samples()) for seed in range(20)}) > 10
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_the_same_generator_gives_the_same_draw():
 )
 def test_too_few_steps_are_refused_with_what_to_do(method, num_steps):
     with pytest.raises(UserError, match=r"leaps need .*raise the number of sampling steps"):
-        method.draw(num_steps, rng(), noise)
+        method.draw(num_steps, rng(), samples())
 
 
 @pytest.mark.parametrize("steps", [(3, 6), (3, 3), (6,), (6, 3, 1), (9, 3), (3, 0)])

@@ -17,7 +17,7 @@ from leapalign.methods.draft_lv import DRaFTLVDraws
 from leapalign.methods.drtune import DRTuneDraws
 from leapalign.methods.leapalign import LeapDraws
 from leapalign.methods.refl import ReFLDraws
-from small_problem import Net, grid, noise, objective, rng, train_once
+from small_problem import Net, grid, noise, objective, rng, samples, train_once
 
 T = 8
 EPS = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -134,7 +134,7 @@ def test_drtune_has_no_nested_jacobian():
 
 def drawn(method, num_steps: int, count: int = 600) -> list:
     generator = rng()
-    return [method.draw(num_steps, generator, noise) for _ in range(count)]
+    return [method.draw(num_steps, generator, samples()) for _ in range(count)]
 
 
 @pytest.mark.parametrize("num_steps, m", [(25, 11), (50, 22), (10, 4), (16, 7), (8, 4), (1, 1)])
@@ -168,7 +168,7 @@ def test_alignprop_draws_every_depth_from_none_to_all():
 
 def test_draft_lv_takes_its_noise_from_the_callers_seeds():
     asked = []
-    eps = DRaFTLV(num_copies=3).draw(T, rng(), lambda n: asked.append(n) or torch.ones(n, 2, 4)).eps
+    eps = DRaFTLV(num_copies=3).draw(T, rng(), samples(lambda n: asked.append(n) or torch.ones(n, 2, 4))).eps
     assert asked == [3] and torch.equal(eps, torch.ones(3, 2, 4))
 
 
@@ -177,9 +177,9 @@ def test_draft_lv_takes_its_noise_from_the_callers_seeds():
 
 @pytest.mark.parametrize("method, num_steps", [(DRaFT(num_last_steps=5), 4), (DRTune(num_training_steps=5), 4)])
 def test_more_training_steps_than_sampling_steps_are_refused(method, num_steps):
-    method.draw(5, rng(), noise)
+    method.draw(5, rng(), samples())
     with pytest.raises(UserError, match=r"has 4 steps.* more sampling steps"):
-        method.draw(num_steps, rng(), noise)
+        method.draw(num_steps, rng(), samples())
 
 
 @pytest.mark.parametrize(

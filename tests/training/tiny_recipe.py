@@ -86,7 +86,8 @@ class Tiny:
         def velocity(x, sigma):
             import torch
 
-            features = torch.cat([x.flatten(1), sigma.expand(len(x), 1), conditioning], dim=1)
+            times = sigma.reshape(-1, 1).expand(len(x), 1)  # one time, or one for each sample
+            features = torch.cat([x.flatten(1), times, conditioning], dim=1)
             return self.policy(features).view_as(x)
 
         return velocity

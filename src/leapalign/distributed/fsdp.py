@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -25,7 +25,6 @@ from leapalign.distributed.choice import QUANTISED, choose, shared_by
 from leapalign.distributed.tensors import whole
 from leapalign.distributed.world import World
 from leapalign.errors import UserError
-from leapalign.flow.rollout import Velocity
 from leapalign.run import Run
 from leapalign.tuning.quantization import Quantised
 
@@ -63,16 +62,15 @@ class Shards:
     gather_in_rollout: bool
     recomputation: Recomputation  # wraps a forward of the whole policy in the backward pass
 
-    def velocity(self, velocity: Velocity) -> Velocity:
-        """Return the velocity; with `gather_in_rollout`, a forward without graph keeps the weights gathered."""
-        if not self.gather_in_rollout:
-            return velocity
-
-        def gathered(x: Tensor, sigma: Tensor) -> Tensor:
+    def before_forward(self) -> None:
+        """With `gather_in_rollout`, a forward without graph keeps the weights gathered."""
+        if self.gather_in_rollout:
             self.policy.set_reshard_after_forward(torch.is_grad_enabled())
-            return velocity(x, sigma)
 
-        return gathered
+    def reshard(self) -> None:
+        """Free all gathered weights."""
+        for module in _groups(self.policy):
+            module.reshard()
 
     @contextmanager
     def rollout(self) -> Iterator[None]:
@@ -82,8 +80,7 @@ class Shards:
         finally:
             if self.gather_in_rollout:
                 self.policy.set_reshard_after_forward(True)
-                for module in _groups(self.policy):
-                    module.reshard()
+                self.reshard()
 
     def whole_policy(self, keep: bool, *, frozen: bool) -> nn.Module | None:
         """Gather the policy to the CPU: returned where `keep` is true, else None. Every rank must call it.

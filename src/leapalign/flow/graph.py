@@ -3,12 +3,15 @@
 Three settings with the same gradient: "all" keeps the whole graph, "blocks" the inputs of the model's blocks (the
 model's own gradient checkpointing, which the caller switches on), "inputs" only the model's inputs. In training each
 differentiated forward has its own backward under all three (`with_graph`).
+
+`recomputed` is for methods that know a velocity's value already: it runs no forward until the backward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from leapalign.flow.anchor import Anchor, apart
 from leapalign.flow.rollout import Velocity
 
 Around: TypeAlias = "Callable[[], AbstractContextManager[None]]"
@@ -39,12 +43,68 @@ class CheckpointsBlocks(Protocol):
     def enable_gradient_checkpointing(self) -> None: ...
 
 
-def with_graph(velocity: Velocity, graph: str, recomputation: Around = nullcontext) -> Velocity:
-    """Return the velocity for training with this setting of `graph`.
+@runtime_checkable
+class Recomputes(Protocol):
+    """A velocity whose known values can get their graph in the backward pass."""
 
-    `recomputation()` wraps every forward that "inputs" recomputes in the backward pass.
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor: ...
+
+    def recomputed(self, x: Tensor, sigma: Tensor, v: Tensor, share: float) -> Tensor:
+        """Return `v`, the value of this velocity at (x, sigma), with its graph; see the function `recomputed`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedVelocity:
+    """A velocity for training: each differentiated forward has its own backward, with the anchor's gradient."""
+
+    velocity: Velocity  # without settings of the graph
+    differentiated: Velocity  # the same, with activations kept as `graph` says
+    recomputation: Around = nullcontext  # wraps a forward that runs in the backward pass
+    anchor: Anchor | None = None
+    before: Callable[[], None] = lambda: None  # called before each forward of the rollout
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        self.before()
+        if not torch.is_grad_enabled():
+            return self.velocity(x, sigma)
+        v = self.differentiated(x, sigma)
+        return self.anchor.pull(self.again, self.velocity, x, sigma, v) if self.anchor else v
+
+    def recomputed(self, x: Tensor, sigma: Tensor, v: Tensor, share: float) -> Tensor:
+        nested = x.requires_grad
+        x = x if nested else x.detach().requires_grad_()  # autograd's condition for calling backward
+        return cast("Tensor", _Recomputed.apply(self, share, nested, x, sigma, v))
+
+    def again(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """Run the differentiated forward in the backward pass."""
+        with self.recomputation():
+            return own_backward(self.velocity)(x, sigma)
+
+
+def with_graph(
+    velocity: Velocity,
+    graph: str,
+    recomputation: Around = nullcontext,
+    anchor: Anchor | None = None,
+    before: Callable[[], None] = lambda: None,
+) -> TrainedVelocity:
+    """Return the velocity for training with this setting of `graph`; the other arguments: see `TrainedVelocity`."""
+    differentiated = inputs_only(velocity, recomputation) if graph == "inputs" else own_backward(velocity)
+    return TrainedVelocity(
+        velocity=velocity, differentiated=differentiated, recomputation=recomputation, anchor=anchor, before=before
+    )
+
+
+def recomputed(velocity: Velocity, x: Tensor, sigma: Tensor, v: Tensor, share: float = 1.0) -> Tensor:
+    """Return `v` [B, ...], the known value of `velocity(x, sigma)`, with the graph of that velocity.
+
+    The forward runs in the backward pass, with the weights of that time, and is freed there: nothing is kept but x,
+    sigma and v. `share`: factor on the anchor's gradient, 1 / M if M such terms are averaged.
+    As with `own_backward`, the gradient goes into the weights' .grad.
     """
-    return inputs_only(velocity, recomputation) if graph == "inputs" else own_backward(velocity)
+    trained = velocity if isinstance(velocity, Recomputes) else with_graph(velocity, "all")
+    return trained.recomputed(x, sigma, v, share)
 
 
 def own_backward(velocity: Velocity) -> Velocity:
@@ -115,3 +175,28 @@ class _OwnBackward(torch.autograd.Function):
         del ctx.x, ctx.v
         torch.autograd.backward(v, grad)
         return None, x.grad, None
+
+
+class _Recomputed(torch.autograd.Function):
+    """A known value, whose forward runs in the backward pass."""
+
+    @staticmethod
+    def forward(  # pyright: ignore
+        ctx: Any, trained: TrainedVelocity, share: float, nested: bool, x: Tensor, sigma: Tensor, v: Tensor
+    ) -> Tensor:
+        ctx.constants = (trained, share, nested, x.detach(), sigma)
+        return v.view_as(v)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        trained, share, nested, x, sigma = ctx.constants
+        x = x.requires_grad_()
+        with torch.enable_grad():
+            v = trained.again(x, sigma)
+        anchor, pull = trained.anchor, None
+        if anchor and (anchor.nested or not nested):
+            pull = anchor.gradient(trained.velocity, x, sigma, v, share)
+        torch.autograd.backward(v, grad if pull is None or nested else grad + pull)
+        if pull is not None and nested:
+            apart(trained.again, x, sigma, pull)
+        return None, None, None, x.grad, None, None

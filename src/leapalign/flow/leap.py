@@ -21,11 +21,16 @@ if TYPE_CHECKING:
 def leap(x: Tensor, v: Tensor, start: Tensor, end: Tensor) -> Tensor:
     """Predict the state at time `end` from `x` at time `start` in one step of rectified flow (Eqs. 3, 21, 22).
 
-    `x`, `v`: [B, ...]; `start`, `end`: 0-dim, in [0, 1]. The result has x's dtype.
+    `x`, `v`: [B, ...]; `start`, `end`: 0-dim or one per sample [B], in [0, 1]. The result has x's dtype.
     """
     if v.shape != x.shape:
         raise UserError(f"velocity: got shape {list(v.shape)} for a state of shape {list(x.shape)}; return one v per x")
-    return x - (start - end) * v.to(x.dtype)  # the model may run in bfloat16, the state never
+    return x - per_sample(start - end, x) * v.to(x.dtype)  # the model may run in bfloat16, the state never
+
+
+def per_sample(value: Tensor, x: Tensor) -> Tensor:
+    """Shape a value per sample [B] so that it multiplies x [B, ...]; a 0-dim value is returned as it is."""
+    return value.view(-1, *[1] * (x.ndim - 1)) if value.ndim else value
 
 
 def connect(x_hat: Tensor, x: Tensor) -> Tensor:

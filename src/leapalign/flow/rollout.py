@@ -1,7 +1,8 @@
 """The rollout: Euler steps of the probability-flow ODE from noise to image (arXiv 2604.15311, Sec. 3 and Algorithm 1).
 
 A grid `sigmas` [T + 1] is indexed by the number of remaining steps: sigmas[0] = 0 is the image, sigmas[T] the noise.
-A velocity is any callable `v(x [B, ...], sigma 0-dim) -> [B, ...]`, after guidance. Arithmetic is in x's dtype.
+A velocity is any callable `v(x [B, ...], sigma) -> [B, ...]`, after guidance; sigma is 0-dim, or one per sample [B] for
+methods that train each sample at its own steps. Arithmetic is in x's dtype.
 """
 
 from __future__ import annotations

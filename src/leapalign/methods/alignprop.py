@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from leapalign.errors import UserError
 from leapalign.flow.rollout import Velocity, grid_steps, rollout
-from leapalign.methods.base import Noise, Surrogate, uniform_integer
+from leapalign.methods.base import Samples, Surrogate, uniform_integer
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ class AlignProp:
     name: ClassVar[str] = "alignprop"
     same_forwards: ClassVar[bool] = False
 
-    def draw(self, num_steps: int, rng: torch.Generator, noise: Noise) -> AlignPropDraws:
+    def draw(self, num_steps: int, rng: torch.Generator, samples: Samples) -> AlignPropDraws:
         """Draw depth ~ U{0..T}."""
         return AlignPropDraws(uniform_integer(0, num_steps, rng))
 

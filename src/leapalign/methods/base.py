@@ -22,12 +22,32 @@ Noise: TypeAlias = "Callable[[int], Tensor]"
 Draws = TypeVar("Draws")
 
 
+def _no_noise(n: int) -> Tensor:
+    raise UserError("this method draws noise of its own: give Samples(noise=...), a function n -> [n, B, ...]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """The B samples of one call, as `Method.draw` needs to know them."""
+
+    count: int  # B
+    noise: Noise = _no_noise  # noise(n) -> standard normal [n, B, ...], a function of each sample
+    first: int = 0  # place of the first one among the samples that share `rng`
+    sharing: int = 0  # number of samples that share `rng`; 0 = these alone
+
+    @property
+    def rows(self) -> slice:
+        """Places of these samples among those that share `rng`."""
+        return slice(self.first, self.first + self.count)
+
+
 class Method(Protocol[Draws]):
     """A frozen dataclass of settings that is called as a function.
 
-    `draw` makes every random choice of one call from `rng` (and, for noise, from `noise(n)` -> standard normal
-    [n, B, ...]), so that a call is a function of its arguments. `__call__` takes the noise x_T [B, ...] and an
-    ascending grid [T + 1].
+    `draw` makes every random choice of one call from `rng` and `samples.noise`, so that a call is a function of its
+    arguments. Several calls may share one state of `rng`, for the micro-batches of a batch: what differs between
+    samples is drawn for all `samples.sharing` of them. `__call__` takes the noise x_T [B, ...] and an ascending grid
+    [T + 1].
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]  # so that dataclasses.replace() takes one
@@ -36,7 +56,7 @@ class Method(Protocol[Draws]):
     """True if every draw runs the same number of forwards, with and without graph: ranks with sharded weights, which
     gather together, may then have different draws."""
 
-    def draw(self, num_steps: int, rng: torch.Generator, noise: Noise) -> Draws: ...
+    def draw(self, num_steps: int, rng: torch.Generator, samples: Samples) -> Draws: ...
 
     def __call__(self, velocity: Velocity, x: Tensor, sigmas: Tensor, draws: Draws) -> Surrogate: ...
 

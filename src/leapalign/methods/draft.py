@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from leapalign.errors import UserError
 from leapalign.flow.rollout import Velocity, grid_steps, rollout
-from leapalign.methods.base import Noise, Surrogate, check_positive
+from leapalign.methods.base import Samples, Surrogate, check_positive
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ class DRaFT:
     def __post_init__(self) -> None:
         check_positive("DRaFT", "num_last_steps", self.num_last_steps)
 
-    def draw(self, num_steps: int, rng: torch.Generator, noise: Noise) -> DRaFTDraws:
+    def draw(self, num_steps: int, rng: torch.Generator, samples: Samples) -> DRaFTDraws:
         self._check(num_steps)
         return DRaFTDraws()
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from leapalign.errors import UserError
 from leapalign.flow.rollout import Velocity, euler_step, rollout
-from leapalign.methods.base import Noise, Surrogate, check_positive
+from leapalign.methods.base import Samples, Surrogate, check_positive
 
 if TYPE_CHECKING:
     import torch
@@ -38,9 +38,9 @@ class DRaFTLV:
     def __post_init__(self) -> None:
         check_positive("DRaFTLV", "num_copies", self.num_copies)
 
-    def draw(self, num_steps: int, rng: torch.Generator, noise: Noise) -> DRaFTLVDraws:
-        """Draw eps [n, B, ...] from `noise`, which is seeded per sample, so that micro-batches do not matter."""
-        return DRaFTLVDraws(noise(self.num_copies))
+    def draw(self, num_steps: int, rng: torch.Generator, samples: Samples) -> DRaFTLVDraws:
+        """Draw eps [n, B, ...], seeded per sample, so that micro-batches do not matter."""
+        return DRaFTLVDraws(samples.noise(self.num_copies))
 
     def __call__(self, velocity: Velocity, x: Tensor, sigmas: Tensor, draws: DRaFTLVDraws) -> Surrogate:
         """Run T + n forwards, 1 + n with graph; x_hat [(1 + n) B, ...] holds x_0, then the copies."""

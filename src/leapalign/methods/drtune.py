@@ -15,7 +15,7 @@ from leapalign.errors import UserError
 from leapalign.flow.leap import leap
 from leapalign.flow.rollout import Velocity, check_steps, euler_step, grid_steps, without_graph
 from leapalign.methods.base import (
-    Noise,
+    Samples,
     Surrogate,
     check_fraction,
     check_positive,
@@ -51,7 +51,7 @@ class DRTune:
         check_positive("DRTune", "num_training_steps", self.num_training_steps)
         check_fraction("DRTune", "early_stop", self.early_stop)
 
-    def draw(self, num_steps: int, rng: torch.Generator, noise: Noise) -> DRTuneDraws:
+    def draw(self, num_steps: int, rng: torch.Generator, samples: Samples) -> DRTuneDraws:
         """Draw s ~ U{1..T - (K-1) floor(T/K)}, t_min ~ U{1..m}, m = round(early_stop * T)."""
         highest = num_steps - (self.num_training_steps - 1) * self._spacing(num_steps)
         t_min = uniform_integer(1, early_stop_range(num_steps, self.early_stop), rng)

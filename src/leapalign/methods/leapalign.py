@@ -10,6 +10,10 @@ Our choices, where the paper states none:
 - `timestep_range` and `leap_distance` are fractions of the T step indices, not of sigma: the paper draws k and j from
   the indices {1..T}, so the meaning does not depend on the grid's shift.
 - `nested_only` with more than two leaps cuts the single-step term of the first leap alone.
+- `pairs_per_rollout` M: M sets of steps on one rollout, which share the reward's gradient at x_0; each has its own
+  weights by Eq. 12, and the M gradients are averaged. Its forwards run in the backward pass, on states that the rollout
+  kept: T + 6 M forwards in all for two leaps (a backward counts as two), against (T + 4) M for M rollouts.
+- `step_draws`: the paper leaves open which samples share (k, j); ours share one by default.
 Departures: the hinge (text) instead of Algorithm 1's plain reward, see objective.py; rounding, see flow/leap.py.
 """
 
@@ -20,9 +24,9 @@ from math import floor
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
 
 from leapalign.errors import UserError
-from leapalign.flow.leap import connect, discount, leap, mean_distance
+from leapalign.flow.leap import connect, discount, leap, mean_distance, per_sample
 from leapalign.flow.rollout import Velocity, check_steps, euler_step, grid_steps, without_graph
-from leapalign.methods.base import Noise, Surrogate, check_positive, uniform_integer
+from leapalign.methods.base import Samples, Surrogate, check_positive, uniform_integer
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 
 Weighting = Literal["both", "d_j", "d_0", "none"]
 RewardInput = Literal["x_0", "x_hat"]
+StepDraws = Literal["shared", "per-sample", "stratified"]
 
 
 class LeapTrajectory(NamedTuple):
@@ -60,6 +65,47 @@ def leap_trajectory(
     return LeapTrajectory(x, x_hat, distances)
 
 
+def replayed_leaps(
+    velocity: Velocity, x: Tensor, sigmas: Tensor, steps: Tensor, alpha: float, nested_only: bool = False
+) -> list[LeapTrajectory]:
+    """Roll out `x` = x_T in T forwards without graph; then join leaps at the kept states, for M sets of steps.
+
+    `steps` [M, n, B], or [M, n, 1] if all samples leap at the same ones; noisiest first. Values and gradients are those
+    of `leap_trajectory`, but a differentiated forward runs in the backward pass (`leapalign.flow.graph.recomputed`).
+    """
+    from leapalign.flow.graph import recomputed
+
+    x_0, states, velocities = _kept_states(velocity, x, sigmas, steps)
+    starts = sigmas[steps]  # [M, n, B]
+    ends = sigmas.new_zeros(starts.shape)
+    ends[:, :-1] = starts[:, 1:]
+    trajectories = []
+    for m in range(len(steps)):
+        x_hat, distances = states[m, 0], []
+        for i, (state, v, start, end) in enumerate(zip(states[m], velocities[m], starts[m], ends[m])):
+            start, end = (time.squeeze() if len(time) == 1 else time for time in (start, end))  # 0-dim if shared
+            x_t = connect(x_hat, state) if i else state
+            v = recomputed(velocity, discount(x_t, alpha) if i else x_t, start, v, share=1 / len(steps))
+            x_hat = leap(x_t.detach() if nested_only and i == 1 else x_t, v, start, end)
+            distances.append(mean_distance(states[m, i + 1] if i + 1 < len(states[m]) else x_0, x_hat))
+        trajectories.append(LeapTrajectory(x_0, x_hat, distances))
+    return trajectories
+
+
+def _kept_states(velocity: Velocity, x: Tensor, sigmas: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Roll out without graph; return x_0 [B, ...], and states and velocities [M, n, B, ...] at the samples' steps."""
+    import torch
+
+    kept = x.new_zeros(*steps.shape[:2], *x.shape)
+    states, velocities = kept, kept
+    for t in range(grid_steps(sigmas, x), 0, -1):
+        v = without_graph(velocity, x, sigmas[t])
+        here = (steps == t).view(*steps.shape, *[1] * (x.ndim - 1))  # without indexing, for which a GPU would wait
+        states, velocities = torch.where(here, x, states), torch.where(here, v.to(x.dtype), velocities)
+        x = euler_step(x, v, sigmas[t], sigmas[t - 1])
+    return x, states, velocities
+
+
 def similarity_weight(distances: list[Tensor], tau: float, weighting: Weighting) -> Tensor:
     """Return w_sim = 1 / (max(d_j, tau) + max(d_0, tau)) [B] (Eq. 12), or its ablations (Fig. 4d). Distances: [B]."""
     chosen = {"both": distances, "d_j": distances[:-1], "d_0": distances[-1:], "none": []}[weighting]
@@ -72,6 +118,12 @@ class LeapDraws(NamedTuple):
     """The step indices that leap, noisiest first: (k, j) for two leaps."""
 
     steps: tuple[int, ...]
+
+
+class LeapSets(NamedTuple):
+    """Several sets of step indices: [M, n, B], or [M, n, 1] if the samples share them; noisiest first along n."""
+
+    steps: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +150,71 @@ class LeapAlign:
     nested_only: bool = False  # Eq. 14
     """Train the first leap through the nested gradient only."""
 
+    pairs_per_rollout: int = 1  # M
+    """Sets of steps (pairs k > j) that share a rollout and the reward's gradient; their gradients are averaged."""
+    step_draws: StepDraws = "shared"
+    """Steps drawn for all samples that share a draw, for each sample, or for each with all steps equally often."""
+
     def __post_init__(self) -> None:
         check_positive("LeapAlign", "num_leaps", self.num_leaps)
+        check_positive("LeapAlign", "pairs_per_rollout", self.pairs_per_rollout)
         _check_numbers(self)
         _check_choices(self)
 
-    def draw(self, num_steps: int, rng: torch.Generator, noise: Noise) -> LeapDraws:
-        """Draw n different step indices, uniform in the timestep range, or evenly spaced from a uniform lowest one."""
+    def draw(self, num_steps: int, rng: torch.Generator, samples: Samples) -> LeapDraws | LeapSets:
+        """Draw n different step indices, uniform in the timestep range, or evenly spaced from a uniform lowest one.
+
+        M sets, or sets for each sample, are independent, or stratified: in every round of as many sets as hold the
+        steps of the range once, each step occurs once (up to n - 1 are left over at random).
+        """
+        first, last, spacing = self._range(num_steps)
+        if self.step_draws == "shared":
+            sets = [self._one_set(first, last, spacing, rng) for _ in range(self.pairs_per_rollout)]
+            return LeapDraws(sets[0]) if len(sets) == 1 else LeapSets(_tensor(sets)[:, :, None])
+        count = self.pairs_per_rollout * (samples.sharing or samples.count)
+        if self.step_draws == "stratified":
+            sets = _stratified(first, last, self.num_leaps, spacing, count, rng)
+        else:
+            sets = [self._one_set(first, last, spacing, rng) for _ in range(count)]
+        steps = _tensor(sets).unflatten(0, (-1, self.pairs_per_rollout))  # [samples, M, n]
+        return LeapSets(steps[samples.rows].permute(1, 2, 0).contiguous())
+
+    def __call__(self, velocity: Velocity, x: Tensor, sigmas: Tensor, draws: LeapDraws | LeapSets) -> Surrogate:
+        """Run T forwards, n with graph; LeapSets: T, and M n in the backward pass.
+
+        Metrics: the steps k, j (j1, j2, ... for more leaps), d_j and d_0 [B]; for several sets their means.
+        """
+        if isinstance(draws, LeapSets):
+            return self._of_sets(velocity, x, sigmas, draws.steps.to(x.device))
+        steps = draws.steps
+        self._check_draws(steps, grid_steps(sigmas, x))
+        x_0, x_hat, distances = leap_trajectory(velocity, x, sigmas, steps, self.nested_scale, self.nested_only)
+        return Surrogate(
+            x_hat=connect(x_hat, x_0) if self.reward_input == "x_0" else x_hat,  # Eq. 7
+            weight=similarity_weight(distances, self.distance_floor, self.weighting),
+            x_0=x_0,
+            metrics=_metrics([distances[0].new_full((), t) for t in steps], distances),
+        )
+
+    def _of_sets(self, velocity: Velocity, x: Tensor, sigmas: Tensor, steps: Tensor) -> Surrogate:
+        """Average the M gradients, each with its own weights: x_hat carries sum_m w_m dx_hat_m / sum_m w_m."""
+        import torch
+
+        trajectories = replayed_leaps(velocity, x, sigmas, steps, self.nested_scale, self.nested_only)
+        weights = [similarity_weight(t.distances, self.distance_floor, self.weighting) for t in trajectories]
+        total = torch.stack(weights).sum(0)
+        predictions = [per_sample(w / total, x) * t.x_hat for w, t in zip(weights, trajectories)]
+        x_0, x_hat = trajectories[0].x_0, sum(predictions[1:], predictions[0])
+        distances = [torch.stack(each).mean(0) for each in zip(*(t.distances for t in trajectories))]
+        return Surrogate(
+            x_hat=connect(x_hat, x_0) if self.reward_input == "x_0" else x_hat,
+            weight=total / len(weights),
+            x_0=x_0,
+            metrics=_metrics(list(steps.to(x.dtype).mean((0, 2))), distances),
+        )
+
+    def _range(self, num_steps: int) -> tuple[int, int, int]:
+        """Return the first and the last step that may leap, and the spacing of leaps (1 if drawn at random)."""
         low, high = (floor(share * num_steps + 1e-9) for share in self.timestep_range)  # 0.29 * 100 is 28.999…
         spacing = max(1, round(self.leap_distance * num_steps)) if self.leap_distance else 1
         span = (self.num_leaps - 1) * spacing  # between the first leap and the last
@@ -114,22 +224,13 @@ class LeapAlign:
                 f"{num_steps} sampling steps holds {max(0, high - low)}; raise the number of sampling steps, widen "
                 "timestep_range, or lower num_leaps or leap_distance"
             )
-        if self.leap_distance:
-            last = uniform_integer(low + 1, high - span, rng)
-            return LeapDraws(tuple(last + i * spacing for i in reversed(range(self.num_leaps))))
-        return LeapDraws(_without_replacement(low + 1, high, self.num_leaps, rng))
+        return low + 1, high, spacing
 
-    def __call__(self, velocity: Velocity, x: Tensor, sigmas: Tensor, draws: LeapDraws) -> Surrogate:
-        """Run T forwards, n with graph. Metrics: the steps k, j (j1, j2, ... for more leaps), d_j and d_0 [B]."""
-        steps = draws.steps
-        self._check_draws(steps, grid_steps(sigmas, x))
-        x_0, x_hat, distances = leap_trajectory(velocity, x, sigmas, steps, self.nested_scale, self.nested_only)
-        return Surrogate(
-            x_hat=connect(x_hat, x_0) if self.reward_input == "x_0" else x_hat,  # Eq. 7
-            weight=similarity_weight(distances, self.distance_floor, self.weighting),
-            x_0=x_0,
-            metrics=_metrics(steps, distances),
-        )
+    def _one_set(self, first: int, last: int, spacing: int, rng: torch.Generator) -> tuple[int, ...]:
+        if not self.leap_distance:
+            return _without_replacement(first, last, self.num_leaps, rng)
+        lowest = uniform_integer(first, last - (self.num_leaps - 1) * spacing, rng)
+        return tuple(lowest + i * spacing for i in reversed(range(self.num_leaps)))
 
     def _check_draws(self, steps: tuple[int, ...], num_steps: int) -> None:
         check_steps(steps, num_steps)
@@ -145,9 +246,34 @@ def _without_replacement(low: int, high: int, count: int, rng: torch.Generator) 
     return tuple(sorted((low + int(i) for i in order[:count]), reverse=True))
 
 
-def _metrics(steps: tuple[int, ...], distances: list[Tensor]) -> dict[str, Tensor]:
+def _stratified(
+    first: int, last: int, leaps: int, spacing: int, count: int, rng: torch.Generator
+) -> list[tuple[int, ...]]:
+    """Draw `count` sets so that the steps first..last occur equally often; see `LeapAlign.draw`."""
+    import torch
+
+    sets: list[tuple[int, ...]] = []
+    while len(sets) < count:
+        if spacing == 1:
+            order = torch.randperm(last - first + 1, generator=rng, device=rng.device).tolist()
+            chunks = [order[i : i + leaps] for i in range(0, len(order) - leaps + 1, leaps)]
+            sets += [tuple(sorted((first + i for i in chunk), reverse=True)) for chunk in chunks]
+        else:
+            starts = torch.randperm(last - first + 1 - (leaps - 1) * spacing, generator=rng, device=rng.device)
+            sets += [tuple(first + s + i * spacing for i in reversed(range(leaps))) for s in starts.tolist()]
+    return sets[:count]
+
+
+def _tensor(sets: list[tuple[int, ...]]) -> Tensor:
+    import torch
+
+    return torch.tensor(sets)
+
+
+def _metrics(steps: list[Tensor], distances: list[Tensor]) -> dict[str, Tensor]:
+    """Name the steps (0-dim each) and the distances [B]."""
     landings = ["j"] if len(steps) == 2 else [f"j{i}" for i in range(1, len(steps))]
-    named_steps = {name: distances[0].new_full((), t) for name, t in zip(["k", *landings], steps)}
+    named_steps = dict(zip(["k", *landings], steps))
     return named_steps | {f"d_{name}": d for name, d in zip([*landings, "0"], distances)}
 
 
@@ -164,9 +290,12 @@ def _check_numbers(method: LeapAlign) -> None:
 
 
 def _check_choices(method: LeapAlign) -> None:
-    for name, choices in (("weighting", get_args(Weighting)), ("reward_input", get_args(RewardInput))):
+    allowed = {"weighting": Weighting, "reward_input": RewardInput, "step_draws": StepDraws}
+    for name, choices in ((name, get_args(words)) for name, words in allowed.items()):
         if getattr(method, name) not in choices:
             raise UserError(f"LeapAlign: got {name}={getattr(method, name)!r}, expected one of {', '.join(choices)}")
+    if method.pairs_per_rollout > 1 and method.reward_input == "x_hat":
+        raise UserError("LeapAlign: several pairs share the reward of x_0, which they need; use reward_input=x_0")
     if method.num_leaps > 1:
         return
     if method.weighting == "d_j":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from leapalign.flow.leap import leap
 from leapalign.flow.rollout import Velocity, check_steps, grid_steps, rollout
-from leapalign.methods.base import Noise, Surrogate, check_fraction, early_stop_range, uniform_integer
+from leapalign.methods.base import Samples, Surrogate, check_fraction, early_stop_range, uniform_integer
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ class ReFL:
     def __post_init__(self) -> None:
         check_fraction("ReFL", "early_stop", self.early_stop)
 
-    def draw(self, num_steps: int, rng: torch.Generator, noise: Noise) -> ReFLDraws:
+    def draw(self, num_steps: int, rng: torch.Generator, samples: Samples) -> ReFLDraws:
         """Draw t_min ~ U{1..m}, m = round(early_stop * T)."""
         return ReFLDraws(uniform_integer(1, early_stop_range(num_steps, self.early_stop), rng))
 

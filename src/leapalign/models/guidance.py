@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from leapalign.flow.leap import per_sample
 from leapalign.models.base import Conditioning, Text
 
 if TYPE_CHECKING:
     from leapalign.flow.rollout import Velocity
 
-Predict = Callable[[Tensor, Tensor, Text], Tensor]  # (x [B, ...], sigma [], text [B, ...]) -> v [B, ...]
+Predict = Callable[[Tensor, Tensor, Text], Tensor]  # (x [B, ...], sigma [] or [B], text [B, ...]) -> v [B, ...]
 Combine = Callable[[Tensor, Tensor, float], Tensor]  # (v of the prompts, v of the negative prompt, scale) -> v
 
 
@@ -40,7 +41,7 @@ class Guidance:
     negative_prompt: str
     combine: Combine = linear
     neutral: float = 1.0  # a scale of at most this means one branch and no negative prompt
-    applies: Callable[[Tensor], bool] = always  # sigma -> True for two branches, False for one
+    applies: Callable[[Tensor], bool] = always  # sigma, 0-dim -> True for two branches, False for one
 
     @property
     def active(self) -> bool:
@@ -60,12 +61,14 @@ class GuidedVelocity:
         prompts, negative, guidance = self.conditioning.prompts, self.conditioning.negative, self.guidance
         _check_rows(x, prompts)
         v = self._forward(x, sigma, prompts)
-        if negative is None or not guidance.applies(sigma):
+        guided = [] if negative is None else [guidance.applies(each) for each in sigma.reshape(-1)]
+        if negative is None or not any(guided):
             return v
         # without this graph, terms of v_negative alone are constants; the value is unchanged
         with torch.set_grad_enabled(torch.is_grad_enabled() and guidance.through_both):
             v_negative = self._forward(x, sigma, negative.expand(len(x)))
-        return guidance.combine(v, v_negative, guidance.scale)
+        combined = guidance.combine(v, v_negative, guidance.scale)
+        return combined if all(guided) else torch.where(per_sample(torch.tensor(guided).to(v.device), v), combined, v)
 
     def by_forward(self, wrap: Callable[[Velocity], Velocity]) -> Velocity:
         """Return the velocity with `wrap` around each forward."""

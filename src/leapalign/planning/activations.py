@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from leapalign.flow.graph import with_graph
-from leapalign.flow.rollout import Velocity
+from leapalign.flow.graph import TrainedVelocity, with_graph
+from leapalign.methods.base import Samples
 from leapalign.models.base import Conditioning
 from leapalign.planning.tensor_bytes import LiveBytes, Saved
 from leapalign.run import Run
@@ -84,7 +84,8 @@ def _trial(run: Run, seed: int) -> tuple[int, int, bool, int]:
 
 
 def draw(run: Run, seed: int, noise: Callable[[int], Tensor]) -> Any:
-    return run.method.draw(run.num_sampling_steps, generator(seed, step=0, sample=0, purpose="plan"), noise)
+    samples = Samples(count=run.micro_batch_size, noise=noise)
+    return run.method.draw(run.num_sampling_steps, generator(seed, step=0, sample=0, purpose="plan"), samples)
 
 
 # Bytes
@@ -174,7 +175,7 @@ def _measure(
 class Skipping:
     """A velocity that returns zeros for calls without a graph: their values do not change the measured bytes."""
 
-    def __init__(self, velocity: Velocity) -> None:
+    def __init__(self, velocity: TrainedVelocity) -> None:
         self.velocity, self.with_graph, self.after_graph = velocity, False, False
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
@@ -183,6 +184,10 @@ class Skipping:
             return torch.zeros_like(x)
         self.with_graph = True
         return self.velocity(x, sigma)
+
+    def recomputed(self, x: Tensor, sigma: Tensor, v: Tensor, share: float) -> Tensor:
+        self.with_graph = True
+        return self.velocity.recomputed(x, sigma, v, share)
 
 
 def latent_bytes(model: Any, mode: FakeTensorMode, rows: int, score: Callable[[Tensor], Sequence[Tensor]]) -> int:

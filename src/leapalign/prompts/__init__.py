@@ -46,9 +46,12 @@ class ShapeWorldPrompts:
     name: ClassVar[str] = "shapeworld"
     licence: ClassVar[str] = "Apache-2.0 (ours)"
 
-    split: Literal["train", "test"] = "train"  # test combinations never appear among the training prompts
-    num: int = 4096  # prompts in total (train) or per task (test)
-    seed: int = 0  # selects the training prompts; not the run's seed
+    split: Literal["train", "validation", "test"] = "train"
+    """Test combinations never appear among the others; validation, for choosing settings, has training combinations."""
+    num: int = 4096
+    """Prompts in total (train) or per task (validation, test)."""
+    seed: int = 0
+    """Selects the training and validation prompts; not the run's seed."""
 
     def __post_init__(self) -> None:
         check_generated("shapeworld", self.num, self.seed)
@@ -56,6 +59,10 @@ class ShapeWorldPrompts:
     def load(self) -> list[Prompt]:
         from leapalign.shapeworld import captions
 
-        test = self.split == "test"
-        records = captions.evaluation_prompts(self.num) if test else captions.train_prompts(self.num, self.seed)
+        if self.split == "train":
+            records = captions.train_prompts(self.num, self.seed)
+        elif self.split == "validation":
+            records = captions.validation_prompts(self.num, self.seed)
+        else:
+            records = captions.evaluation_prompts(self.num)
         return [Prompt(text=record["prompt"], metadata=record) for record in records]

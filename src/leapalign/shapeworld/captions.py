@@ -79,6 +79,18 @@ def train_prompts(num: int, seed: int = 0) -> list[Metadata]:
     return [draw(pools[str(tag)], rng) for tag in tags]
 
 
+def validation_prompts(per_task: int, seed: int = 0) -> list[Metadata]:
+    """Draw `per_task` prompts a task from the training combinations, with replacement.
+
+    For choosing settings: unlike `train_prompts`, as many of each task, and unlike `evaluation_prompts`, no combination
+    of the test set.
+    """
+    import numpy as np
+
+    rng = np.random.default_rng([seed, SPLIT_SEED])
+    return [draw(split(tag)[0], rng) for tag in TASKS for _ in range(per_task)]
+
+
 def evaluation_prompts(per_task: int | None = None) -> list[Metadata]:
     """Return the test prompts in both wordings; with `per_task`, repeated in cycles to that many prompts a task."""
     prompts = []

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from leapalign.distributed.world import sum_gradients
-from leapalign.methods.base import Noise, Surrogate
+from leapalign.methods.base import Samples, Surrogate
 from leapalign.methods.objective import LatentGradient, latent_gradient
 from leapalign.run import Run
 from leapalign.training import batches
@@ -58,19 +58,19 @@ def micro_batch(engine: Engine, micro: MicroBatch) -> Part:
     """
     surrogate = roll_out(engine, micro)
     result = gradient_at_latent(engine, micro, surrogate)
-    trained = surrogate.has_gradient and result.has_gradient
+    trained = surrogate.has_gradient and (result.has_gradient or engine.anchor is not None)
     if engine.world.any(trained) if engine.shards else trained:  # with sharded weights all ranks run backward, or none
         surrogate.backward(result.grad)
-    return part_of(surrogate, result, trained)
+    anchored = {"anchor": engine.anchor.measured()} if engine.anchor else {}
+    return part_of(surrogate, result, trained, anchored)
 
 
 @voted
 def roll_out(engine: Engine, micro: MicroBatch) -> Surrogate:
     """Roll out from noise to image, with the method's differentiated forwards. Raises NotFinite."""
     method = engine.run.method
-    draws = method.draw(
-        engine.run.num_sampling_steps, batches.draw_generator(engine.run, micro), _renoise(engine, micro)
-    )
+    rng, samples = batches.draw_generator(engine.run, micro), _samples(engine, micro)
+    draws = method.draw(engine.run.num_sampling_steps, rng, samples)
     with engine.rollout():
         surrogate = method(engine.velocity(micro.prompts), engine.noise(micro), engine.sigmas, draws)
     check_finite({"the latent x_hat": surrogate.x_hat.detach()}, micro.prompts, micro.step + 1)
@@ -116,7 +116,13 @@ def learning_rate(run: Run, step: int) -> float:
     return run.learning_rate * (0.1 + 0.9 * (1 + math.cos(math.pi * passed)) / 2)
 
 
-def _renoise(engine: Engine, micro: MicroBatch) -> Noise:
-    """Return noise(n) -> [n, B, ...], seeded per sample, for methods that draw their own noise."""
+def _samples(engine: Engine, micro: MicroBatch) -> Samples:
+    """Describe the micro-batch to the method; noise that the method draws itself is seeded per sample."""
     generators = micro.generators(engine.run.seed, "method noise")
-    return lambda n: torch.stack([engine.model.noise(generators) for _ in range(n)])
+    sharing = engine.run.samples_per_draw or engine.run.batch_size
+    return Samples(
+        count=len(micro.samples),
+        noise=lambda n: torch.stack([engine.model.noise(generators) for _ in range(n)]),
+        first=micro.samples.start % sharing,
+        sharing=sharing,
+    )

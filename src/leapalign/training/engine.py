@@ -26,6 +26,7 @@ from leapalign.distributed.prompts import prepare
 from leapalign.distributed.tensors import Named
 from leapalign.distributed.world import World
 from leapalign.errors import UserError
+from leapalign.flow.anchor import Anchor
 from leapalign.flow.graph import CheckpointsBlocks, with_graph
 from leapalign.flow.rollout import Velocity
 from leapalign.methods.objective import Hinge
@@ -38,6 +39,7 @@ from leapalign.rewards.base import Reward
 from leapalign.run import RewardTerm, Run
 from leapalign.training import batches
 from leapalign.training.batches import BEGINNING, MicroBatch, Start
+from leapalign.training.reference import Reference
 from leapalign.training.weights import EMA, trained_parameters
 
 ALONE = World()
@@ -59,6 +61,7 @@ class Engine:
     sigmas: Tensor  # [T + 1], ascending, on the model's device
     world: World
     shards: Shards | None  # None: every rank has the whole policy
+    anchor: Anchor | None = None  # None: no pull towards the base
     notes: tuple[str, ...] = ()  # messages for the user about choices made on loading
 
     @property
@@ -77,9 +80,10 @@ class Engine:
     def velocity(self, prompts: Sequence[str]) -> Velocity:
         """Return the policy's velocity for these prompts, with activations kept as `Run.graph` says."""
         velocity = self.model.velocity(self.model.encode(list(prompts)))
-        if self.shards is None:
-            return with_graph(velocity, self.run.graph)
-        return self.shards.velocity(with_graph(velocity, self.run.graph, self.shards.recomputation))
+        settings = {"graph": self.run.graph, "anchor": self.anchor}
+        if self.shards:
+            settings |= {"recomputation": self.shards.recomputation, "before": self.shards.before_forward}
+        return with_graph(velocity, **settings)
 
     def rollout(self) -> AbstractContextManager[None]:
         """Context for the forwards of a rollout."""
@@ -136,10 +140,12 @@ def build(run: Run, world: World = ALONE, begin: Start = BEGINNING) -> Engine:
         adapt.tell_longer(rewards, texts)
     rewards = shard_rewards(run, rewards, world, device)
     parameters = trained_parameters(model.policy)
+    anchor = _anchor(run, model.policy, parameters, shards) if run.anchor_weight else None
     return Engine(
         run=run,
         world=world,
         shards=shards,
+        anchor=anchor,
         notes=(choice.why,) if choice.why else (),
         model=model,
         rewards=rewards,
@@ -198,6 +204,12 @@ def _checkpoint_blocks(policy: nn.Module) -> None:
     if not isinstance(policy, CheckpointsBlocks):
         raise UserError(f"graph=blocks: {type(policy).__name__} cannot checkpoint its blocks; use graph=inputs")
     policy.enable_gradient_checkpointing()
+
+
+def _anchor(run: Run, policy: nn.Module, parameters: Named, shards: Shards | None) -> Anchor:
+    reference = Reference(policy, parameters, bfloat16=run.dtype == "bfloat16", shards=shards)
+    nested = run.anchor_states == "all"
+    return Anchor(weight=run.anchor_weight, reference=reference.applied, batch_size=run.batch_size, nested=nested)
 
 
 def _adamw(run: Run, parameters: Named) -> torch.optim.AdamW:
