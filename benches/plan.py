@@ -34,7 +34,15 @@ from leapalign.models import flux, flux2, qwen_image, z_image
 from leapalign.models.base import Conditioning, TextShape
 from leapalign.models.decode import Decoder
 from leapalign.models.pipeline import Guidance, PipelineModel, parse_dtype
-from leapalign.planning.activations import GRAPHS, GraphBytes, count_forwards, draw, graph_bytes, latent_bytes
+from leapalign.planning.activations import (
+    GRAPHS,
+    GraphBytes,
+    anchor_of,
+    count_forwards,
+    draw,
+    graph_bytes,
+    latent_bytes,
+)
 from leapalign.planning.meta_models import META, fake, fake_mode
 from leapalign.planning.tensor_bytes import LiveBytes, Saved
 from leapalign.prompts import PromptFile
@@ -43,7 +51,10 @@ from leapalign.run import RewardTerm, Run
 from leapalign.storage.pipeline_folder import PipelineFolder
 
 BOUND = 0.1  # relative
-METHODS = {"leapalign": LeapAlign(), "refl": ReFL(), "draft-lv": DRaFTLV(), "drtune": DRTune()}
+METHODS: dict[str, Any] = {"leapalign": LeapAlign(), "refl": ReFL(), "draft-lv": DRaFTLV(), "drtune": DRTune()}
+METHODS["pairs"] = LeapAlign(pairs_per_rollout=3, step_draws="stratified")
+ANCHORED = {"leapalign, anchored": "leapalign", "pairs, anchored": "pairs"}
+METHODS |= {name: METHODS[method] for name, method in ANCHORED.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +195,7 @@ def run_of(bench: Bench, method: str, dtype: Any) -> Run:
         batch_size=bench.micro_batch_size,
         micro_batch_size=bench.micro_batch_size,
         num_sampling_steps=bench.sampling_steps,
+        anchor_weight=float(method in ANCHORED),
         dtype=dtype,
     )
 
@@ -203,7 +215,8 @@ def measured(bench: Bench, family: str, method: str, dtype: str, graph: str, see
     run, model = run_of(bench, method, dtype), model_of(bench, family, dtype)
     if graph == "blocks":
         model.policy.enable_gradient_checkpointing()  # pyright: ignore
-    velocity = with_graph(model.velocity(conditioning(bench, family, dtype, nullcontext())), graph)
+    velocity = model.velocity(conditioning(bench, family, dtype, nullcontext()))
+    velocity = with_graph(velocity, graph, anchor=anchor_of(run))
     x = torch.randn(bench.micro_batch_size, *model.latent_shape)
     draws = draw(run, seed, lambda n: torch.randn(n, *x.shape))
     saved = Saved([*model.policy.parameters(), *model.policy.buffers()])

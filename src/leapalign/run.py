@@ -77,6 +77,7 @@ class Run:
     micro_batch_size: int = 1  # samples at a time; divides batch_size, changes no result
     samples_per_draw: int = 0  # neighbours that share a draw (k, j, ...); a multiple of micro_batch_size; 0 = all
     num_sampling_steps: int = 25  # T of the training rollout
+    updates_per_rollout: int = 1  # E: updates on the same rollouts and gradients of the reward (not in the paper)
     learning_rate: float = 1e-5
     warmup_steps: int = 0  # updates of linear learning-rate warm-up; 0 = none
     decay_steps: int = 0  # updates of cosine decay to a tenth after the warm-up; 0 = constant
@@ -124,6 +125,7 @@ class Run:
         _check_counts(self)
         _check_reals(self)
         _check_geometry(self)
+        _check_reuse(self)
         if self.gather_dtype == "bfloat16" and self.dtype == "float32":
             raise UserError(
                 "gather_dtype bfloat16 with dtype float32: bfloat16 weights would meet float32 arithmetic; set dtype "
@@ -144,7 +146,7 @@ FREE_FIELDS = frozenset(
 MOST = 10**9  # upper limit of all counts, to catch typing errors and corrupt files
 _LEAST = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "num_sampling_steps": 1, "checkpoint_every": 1}
 _LEAST |= {"keep_checkpoints": 1, "evaluation_size": 1, "samples_per_draw": 0, "reward_chunk": 0, "evaluate_every": 0}
-_LEAST |= {"warmup_steps": 0, "decay_steps": 0, "max_nonfinite_batches": 0, "shard_ranks": 0}
+_LEAST |= {"updates_per_rollout": 1, "warmup_steps": 0, "decay_steps": 0, "max_nonfinite_batches": 0, "shard_ranks": 0}
 
 
 def _check_counts(run: Run) -> None:
@@ -182,6 +184,17 @@ def _check_geometry(run: Run) -> None:
             f"samples_per_draw {share} is not a multiple of micro_batch_size {micro}; "
             f"use samples_per_draw {nearest_multiples(share, micro)}, or 0 for the whole batch"
         )
+
+
+def _check_reuse(run: Run) -> None:
+    """Raise UserError unless a checkpoint, which holds no rollouts, is due only between two rollouts."""
+    uses = run.updates_per_rollout
+    for name, value in {"steps": run.steps, "checkpoint_every": run.checkpoint_every}.items():
+        if value % uses:
+            raise UserError(
+                f"{name} {value} is not a multiple of updates_per_rollout {uses}, but a checkpoint holds no rollouts; "
+                f"use {name} {nearest_multiples(value, uses)}"
+            )
 
 
 def nearest_multiples(value: int, unit: int) -> str:

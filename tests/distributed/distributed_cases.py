@@ -135,6 +135,8 @@ def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]
     held = {"method": pairs, "anchor_weight": 20.0}
     for name, run, steps in (("replicate", small, 3), ("replicate, real", real, 2), ("full", full, 2)):
         named[f"{name}, anchored pairs"] = lambda r=run, n=steps: compared(replace(r, **held), world, n)
+    reused = replace(full, updates_per_rollout=2, **held)
+    named["full, rollouts used again"] = lambda: compared(reused, world, 4)
     held_lora = replace(lora, sharding="full", **held)
     named["full, lora, anchored pairs"] = lambda: compared(held_lora, world)
     for graph in GRAPHS:

@@ -104,6 +104,23 @@ def test_the_geometry_counts_forwards(run):
     assert list(plan.graphs) == [run.graph] == ["blocks"]
 
 
+def test_the_geometry_counts_recomputed_forwards_and_those_of_the_anchor(run):
+    """T = 2: rollouts of 2, and for each of 3 pairs two in the backward; the base's at both states, and a second one
+    at the nested state for the pull alone."""
+    method = LeapAlign(pairs_per_rollout=3, step_draws="per-sample")
+    run = replace(run, method=method, num_sampling_steps=2)
+    assert make_plan(run).geometry["forwards"] == 2 * (2 + 6)
+    assert make_plan(replace(run, anchor_weight=1.0)).geometry["forwards"] == 2 * (2 + 6 + 9)
+    assert make_plan(replace(run, anchor_weight=1.0, anchor_states="first")).geometry["forwards"] == 2 * (2 + 6 + 3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_base_of_the_anchor_is_that_of_the_loaded_run(run, dtype):
+    run = replace(run, anchor_weight=1.0, dtype=dtype)
+    held: Any = loop.build(run).anchor.reference  # type: ignore[union-attr]
+    assert make_plan(run).memory["base of the anchor"] == tensor_bytes(held.__self__.copies.values())
+
+
 def test_where_the_graph_does_not_fit_the_smaller_settings_are_measured(run, monkeypatch):
     GB = 10**9
     sizes = {g: GraphBytes(kept=n * GB, rollout=n * GB, backward=n * GB) for g, n in (("all", 40), ("blocks", 20))}
@@ -143,11 +160,15 @@ def test_equal_blocks_are_multiplied_exactly(monkeypatch):
     assert kept[0] > kept[1] > kept[2]
 
 
-@pytest.mark.parametrize("family", ["flux", "flux2", "qwen-image", "z-image"])
+METHODS = dict.fromkeys(["flux2", "qwen-image", "z-image"], ("leapalign",))
+METHODS["flux"] = ("leapalign", "pairs, anchored")
+
+
+@pytest.mark.parametrize("family", METHODS)
 def test_estimates_are_near_what_a_real_run_needs(family):
     bench = load_bench()
     sizes = {"double_blocks": 2, "single_blocks": 3, "width": 64, "side": 16, "text_tokens": 16, "sampling_steps": 4}
-    small = bench.Bench(**sizes, families=(family,), methods=("leapalign",), dtypes=("bfloat16",))
+    small = bench.Bench(**sizes, families=(family,), methods=METHODS[family], dtypes=("bfloat16",))
     for name, row in bench.errors(bench.compare(small)).items():
         assert max(map(abs, row.values())) < bench.BOUND, name
     if family == "flux":

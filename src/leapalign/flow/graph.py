@@ -63,6 +63,7 @@ class TrainedVelocity:
     recomputation: Around = nullcontext  # wraps a forward that runs in the backward pass
     anchor: Anchor | None = None
     before: Callable[[], None] = lambda: None  # called before each forward of the rollout
+    staleness: list[Tensor] | None = None  # gets mean |v - v of the rollout| [B] of each recomputed forward
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         self.before()
@@ -88,11 +89,16 @@ def with_graph(
     recomputation: Around = nullcontext,
     anchor: Anchor | None = None,
     before: Callable[[], None] = lambda: None,
+    staleness: list[Tensor] | None = None,
 ) -> TrainedVelocity:
     """Return the velocity for training with this setting of `graph`; the other arguments: see `TrainedVelocity`."""
-    differentiated = inputs_only(velocity, recomputation) if graph == "inputs" else own_backward(velocity)
     return TrainedVelocity(
-        velocity=velocity, differentiated=differentiated, recomputation=recomputation, anchor=anchor, before=before
+        velocity=velocity,
+        differentiated=inputs_only(velocity, recomputation) if graph == "inputs" else own_backward(velocity),
+        recomputation=recomputation,
+        anchor=anchor,
+        before=before,
+        staleness=staleness,
     )
 
 
@@ -184,15 +190,17 @@ class _Recomputed(torch.autograd.Function):
     def forward(  # pyright: ignore
         ctx: Any, trained: TrainedVelocity, share: float, nested: bool, x: Tensor, sigma: Tensor, v: Tensor
     ) -> Tensor:
-        ctx.constants = (trained, share, nested, x.detach(), sigma)
+        ctx.constants = (trained, share, nested, x.detach(), sigma, v)
         return v.view_as(v)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        trained, share, nested, x, sigma = ctx.constants
+        trained, share, nested, x, sigma, known = ctx.constants
         x = x.requires_grad_()
         with torch.enable_grad():
             v = trained.again(x, sigma)
+        if trained.staleness is not None:
+            trained.staleness.append((v.detach() - known).abs().flatten(1).mean(1))
         anchor, pull = trained.anchor, None
         if anchor and (anchor.nested or not nested):
             pull = anchor.gradient(trained.velocity, x, sigma, v, share)

@@ -7,9 +7,9 @@ Modules of this package import no torch, so that command-line help stays fast.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from leapalign.errors import UserError
 from leapalign.flow.rollout import Velocity
@@ -59,6 +59,18 @@ class Method(Protocol[Draws]):
     def draw(self, num_steps: int, rng: torch.Generator, samples: Samples) -> Draws: ...
 
     def __call__(self, velocity: Velocity, x: Tensor, sigmas: Tensor, draws: Draws) -> Surrogate: ...
+
+
+@runtime_checkable
+class ReusesRollouts(Protocol[Draws]):
+    """A method that can train several updates on one rollout."""
+
+    def surrogates(self, velocity: Velocity, x: Tensor, sigmas: Tensor, draws: Sequence[Draws]) -> list[Surrogate]:
+        """Roll out once and return a surrogate for each of the draws.
+
+        Their forwards run in their backward passes, with the weights of that time; values are those of the rollout.
+        """
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -19,14 +19,17 @@ Departures: the hinge (text) instead of Algorithm 1's plain reward, see objectiv
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
 
 from leapalign.errors import UserError
-from leapalign.flow.leap import connect, discount, leap, mean_distance, per_sample
-from leapalign.flow.rollout import Velocity, check_steps, euler_step, grid_steps, without_graph
+from leapalign.flow.leap import connect, per_sample
+from leapalign.flow.rollout import Velocity, check_steps, grid_steps
 from leapalign.methods.base import Samples, Surrogate, check_positive, uniform_integer
+from leapalign.methods.leaps import LeapTrajectory, leap_trajectory, replayed_leaps
+from leapalign.methods.step_sets import as_tensor, stratified, without_replacement
 
 if TYPE_CHECKING:
     import torch
@@ -35,75 +38,6 @@ if TYPE_CHECKING:
 Weighting = Literal["both", "d_j", "d_0", "none"]
 RewardInput = Literal["x_0", "x_hat"]
 StepDraws = Literal["shared", "per-sample", "stratified"]
-
-
-class LeapTrajectory(NamedTuple):
-    """The two end points that the reward may see, and each leap's distance from the real state."""
-
-    x_0: Tensor  # [B, ...] the real rollout's end, without graph
-    x_hat: Tensor  # [B, ...] the last leap's prediction, with the graph of all leaps
-    distances: list[Tensor]  # [B] per leap, noisiest first; the last is d_0
-
-
-def leap_trajectory(
-    velocity: Velocity, x: Tensor, sigmas: Tensor, steps: tuple[int, ...], alpha: float, nested_only: bool = False
-) -> LeapTrajectory:
-    """Roll out `x` = x_T in T forwards; those at `steps` (noisiest first) keep their graph and are joined by leaps."""
-    landing = dict(zip(steps, (*steps[1:], 0)))  # k -> j -> 0
-    x_hat, distances = x, []
-    for t in range(grid_steps(sigmas, x), 0, -1):
-        if t in landing:
-            x_t = connect(x_hat, x)  # Eq. 6; before the first leap x_hat is the noise, a constant
-            v = velocity(discount(x_t, alpha), sigmas[t])  # Eq. 9
-            bare = x_t.detach() if nested_only and t == steps[1] else x_t  # Eq. 14: no single-step term at k
-            x_hat = leap(bare, v, sigmas[t], sigmas[landing[t]])  # Eqs. 4, 5
-        else:
-            v = without_graph(velocity, x, sigmas[t])
-        x = euler_step(x, v.detach(), sigmas[t], sigmas[t - 1])  # the real rollout is a constant (App. G)
-        if t - 1 in landing.values():
-            distances.append(mean_distance(x, x_hat))  # before the connector makes them equal
-    return LeapTrajectory(x, x_hat, distances)
-
-
-def replayed_leaps(
-    velocity: Velocity, x: Tensor, sigmas: Tensor, steps: Tensor, alpha: float, nested_only: bool = False
-) -> list[LeapTrajectory]:
-    """Roll out `x` = x_T in T forwards without graph; then join leaps at the kept states, for M sets of steps.
-
-    `steps` [M, n, B], or [M, n, 1] if all samples leap at the same ones; noisiest first. Values and gradients are those
-    of `leap_trajectory`, but a differentiated forward runs in the backward pass (`leapalign.flow.graph.recomputed`).
-    """
-    from leapalign.flow.graph import recomputed
-
-    x_0, states, velocities = _kept_states(velocity, x, sigmas, steps)
-    starts = sigmas[steps]  # [M, n, B]
-    ends = sigmas.new_zeros(starts.shape)
-    ends[:, :-1] = starts[:, 1:]
-    trajectories = []
-    for m in range(len(steps)):
-        x_hat, distances = states[m, 0], []
-        for i, (state, v, start, end) in enumerate(zip(states[m], velocities[m], starts[m], ends[m])):
-            start, end = (time.squeeze() if len(time) == 1 else time for time in (start, end))  # 0-dim if shared
-            x_t = connect(x_hat, state) if i else state
-            v = recomputed(velocity, discount(x_t, alpha) if i else x_t, start, v, share=1 / len(steps))
-            x_hat = leap(x_t.detach() if nested_only and i == 1 else x_t, v, start, end)
-            distances.append(mean_distance(states[m, i + 1] if i + 1 < len(states[m]) else x_0, x_hat))
-        trajectories.append(LeapTrajectory(x_0, x_hat, distances))
-    return trajectories
-
-
-def _kept_states(velocity: Velocity, x: Tensor, sigmas: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Roll out without graph; return x_0 [B, ...], and states and velocities [M, n, B, ...] at the samples' steps."""
-    import torch
-
-    kept = x.new_zeros(*steps.shape[:2], *x.shape)
-    states, velocities = kept, kept
-    for t in range(grid_steps(sigmas, x), 0, -1):
-        v = without_graph(velocity, x, sigmas[t])
-        here = (steps == t).view(*steps.shape, *[1] * (x.ndim - 1))  # without indexing, for which a GPU would wait
-        states, velocities = torch.where(here, x, states), torch.where(here, v.to(x.dtype), velocities)
-        x = euler_step(x, v, sigmas[t], sigmas[t - 1])
-    return x, states, velocities
 
 
 def similarity_weight(distances: list[Tensor], tau: float, weighting: Weighting) -> Tensor:
@@ -170,13 +104,13 @@ class LeapAlign:
         first, last, spacing = self._range(num_steps)
         if self.step_draws == "shared":
             sets = [self._one_set(first, last, spacing, rng) for _ in range(self.pairs_per_rollout)]
-            return LeapDraws(sets[0]) if len(sets) == 1 else LeapSets(_tensor(sets)[:, :, None])
+            return LeapDraws(sets[0]) if len(sets) == 1 else LeapSets(as_tensor(sets)[:, :, None])
         count = self.pairs_per_rollout * (samples.sharing or samples.count)
         if self.step_draws == "stratified":
-            sets = _stratified(first, last, self.num_leaps, spacing, count, rng)
+            sets = stratified(first, last, self.num_leaps, spacing, count, rng)
         else:
             sets = [self._one_set(first, last, spacing, rng) for _ in range(count)]
-        steps = _tensor(sets).unflatten(0, (-1, self.pairs_per_rollout))  # [samples, M, n]
+        steps = as_tensor(sets).unflatten(0, (-1, self.pairs_per_rollout))  # [samples, M, n]
         return LeapSets(steps[samples.rows].permute(1, 2, 0).contiguous())
 
     def __call__(self, velocity: Velocity, x: Tensor, sigmas: Tensor, draws: LeapDraws | LeapSets) -> Surrogate:
@@ -185,7 +119,7 @@ class LeapAlign:
         Metrics: the steps k, j (j1, j2, ... for more leaps), d_j and d_0 [B]; for several sets their means.
         """
         if isinstance(draws, LeapSets):
-            return self._of_sets(velocity, x, sigmas, draws.steps.to(x.device))
+            return self.surrogates(velocity, x, sigmas, [draws])[0]
         steps = draws.steps
         self._check_draws(steps, grid_steps(sigmas, x))
         x_0, x_hat, distances = leap_trajectory(velocity, x, sigmas, steps, self.nested_scale, self.nested_only)
@@ -196,11 +130,21 @@ class LeapAlign:
             metrics=_metrics([distances[0].new_full((), t) for t in steps], distances),
         )
 
-    def _of_sets(self, velocity: Velocity, x: Tensor, sigmas: Tensor, steps: Tensor) -> Surrogate:
+    def surrogates(
+        self, velocity: Velocity, x: Tensor, sigmas: Tensor, draws: Sequence[LeapDraws | LeapSets]
+    ) -> list[Surrogate]:
+        """Roll out once; return a surrogate for each of the draws, whose forwards run in its backward pass."""
+        import torch
+
+        sets = [d.steps if isinstance(d, LeapSets) else as_tensor([d.steps])[:, :, None] for d in draws]
+        size, steps = len(sets[0]), torch.cat(sets).to(x.device)
+        leaps = replayed_leaps(velocity, x, sigmas, steps, self.nested_scale, self.nested_only, share=1 / size)
+        return [self._average(x, steps[i : i + size], leaps[i : i + size]) for i in range(0, len(steps), size)]
+
+    def _average(self, x: Tensor, steps: Tensor, trajectories: list[LeapTrajectory]) -> Surrogate:
         """Average the M gradients, each with its own weights: x_hat carries sum_m w_m dx_hat_m / sum_m w_m."""
         import torch
 
-        trajectories = replayed_leaps(velocity, x, sigmas, steps, self.nested_scale, self.nested_only)
         weights = [similarity_weight(t.distances, self.distance_floor, self.weighting) for t in trajectories]
         total = torch.stack(weights).sum(0)
         predictions = [per_sample(w / total, x) * t.x_hat for w, t in zip(weights, trajectories)]
@@ -228,7 +172,7 @@ class LeapAlign:
 
     def _one_set(self, first: int, last: int, spacing: int, rng: torch.Generator) -> tuple[int, ...]:
         if not self.leap_distance:
-            return _without_replacement(first, last, self.num_leaps, rng)
+            return without_replacement(first, last, self.num_leaps, rng)
         lowest = uniform_integer(first, last - (self.num_leaps - 1) * spacing, rng)
         return tuple(lowest + i * spacing for i in reversed(range(self.num_leaps)))
 
@@ -236,38 +180,6 @@ class LeapAlign:
         check_steps(steps, num_steps)
         if len(steps) != self.num_leaps or list(steps) != sorted(set(steps), reverse=True):
             raise UserError(f"LeapAlign: got steps {steps}, expected {self.num_leaps} different ones, noisiest first")
-
-
-def _without_replacement(low: int, high: int, count: int, rng: torch.Generator) -> tuple[int, ...]:
-    """Draw `count` different integers of {low..high}, every set equally likely, largest first."""
-    import torch
-
-    order = torch.randperm(high - low + 1, generator=rng, device=rng.device)
-    return tuple(sorted((low + int(i) for i in order[:count]), reverse=True))
-
-
-def _stratified(
-    first: int, last: int, leaps: int, spacing: int, count: int, rng: torch.Generator
-) -> list[tuple[int, ...]]:
-    """Draw `count` sets so that the steps first..last occur equally often; see `LeapAlign.draw`."""
-    import torch
-
-    sets: list[tuple[int, ...]] = []
-    while len(sets) < count:
-        if spacing == 1:
-            order = torch.randperm(last - first + 1, generator=rng, device=rng.device).tolist()
-            chunks = [order[i : i + leaps] for i in range(0, len(order) - leaps + 1, leaps)]
-            sets += [tuple(sorted((first + i for i in chunk), reverse=True)) for chunk in chunks]
-        else:
-            starts = torch.randperm(last - first + 1 - (leaps - 1) * spacing, generator=rng, device=rng.device)
-            sets += [tuple(first + s + i * spacing for i in reversed(range(leaps))) for s in starts.tolist()]
-    return sets[:count]
-
-
-def _tensor(sets: list[tuple[int, ...]]) -> Tensor:
-    import torch
-
-    return torch.tensor(sets)
 
 
 def _metrics(steps: list[Tensor], distances: list[Tensor]) -> dict[str, Tensor]:

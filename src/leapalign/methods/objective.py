@@ -16,10 +16,11 @@ our addition. DRaFT-LV's copies are summed, as Algorithm 1 does.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 from leapalign.errors import UserError
+from leapalign.flow.leap import per_sample
 from leapalign.methods.base import Surrogate
 
 if TYPE_CHECKING:
@@ -91,6 +92,18 @@ def latent_gradient(
     return LatentGradient(
         loss=torch.stack(losses).sum(), grad=torch.cat(grads), rewards=rewards, hinges=hinges, slopes=slopes
     )
+
+
+def reweighted(
+    result: LatentGradient, terms: Mapping[str, Hinge], old: Tensor, new: Tensor, batch_size: int
+) -> LatentGradient:
+    """Return the objective at the same latents with other weights [N] of the samples.
+
+    `old`: the weights of `result`, positive. For methods that use a rollout, and its reward's gradient, again.
+    """
+    hinges = sum(terms[name].weight * hinge for name, hinge in result.hinges.items())
+    grad = result.grad * per_sample((new / old).to(result.grad.dtype), result.grad)
+    return replace(result, grad=grad, loss=(new / batch_size * hinges).sum())
 
 
 def _gradient(

@@ -8,7 +8,7 @@ with each further equal block, so the rest is a multiplication. benches/plan.py 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from leapalign.flow.anchor import Anchor
 from leapalign.flow.graph import TrainedVelocity, with_graph
 from leapalign.methods.base import Samples
 from leapalign.models.base import Conditioning
@@ -32,10 +33,18 @@ ENOUGH = 1  # blocks of each kind in the first measurement
 class Forwards:
     """Number of velocity calls for one micro-batch."""
 
-    mean: float  # over draws
+    mean: float  # over draws; all that the method asks for, with and without graph
     most_with_graph: int
+    nested: int  # of these, calls at a state with gradient
+    in_backward: int  # of these, calls that run in the backward pass only
     seed: int  # of a draw with `most_with_graph` calls
     copies: int  # copies of the batch that the reward scores
+
+    def of_anchor(self, states: str) -> tuple[int, int]:
+        """Return the forwards that the velocity anchor adds at these states of the run, and the backwards."""
+        if states == "first":
+            return self.most_with_graph - self.nested, 0
+        return self.most_with_graph + self.nested, self.nested  # nested: the base's forward, and one for the pull alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,27 +69,47 @@ class GraphBytes:
 def count_forwards(run: Run) -> Forwards:
     """Count velocity calls by running the method on scalars with `TRIALS` draws, which make all its random choices."""
     trials = [_trial(run, seed) for seed in range(TRIALS)]
-    seed = max(range(TRIALS), key=lambda i: (trials[i][1], trials[i][2]))
+    seed = max(range(TRIALS), key=lambda i: (trials[i][0].with_graph, trials[i][0].ends_without))
+    counts, copies = trials[seed]
     return Forwards(
-        mean=sum(calls for calls, *_ in trials) / TRIALS,
-        most_with_graph=trials[seed][1],
+        mean=sum(calls.number for calls, _ in trials) / TRIALS,
+        most_with_graph=counts.with_graph,
+        nested=counts.nested,
+        in_backward=counts.in_backward,
         seed=seed,
-        copies=trials[seed][3],
+        copies=copies,
     )
 
 
-def _trial(run: Run, seed: int) -> tuple[int, int, bool, int]:
-    """Return (calls, calls with graph, whether a call without graph follows the last with graph, copies)."""
-    calls: list[bool] = []
-    weight = torch.ones((), requires_grad=True)
+class Counting:
+    """A velocity of one weight that counts its calls."""
 
-    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        calls.append(torch.is_grad_enabled())
-        return x * weight
+    def __init__(self) -> None:
+        self.weight = torch.ones((), requires_grad=True)
+        self.number = self.with_graph = self.nested = self.in_backward = 0
+        self.ends_without = False  # True: a call without graph follows the last with graph
 
-    sigmas = torch.linspace(0, 1, run.num_sampling_steps + 1)
-    surrogate = run.method(velocity, torch.zeros(1, 1), sigmas, draw(run, seed, lambda n: torch.zeros(n, 1, 1)))
-    return len(calls), sum(calls), True in calls and not calls[-1], surrogate.copies
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        graph = torch.is_grad_enabled()
+        self._count(graph, graph and x.requires_grad)
+        return x * self.weight
+
+    def recomputed(self, x: Tensor, sigma: Tensor, v: Tensor, share: float) -> Tensor:
+        self._count(True, x.requires_grad)
+        self.in_backward += 1
+        return x * self.weight
+
+    def _count(self, graph: bool, nested: bool) -> None:
+        self.number, self.with_graph, self.nested = self.number + 1, self.with_graph + graph, self.nested + nested
+        self.ends_without = self.with_graph > 0 and not graph
+
+
+def _trial(run: Run, seed: int) -> tuple[Counting, int]:
+    """Return the calls of one micro-batch of this draw, and the number of copies that the reward scores."""
+    velocity, sigmas = Counting(), torch.linspace(0, 1, run.num_sampling_steps + 1)
+    rows = run.micro_batch_size
+    surrogate = run.method(velocity, torch.zeros(rows, 1), sigmas, draw(run, seed, lambda n: torch.zeros(n, rows, 1)))
+    return velocity, surrogate.copies
 
 
 def draw(run: Run, seed: int, noise: Callable[[int], Tensor]) -> Any:
@@ -146,7 +175,7 @@ def _over_blocks(policy: nn.Module, measured: Callable[[], GraphBytes]) -> Graph
 def _measure(
     run: Run, model: Any, conditioning: Conditioning, mode: FakeTensorMode, graph: str, seed: int
 ) -> GraphBytes:
-    velocity = with_graph(model.velocity(conditioning), graph)
+    velocity = with_graph(model.velocity(conditioning), graph, anchor=anchor_of(run))
     shape = (run.micro_batch_size, *model.latent_shape)
     with mode:
         x = torch.zeros(shape)
@@ -160,9 +189,9 @@ def _measure(
         with saved.hooks:
             surrogate = run.method(skipping, x, sigmas, draws)
         kept = saved.bytes()
-        if skipping.after_graph:
+        if skipping.ends_without:
             with torch.no_grad():
-                velocity(x, sigmas[1])  # while the graph is held
+                velocity(x, sigmas[1])  # while the graph, or the kept states, are held
         live.begin("backward")
         if surrogate.has_gradient:
             surrogate.backward(torch.zeros_like(surrogate.x_hat))
@@ -172,21 +201,29 @@ def _measure(
     return GraphBytes(kept=kept, rollout=peaks["rollout"], backward=peaks["backward"])
 
 
+def anchor_of(run: Run) -> Anchor | None:
+    """Return the run's velocity anchor, with weights in place of the base's: its activations are the same."""
+    if not run.anchor_weight:
+        return None
+    nested = run.anchor_states == "all"
+    return Anchor(weight=run.anchor_weight, reference=nullcontext, batch_size=run.batch_size, nested=nested)
+
+
 class Skipping:
     """A velocity that returns zeros for calls without a graph: their values do not change the measured bytes."""
 
     def __init__(self, velocity: TrainedVelocity) -> None:
-        self.velocity, self.with_graph, self.after_graph = velocity, False, False
+        self.velocity, self.with_graph, self.ends_without = velocity, False, False
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        self.after_graph = self.with_graph and not torch.is_grad_enabled()  # after the last one with graph
+        self.ends_without = self.with_graph and not torch.is_grad_enabled()  # after the last one with graph
         if not torch.is_grad_enabled():
             return torch.zeros_like(x)
         self.with_graph = True
         return self.velocity(x, sigma)
 
     def recomputed(self, x: Tensor, sigma: Tensor, v: Tensor, share: float) -> Tensor:
-        self.with_graph = True
+        self.ends_without = True  # all calls of the rollout were without graph
         return self.velocity.recomputed(x, sigma, v, share)
 
 

@@ -15,6 +15,7 @@ from leapalign.planning.activations import Forwards, GraphBytes, latent_bytes
 from leapalign.planning.components import Planned, quantization_of
 from leapalign.planning.rewards import RewardPlan
 from leapalign.planning.sharding import ALONE, Rank, bytes_of, largest_gathered
+from leapalign.training.reference import CAST
 
 FLOAT32 = 4  # bytes
 QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.5}  # bytes a weight
@@ -27,6 +28,7 @@ def always(planned: Planned) -> dict[str, int]:
         "transformer": policy_bytes(planned, planned.rank),
         "optimiser (AdamW, two moments)": 2 * trained,
         "average (EMA, float32)": trained,
+        **({"base of the anchor": reference_bytes(planned)} if planned.run.anchor_weight else {}),
         "VAE (float32)": bytes_of(planned.model.decoder.vae.parameters()),
         "rewards": sum(_reward_bytes(planned.rank, plan, blocks) for plan, blocks in rewards_here(planned)),
     }
@@ -35,6 +37,17 @@ def always(planned: Planned) -> dict[str, int]:
 def trained_bytes(planned: Planned, rank: Rank = ALONE) -> int:
     """Bytes of the trained weights, which are float32, on this rank."""
     return rank.policy(planned.model.policy, trained=True)
+
+
+def reference_bytes(planned: Planned) -> int:
+    """Bytes of the anchor's base: a copy of the trained weights (leapalign.training.reference)."""
+    policy, trained = planned.model.policy, trained_bytes(planned, planned.rank)
+    if planned.run.dtype == "float32":
+        return trained
+    layers = [m for m in policy.modules() if isinstance(m, CAST)]
+    half = [p for layer in layers for p in layer.parameters(recurse=False) if p.requires_grad]
+    whole = planned.rank.sharded and all(p.requires_grad for p in policy.parameters())  # shards stay float32
+    return trained if whole else trained - bytes_of(half) // 2
 
 
 def policy_bytes(planned: Planned, rank: Rank = ALONE) -> int:

@@ -152,9 +152,11 @@ def _traffic(planned: Planned, forwards: Forwards) -> list[str]:
     if not rank.sharded or run.gather_in_rollout:
         return []
     micros = run.batch_size // (run.micro_batch_size * rank.world.size) * planned.branches
-    backwards = micros * forwards.most_with_graph
-    again = backwards if run.graph == "inputs" else 0  # the forward is run again before its backward
-    gathers = round(micros * forwards.mean) + backwards + again
+    more, apart = forwards.of_anchor(run.anchor_states) if run.anchor_weight else (0, 0)
+    backwards = micros * (forwards.most_with_graph + apart)
+    kept = forwards.most_with_graph - forwards.in_backward
+    again = micros * kept if run.graph == "inputs" else 0  # the forward is run again before its backward
+    gathers = round(micros * (forwards.mean + more)) + backwards + again
     received = rank.received(planned.model.policy, gathers, backwards)
     way_out = "" if rank.rounded or run.dtype == "float32" else "; --gather-dtype bfloat16 halves the gathers"
     return [f"each rank receives about {_gb(received)} GB an update, in {gathers} gathers of the weights{way_out}"]
@@ -187,6 +189,7 @@ def _advice(plan: Plan, peaks: dict[str, int]) -> str:
 def _geometry(planned: Planned, forwards: Forwards) -> dict[str, int | float]:
     run, rank, branches = planned.run, planned.rank, planned.branches
     accumulations = run.batch_size // (run.micro_batch_size * rank.world.size)
+    anchor, _ = forwards.of_anchor(run.anchor_states) if run.anchor_weight else (0, 0)
     several = {"ranks": rank.world.size, "ranks_that_share_the_weights": rank.among if rank.sharded else 1}
     return (several if rank.world.size > 1 else {}) | {
         "steps": run.steps,
@@ -196,7 +199,7 @@ def _geometry(planned: Planned, forwards: Forwards) -> dict[str, int | float]:
         "samples_per_draw": run.samples_per_draw or run.batch_size,
         "sampling_steps": run.num_sampling_steps,
         "branches": branches,
-        "forwards": round(accumulations * forwards.mean * branches, 1),
+        "forwards": round(accumulations * (forwards.mean + anchor) * branches, 1),
         "forwards_with_graph_at_most": accumulations * forwards.most_with_graph * branches,
         "images_scored": run.batch_size * forwards.copies,
     }

@@ -24,9 +24,10 @@ class Start(NamedTuple):
     step: int = 0
     samples: int = 0
 
-    def place(self, step: int, batch_size: int) -> int:
+    def place(self, step: int, run: Run) -> int:
         """Return the index of update `step`'s first prompt in the endless sequence of prompts."""
-        return self.samples + (step - self.step) * batch_size
+        rollouts = step // run.updates_per_rollout - self.step // run.updates_per_rollout
+        return self.samples + rollouts * run.batch_size
 
 
 BEGINNING = Start()
@@ -51,7 +52,7 @@ def micro_batches(
     """Yield this rank's micro-batches of one update; neighbouring micro-batches go to neighbouring ranks."""
     for start in range(rank * run.micro_batch_size, run.batch_size, ranks * run.micro_batch_size):
         samples = range(start, start + run.micro_batch_size)
-        places = [begin.place(step, run.batch_size) + sample for sample in samples]
+        places = [begin.place(step, run) + sample for sample in samples]
         texts = tuple(prompts[prompt_index(run.seed, place, len(prompts))].text for place in places)
         yield MicroBatch(step, samples, texts)
 
@@ -72,7 +73,8 @@ def prompts_used(
 ) -> list[str]:
     """List the texts that this rank needs, in a fixed order: sample 0 (self-checks), its samples, the fixed set."""
     training = {prompt_index(run.seed, 0, len(prompts)): None} if run.self_checks else {}
-    first, last = (begin.place(step, run.batch_size) for step in (begin.step, max(begin.step, run.steps)))
+    end = max(begin.step, run.steps) + run.updates_per_rollout - 1  # the last rollout may serve fewer updates
+    first, last = begin.place(begin.step, run), begin.place(end, run)
     for place in range(first, last):
         if (place - first) % run.batch_size // run.micro_batch_size % ranks == rank:
             training[prompt_index(run.seed, place, len(prompts))] = None

@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from leapalign.distributed.world import sum_gradients
-from leapalign.methods.base import Samples, Surrogate
-from leapalign.methods.objective import LatentGradient, latent_gradient
+from leapalign.flow.graph import TrainedVelocity
+from leapalign.methods.base import ReusesRollouts, Samples, Surrogate
+from leapalign.methods.objective import LatentGradient, latent_gradient, reweighted
 from leapalign.run import Run
 from leapalign.training import batches
 from leapalign.training.batches import MicroBatch
-from leapalign.training.engine import Engine
+from leapalign.training.engine import Engine, Kept
 from leapalign.training.finite import check_finite, not_finite
 from leapalign.training.metrics import Part, batch_metrics, of_all_ranks, part_of
 from leapalign.training.stages import voted
@@ -39,7 +40,11 @@ def update(engine: Engine, step: int) -> Metrics:
     """
     engine.optimizer.zero_grad(set_to_none=True)
     with engine.run.tuning.in_update(engine.model.policy, engine.run.seed, step):
-        parts = [micro_batch(engine, micro) for micro in engine.micro_batches(step)]
+        if new_rollouts(engine, step):
+            engine.kept.clear()
+            parts = [micro_batch(engine, micro) for micro in engine.micro_batches(step)]
+        else:
+            parts = [again(engine, kept) for kept in engine.kept]
     trained = engine.world.any(any(part.trained for part in parts))
     norm = torch.zeros(())
     if trained:
@@ -54,27 +59,47 @@ def update(engine: Engine, step: int) -> Metrics:
 def micro_batch(engine: Engine, micro: MicroBatch) -> Part:
     """Add the gradient of a micro-batch to the weights' .grad.
 
-    The surrogate is freed on return, so that its graph never outlives the call, even if the rewards leave no gradient.
+    The surrogate is freed on return, so that its graph never outlives the call, even if the rewards leave no gradient;
+    but those of later updates on the same rollouts are kept, which hold states only.
     """
-    surrogate = roll_out(engine, micro)
+    velocity = engine.velocity(micro.prompts)
+    surrogate, *later = roll_out(engine, micro, velocity)
     result = gradient_at_latent(engine, micro, surrogate)
+    if later:
+        engine.kept.append(Kept(velocity=velocity, later=later, weight=surrogate.weight, result=result))
+    return backward(engine, velocity, surrogate, result)
+
+
+def again(engine: Engine, kept: Kept) -> Part:
+    """Add the gradient of a micro-batch whose rollout, and reward's gradient, are of an earlier update."""
+    surrogate, batch_size = kept.later.pop(0), engine.run.batch_size
+    result = reweighted(kept.result, engine.terms, kept.weight, surrogate.weight, batch_size)
+    return backward(engine, kept.velocity, surrogate, result)
+
+
+def backward(engine: Engine, velocity: TrainedVelocity, surrogate: Surrogate, result: LatentGradient) -> Part:
+    """Propagate the gradient at the latent into the weights' .grad, unless no sample has any."""
     trained = surrogate.has_gradient and (result.has_gradient or engine.anchor is not None)
     if engine.world.any(trained) if engine.shards else trained:  # with sharded weights all ranks run backward, or none
         surrogate.backward(result.grad)
-    anchored = {"anchor": engine.anchor.measured()} if engine.anchor else {}
-    return part_of(surrogate, result, trained, anchored)
+    return part_of(surrogate, result, trained, measured(velocity))
 
 
 @voted
-def roll_out(engine: Engine, micro: MicroBatch) -> Surrogate:
-    """Roll out from noise to image, with the method's differentiated forwards. Raises NotFinite."""
-    method = engine.run.method
-    rng, samples = batches.draw_generator(engine.run, micro), _samples(engine, micro)
-    draws = method.draw(engine.run.num_sampling_steps, rng, samples)
+def roll_out(engine: Engine, micro: MicroBatch, velocity: TrainedVelocity) -> list[Surrogate]:
+    """Roll out from noise to image: a surrogate for each update until the next rollouts. Raises NotFinite."""
+    run, method = engine.run, engine.run.method
+    rng, samples = batches.draw_generator(run, micro), _samples(engine, micro)
+    updates = run.updates_per_rollout - micro.step % run.updates_per_rollout
+    draws = [method.draw(run.num_sampling_steps, rng, samples) for _ in range(updates)]
+    noise = engine.noise(micro)
     with engine.rollout():
-        surrogate = method(engine.velocity(micro.prompts), engine.noise(micro), engine.sigmas, draws)
-    check_finite({"the latent x_hat": surrogate.x_hat.detach()}, micro.prompts, micro.step + 1)
-    return surrogate
+        if isinstance(method, ReusesRollouts) and run.updates_per_rollout > 1:
+            surrogates = method.surrogates(velocity, noise, engine.sigmas, draws)
+        else:
+            surrogates = [method(velocity, noise, engine.sigmas, draws[0])]
+    check_finite({"the latent x_hat": surrogates[0].x_hat.detach()}, micro.prompts, micro.step + 1)
+    return surrogates
 
 
 @voted
@@ -87,6 +112,20 @@ def gradient_at_latent(engine: Engine, micro: MicroBatch, surrogate: Surrogate) 
     tensors |= {"the loss": result.loss, "the reward's gradient at the latent": result.grad}
     check_finite(tensors, micro.prompts, micro.step + 1)
     return result
+
+
+def new_rollouts(engine: Engine, step: int) -> bool:
+    """Return whether update `step` rolls out: every `updates_per_rollout`th, and after a batch was left out."""
+    return step % engine.run.updates_per_rollout == 0 or not any(kept.later for kept in engine.kept)
+
+
+def measured(velocity: TrainedVelocity) -> dict[str, Tensor]:
+    """Return what a micro-batch's backward measured at its differentiated states, [B] each, and forget it."""
+    found = {"anchor": velocity.anchor.measured()} if velocity.anchor else {}
+    if velocity.staleness:
+        found["staleness"] = torch.stack(velocity.staleness).mean(0)
+        velocity.staleness.clear()
+    return found
 
 
 def whole_gradient(engine: Engine, step: int) -> Tensor:

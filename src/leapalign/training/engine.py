@@ -10,7 +10,7 @@ import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,9 +27,9 @@ from leapalign.distributed.tensors import Named
 from leapalign.distributed.world import World
 from leapalign.errors import UserError
 from leapalign.flow.anchor import Anchor
-from leapalign.flow.graph import CheckpointsBlocks, with_graph
-from leapalign.flow.rollout import Velocity
-from leapalign.methods.objective import Hinge
+from leapalign.flow.graph import CheckpointsBlocks, TrainedVelocity, with_graph
+from leapalign.methods.base import ReusesRollouts, Surrogate
+from leapalign.methods.objective import Hinge, LatentGradient
 from leapalign.models.base import Model
 from leapalign.models.decode import with_pixel_gradient
 from leapalign.models.pipeline import tell_longer_prompts
@@ -43,6 +43,16 @@ from leapalign.training.reference import Reference
 from leapalign.training.weights import EMA, trained_parameters
 
 ALONE = World()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Kept:
+    """A micro-batch's rollout, for the updates that use it again."""
+
+    velocity: TrainedVelocity
+    later: list[Surrogate]  # one for each of these updates; states and velocities of the rollout, without activations
+    weight: Tensor  # [N] of the first update's surrogate, which is in `result`
+    result: LatentGradient  # the reward's gradient at the latent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +72,7 @@ class Engine:
     world: World
     shards: Shards | None  # None: every rank has the whole policy
     anchor: Anchor | None = None  # None: no pull towards the base
+    kept: list[Kept] = field(default_factory=list)  # this rank's micro-batches of the last rollouts, if used again
     notes: tuple[str, ...] = ()  # messages for the user about choices made on loading
 
     @property
@@ -77,10 +88,11 @@ class Engine:
         """Draw standard normal noise [B, *latent]; each row is a function of (seed, step, sample)."""
         return self.model.noise(micro.generators(self.run.seed, purpose)).to(self.sigmas.device)
 
-    def velocity(self, prompts: Sequence[str]) -> Velocity:
+    def velocity(self, prompts: Sequence[str]) -> TrainedVelocity:
         """Return the policy's velocity for these prompts, with activations kept as `Run.graph` says."""
         velocity = self.model.velocity(self.model.encode(list(prompts)))
-        settings = {"graph": self.run.graph, "anchor": self.anchor}
+        settings: dict[str, Any] = {"graph": self.run.graph, "anchor": self.anchor}
+        settings["staleness"] = [] if self.run.updates_per_rollout > 1 else None
         if self.shards:
             settings |= {"recomputation": self.shards.recomputation, "before": self.shards.before_forward}
         return with_graph(velocity, **settings)
@@ -113,6 +125,7 @@ class Engine:
 def build(run: Run, world: World = ALONE, begin: Start = BEGINNING) -> Engine:
     """Load model, rewards and prompts; encode every prompt that the run reaches; shard if the run asks for it."""
     refuse_without_gradient(run)
+    refuse_without_reuse(run)
     names = reward_names(run)
     check_names(run, names)
     with world.agreed():
@@ -186,6 +199,15 @@ def refuse_without_gradient(run: Run) -> None:
                 f"the reward {name} has no gradient, and {run.method.name} trains by the reward's gradient; use it in "
                 f"evaluation (leapalign evaluate --reward {name}), and train with a differentiable one (leapalign list)"
             )
+
+
+def refuse_without_reuse(run: Run) -> None:
+    """Raise UserError if the run uses rollouts again, and its method cannot."""
+    if run.updates_per_rollout > 1 and not isinstance(run.method, ReusesRollouts):
+        raise UserError(
+            f"updates_per_rollout {run.updates_per_rollout}: {run.method.name} differentiates inside its rollout, "
+            "which serves one update; use updates_per_rollout 1, or the method leapalign"
+        )
 
 
 def inputs_record(engine: Engine) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from leapalign.storage.atomic import complete_folder, disk_errors, write_text
 from leapalign.storage.lock import run_lock
 from leapalign.training import out_of_memory, self_checks
 from leapalign.training.batches import Start
-from leapalign.training.direct import update
+from leapalign.training.direct import new_rollouts, update
 from leapalign.training.engine import Engine, build, inputs_record
 from leapalign.training.fixed_set import evaluation_reward
 from leapalign.training.out_of_memory import Setup
@@ -181,7 +181,7 @@ def _train_steps(
             stop.took(time.monotonic() - started)
             if on_step:
                 on_step(metrics)
-            if progress.step < run.steps:
+            if progress.step < run.steps and progress.step % run.updates_per_rollout == 0:
                 session.leave_if_asked()
 
 
@@ -195,13 +195,14 @@ def _setup(engine: Engine) -> Setup:
 def _step(session: Session) -> Metrics:
     """Take the next update, or skip its batch; then evaluate on the fixed set, if due."""
     engine, progress = session.engine, session.progress
+    fresh = new_rollouts(engine, progress.step)
     try:
         metrics = update(engine, progress.step)
     except NotFinite as error:
         metrics = session.leave_out(error)
     engine.optimizer.zero_grad(set_to_none=True)  # frees memory for the evaluation and the save
     progress.step += 1
-    progress.samples += engine.run.batch_size
+    progress.samples += engine.run.batch_size if fresh else 0
     progress.skipped += metrics["skipped"]
     return metrics | (evaluation_reward(engine) if _due(engine.run, progress.step, engine.run.evaluate_every) else {})
 

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from leapalign.distributed.fsdp import Shards
 from leapalign.distributed.tensors import Named
+from leapalign.training.weights import exchange
 
 CAST = (nn.Linear, nn.Conv2d)  # layers whose weights autocast casts
 
@@ -39,7 +40,8 @@ class Reference:
     def applied(self) -> Iterator[None]:
         """Context in which the policy has these weights; without gradient. Its own are restored bit for bit.
 
-        Whole weights are exchanged by reference, shards by copying, since FSDP keeps tensors of its own.
+        Whole weights are exchanged by reference, shards by copying, a tensor at a time, since FSDP keeps tensors of
+        its own. Do not read `copies` inside the context.
         """
         own: list[tuple[Tensor, Tensor]] = []
         self._reshard()
@@ -57,13 +59,10 @@ class Reference:
             self.shards.reshard()
 
 
-@torch.no_grad()
 def _exchanged(p: Tensor, other: Tensor) -> Tensor:
-    """Give `p` the values of `other`; return a tensor with p's own values."""
+    """Give `p` the values of `other`; return a tensor with p's own values: p's storage, or `other`'s for a shard."""
     if isinstance(p, DTensor):
-        own = p.detach().clone()
-        p.copy_(other)
-        return own
+        return exchange(p, other)
     own = p.data
     p.data = other
     return own

@@ -78,6 +78,7 @@ class Session:
             beyond.elsewhere = error.elsewhere
             raise beyond
         self.progress.nonfinite_batches += 1
+        self.engine.kept.clear()  # the rollouts of a batch that is left out
         self.tracker.note(f"{error}. This batch was left out: {before + 1} of at most {limit}")
         return {"nonfinite_batch": 1, "skipped": 1}
 

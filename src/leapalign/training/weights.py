@@ -60,15 +60,15 @@ class EMA:
         exchanged: list[tuple[Tensor, Tensor]] = []
         try:
             for name, p in self.parameters.items():
-                exchanged.append((p, _exchange(p, self.shadow[name])))
+                exchanged.append((p, exchange(p, self.shadow[name])))
             yield
         finally:
             for p, kept in exchanged:
-                _exchange(p, kept)
+                exchange(p, kept)
 
 
 @torch.no_grad()
-def _exchange(p: Tensor, other: Tensor) -> Tensor:
+def exchange(p: Tensor, other: Tensor) -> Tensor:
     """Copy `other` into `p`; return the tensor with p's old values: `other`, or a copy if dtypes differ."""
     own = p.clone()
     p.copy_(other)
