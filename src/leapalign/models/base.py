@@ -200,7 +200,10 @@ class Model(Protocol):
         ...
 
     def velocity(self, conditioning: Conditioning) -> Velocity:
-        """Return v(x, sigma) ~ dx/dsigma after guidance, float32, differentiable in x and the policy's weights."""
+        """Return v(x, sigma) ~ dx/dsigma after guidance, float32, differentiable in x and the policy's weights.
+
+        sigma: 0-dim, or [B] for a method that trains each sample at its own steps.
+        """
         ...
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class GraphBytes:
 def count_forwards(run: Run) -> Forwards:
     """Count velocity calls by running the method on scalars with `TRIALS` draws, which make all its random choices."""
     trials = [_trial(run, seed) for seed in range(TRIALS)]
-    seed = max(range(TRIALS), key=lambda i: (trials[i][0].with_graph, trials[i][0].ends_without))
+    seed = max(range(TRIALS), key=lambda i: trials[i][0].with_graph)
     counts, copies = trials[seed]
     return Forwards(
         mean=sum(calls.number for calls, _ in trials) / TRIALS,
@@ -87,7 +87,6 @@ class Counting:
     def __init__(self) -> None:
         self.weight = torch.ones((), requires_grad=True)
         self.number = self.with_graph = self.nested = self.in_backward = 0
-        self.ends_without = False  # True: a call without graph follows the last with graph
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         graph = torch.is_grad_enabled()
@@ -101,7 +100,6 @@ class Counting:
 
     def _count(self, graph: bool, nested: bool) -> None:
         self.number, self.with_graph, self.nested = self.number + 1, self.with_graph + graph, self.nested + nested
-        self.ends_without = self.with_graph > 0 and not graph
 
 
 def _trial(run: Run, seed: int) -> tuple[Counting, int]:
@@ -185,13 +183,10 @@ def _measure(
     saved = Saved([*parameters, *model.policy.buffers()])
     with LiveBytes() as live:
         live.begin("rollout")
-        skipping = Skipping(velocity)
+        skipping = Skipping(velocity, sigmas[1])
         with saved.hooks:
             surrogate = run.method(skipping, x, sigmas, draws)
         kept = saved.bytes()
-        if skipping.ends_without:
-            with torch.no_grad():
-                velocity(x, sigmas[1])  # while the graph, or the kept states, are held
         live.begin("backward")
         if surrogate.has_gradient:
             surrogate.backward(torch.zeros_like(surrogate.x_hat))
@@ -210,20 +205,20 @@ def anchor_of(run: Run) -> Anchor | None:
 
 
 class Skipping:
-    """A velocity that returns zeros for calls without a graph: their values do not change the measured bytes."""
+    """A velocity that returns zeros for calls without a graph, whose values do not change the measured bytes.
 
-    def __init__(self, velocity: TrainedVelocity) -> None:
-        self.velocity, self.with_graph, self.ends_without = velocity, False, False
+    The last step's call is run: there a rollout without graph meets the most that it has kept.
+    """
+
+    def __init__(self, velocity: TrainedVelocity, last: Tensor) -> None:
+        self.velocity, self.last = velocity, float(last)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        self.ends_without = self.with_graph and not torch.is_grad_enabled()  # after the last one with graph
-        if not torch.is_grad_enabled():
-            return torch.zeros_like(x)
-        self.with_graph = True
-        return self.velocity(x, sigma)
+        if torch.is_grad_enabled() or float(sigma) == self.last:
+            return self.velocity(x, sigma)
+        return torch.zeros_like(x)
 
     def recomputed(self, x: Tensor, sigma: Tensor, v: Tensor, share: float) -> Tensor:
-        self.ends_without = True  # all calls of the rollout were without graph
         return self.velocity.recomputed(x, sigma, v, share)
 
 
