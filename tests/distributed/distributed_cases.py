@@ -488,8 +488,11 @@ def noted(log: dict[str, list[str]]) -> Iterator[None]:
 def _between(run: Run) -> float:
     """A threshold above some of the first batch's rewards and below others."""
     engine = loop.build(run, World())
-    micros = batches.micro_batches(run, engine.prompts, 0)
-    rewards = sorted(float(direct.gradient_at_latent(engine, m, direct.roll_out(engine, m)).reward[0]) for m in micros)
+    rewards = []
+    for micro in batches.micro_batches(run, engine.prompts, 0):
+        (surrogate,) = direct.roll_out(engine, micro, engine.velocity(micro.prompts))
+        rewards.append(float(direct.gradient_at_latent(engine, micro, surrogate).reward[0]))
+    rewards.sort()
     return (rewards[0] + rewards[1]) / 2  # one sample of one rank trains
 
 
