@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 import tiny_pipelines
+from hub_cache import lay_out
 from leapalign.cli import main
 from leapalign.codec import dumps
 from leapalign.errors import UserError
@@ -20,8 +22,10 @@ from leapalign.models.z_image import ZImage
 from leapalign.planning import activations
 from leapalign.planning import plan as planning
 from leapalign.planning.activations import GRAPHS, GraphBytes
+from leapalign.planning.downloads import hub_file, pipeline_components
 from leapalign.planning.plan import make_plan
 from leapalign.recipes import RECIPES
+from leapalign.storage.lock import LOCK
 from leapalign.training import direct, loop
 from leapalign.tuning.lora import LoRA
 from lora_families import FAMILIES
@@ -268,6 +272,19 @@ def test_a_folder_without_weights_and_a_run_that_is_there(run, tmp_path):
     with pytest.raises(UserError, match="vae has no safetensors"):
         make_plan(replace(run, model=replace(run.model, path=str(copy))))
     Path(run.out).mkdir()
+    (Path(run.out) / LOCK).touch()  # left by a run that was refused at its start
+    make_plan(run)
     (Path(run.out) / "x").touch()
     with pytest.raises(UserError, match="not empty"):
         make_plan(run)
+
+
+def test_a_revision_is_looked_up_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "files" / "vae").mkdir(parents=True)
+    (tmp_path / "files" / "model_index.json").write_text("{}")
+    (tmp_path / "files" / "vae" / "x.safetensors").touch()
+    lay_out(tmp_path / "files", tmp_path / "hub", "org/tiny", revision="v2")
+    cached = [d.cached for d in pipeline_components("org/tiny@v2", {"vae": 1, "transformer": 1})]
+    assert cached == [True, False] and hub_file("org/tiny@v2", "model_index.json", 1).cached
+    assert not hub_file("org/tiny", "model_index.json", 1).cached

@@ -7,6 +7,8 @@ far the rounding itself leads away is a bound: on the weights, and on the veloci
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from leapalign.storage.files import sha256
 from leapalign.training import direct, loop
 from leapalign.tuning import quantization
 from leapalign.tuning.adapter import lora_layers
+from leapalign.tuning.full import FULL
 from leapalign.tuning.lora import LoRA
 from lora_families import FAMILIES, PROMPTS, disturb, generators
 
@@ -45,11 +48,12 @@ def four_bits_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if not has("bitsandbytes"):
         return
     from bitsandbytes.nn import modules
-    from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer as Quantizer
+    from diffusers.quantizers.bitsandbytes import bnb_quantizer
 
     monkeypatch.setattr(quantization, "_refuse_without_gpu", lambda: None)  # ours
-    monkeypatch.setattr(Quantizer, "validate_environment", lambda self, *args, **kwargs: None)  # diffusers', first line
-    monkeypatch.setattr(Quantizer, "update_device_map", lambda self, found: {"": "cpu"})  # else: the current GPU
+    for kind in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
+        monkeypatch.setattr(kind, "validate_environment", lambda self, *args, **kwargs: None)  # diffusers', first line
+        monkeypatch.setattr(kind, "update_device_map", lambda self, found: {"": "cpu"})  # else: the current GPU
     # On some CPUs a forward without gradient repacks the weights for good, which no GPU does.
     monkeypatch.setattr(modules, "has_avx512bf16", lambda: False)
 
@@ -91,6 +95,20 @@ def test_nf4_asks_diffusers_for_four_bits_and_bfloat16():
     config = quantization.quantization_config("nf4")
     assert config.load_in_4bit and config.bnb_4bit_quant_type == "nf4"
     assert config.bnb_4bit_compute_dtype == torch.bfloat16
+
+
+def test_what_a_quantised_folder_needs_is_told(folders, tmp_path, monkeypatch):
+    """Not "copy the folder again", where the package or the GPU is missing."""
+    monkeypatch.undo()
+    copy = Path(shutil.copytree(folders["sd3"], tmp_path / "copy"))
+    file = copy / "transformer" / "config.json"
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": settings}))
+    model = FAMILIES["sd3"].config(str(copy))
+    with pytest.raises(UserError, match=r"quantised by bitsandbytes, which needs .* and a GPU; install that, or give"):
+        model.load("cpu", "float32", LoRA())
+    with pytest.raises(UserError, match=r"is quantised already \(by bitsandbytes\), so quantization int8 would not be"):
+        model.load("cpu", "bfloat16", LoRA(quantization="int8"))
 
 
 # Values and gradients
@@ -251,6 +269,58 @@ def test_a_run_resumes_reloads_and_exports(quantised_run, wide, kind, tmp_path, 
         A, B = (state[f"transformer.{name}.lora_{part}.weight"] for part in "AB")
         torch.testing.assert_close(weights[f"{name}.weight"], base[f"{name}.weight"] + B @ A, rtol=0, atol=1e-6)
     assert main(["sample", whole.out, "--prompt", "a red circle", "--out", f"{tmp_path}/a", "--device", "cpu"]) == 0
+
+
+SAVED = [
+    pytest.param("torchao int8", marks=needs_torchao),
+    pytest.param("bitsandbytes nf4", marks=needs_bitsandbytes),
+    pytest.param("bitsandbytes int8", marks=needs_bitsandbytes),
+]
+
+
+def saved_quantised(folder: str, kind: str, to: Path) -> str:
+    """Copy the folder, its transformer quantised and saved by diffusers."""
+    from diffusers import BitsAndBytesConfig, SD3Transformer2DModel
+
+    settings = {
+        "torchao int8": lambda: quantization.quantization_config("int8"),
+        "bitsandbytes nf4": lambda: quantization.quantization_config("nf4"),
+        "bitsandbytes int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+    }[kind]()
+    model = SD3Transformer2DModel.from_pretrained(
+        f"{folder}/transformer", quantization_config=settings, torch_dtype=torch.bfloat16
+    )
+    shutil.copytree(folder, to, ignore=shutil.ignore_patterns("transformer"))
+    model.save_pretrained(to / "transformer")
+    return str(to)
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_a_folder_that_was_saved_quantised(run, wide, kind, tmp_path, capsys):
+    """A LoRA trains over it and is told so; the other ways to use it work or say what it is."""
+    folder, method = saved_quantised(wide, kind, tmp_path / "base"), kind.split()[0]
+    if kind != "bitsandbytes int8":  # which no run can choose
+        on_loading = load(config_of(wide), kind.split()[1])
+        found = forward_and_backward(load(config_of(folder), "none"))
+        assert all(map(torch.equal, found, forward_and_backward(on_loading)))
+    lora = replace(run, model=config_of(folder), dtype="bfloat16", steps=1)
+    loop.train(lora)
+    told = capsys.readouterr().err
+    assert f"the base is quantised already (by {method}): the adapter is trained beside" in told
+    assert told.count("MatMul8bitLt") <= 1  # not once a layer and forward
+    twice = LoRA(quantization="int8")
+    for tuning, message in ((FULL, "full fine-tuning needs the unquantised"), (twice, "int8 would not be applied")):
+        with pytest.raises(UserError, match=message):
+            loop.train(replace(lora, tuning=tuning, out=f"{tmp_path}/refused"))
+        with pytest.raises(UserError, match=message):
+            make_plan(replace(lora, tuning=tuning, out=f"{tmp_path}/refused"))
+    words = ["--prompt", "a", "--size", "16", "--steps", "1", "--device", "cpu"]
+    assert main(["sample", lora.out, "--prompt", "a", "--device", "cpu", "--out", f"{tmp_path}/tuned"]) == 0
+    assert main(["sample", folder, *words, "--out", f"{tmp_path}/plain"]) == 0
+    assert main(["export", lora.out, "--out", f"{tmp_path}/lora", "--format", "lora"]) == 0
+    capsys.readouterr()
+    assert main(["export", lora.out, "--out", f"{tmp_path}/merged", "--format", "pipeline"]) == 2
+    assert "cannot be merged into a quantised base" in capsys.readouterr().err
 
 
 def held(tensor: Any) -> int:

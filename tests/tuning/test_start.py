@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hub_cache import lay_out
 from leapalign.checkpoint.inputs import differing, inputs_of
 from leapalign.cli import main
 from leapalign.errors import UserError
+from leapalign.planning.plan import make_plan
 from leapalign.run import Run
+from leapalign.storage import components
 from leapalign.storage.files import sha256
 from leapalign.training import loop
 from leapalign.tuning.files import FILE
@@ -164,6 +168,50 @@ def test_what_is_no_adapter_of_the_run_is_refused(folders: dict[str, str], tmp_p
     for name, message in files.items():
         with pytest.raises(UserError, match=message):
             begun(folders["sd3"], "sd3", LoRA(rank=2, start=str(tmp_path / name)))
+
+
+def test_a_wrong_start_is_told_before_the_base_is_loaded(
+    run: Run, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by --dry-run, which loads no base at all."""
+    saved(folders["sd3"], "sd3", LoRA(rank=2), tmp_path / "sft")
+    good = load_file(tmp_path / "sft" / FILE)
+    wrong = {
+        "is empty": {},
+        "changes a text encoder": good | {"text_encoder.x.lora_A.weight": torch.ones(2, 2)},
+        "in no layout of a LoRA": {name.replace("transformer.", "diffusion_model."): t for name, t in good.items()},
+        r"its alpha stands in": {name.replace("transformer.", "base_model.model."): t for name, t in good.items()},
+        "the rank is 2 at .*, the run's is 3; use --tuning.rank 2": good,
+    }
+    monkeypatch.setattr(components, "load_policy", lambda *_: pytest.fail("the base was loaded"))
+    for message, tensors in wrong.items():
+        tuning = LoRA(rank=3, start=stored(tensors, tmp_path / "wrong.safetensors"))
+        with pytest.raises(UserError, match=message):
+            begun(folders["sd3"], "sd3", tuning)
+        with pytest.raises(UserError, match=message):
+            make_plan(replace(run, tuning=tuning))
+
+
+def test_a_hub_id_is_a_start(
+    run: Run, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned = saved(folders["sd3"], "sd3", LoRA(rank=2), tmp_path / "sft")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    named = LoRA(rank=2, start="org/lora@v2")
+    with pytest.raises(UserError, match=r"org/lora@v2: HF_HUB_OFFLINE forbids the network"):
+        begun(folders["sd3"], "sd3", named)
+    plan = make_plan(replace(run, tuning=named))  # fetches nothing, and says what is to be fetched
+    (needed,) = (d for d in plan.downloads if d.repo == "org/lora@v2")
+    assert needed.what == FILE and not needed.cached and needed.bytes > 0
+    lay_out(tmp_path / "sft", tmp_path / "hub", "org/lora", revision="v2")
+    assert torch.equal(velocity(begun(folders["sd3"], "sd3", named)), tuned)
+    assert next(d for d in make_plan(replace(run, tuning=named)).downloads if d.repo == "org/lora@v2").cached
+    assert "tuning.start" in inputs_of(replace(run, tuning=named), [])
+    lay_out(Path(folders["sd3"]) / "vae", tmp_path / "hub", "org/other")
+    with pytest.raises(UserError, match=r"org/other: the repository has no pytorch_lora_weights.safetensors and no"):
+        begun(folders["sd3"], "sd3", LoRA(start="org/other"))
+    with pytest.raises(UserError, match=r"sft/absent.safetensors: there is no such file"):  # no hub id
+        begun(folders["sd3"], "sd3", LoRA(start="sft/absent.safetensors"))
 
 
 def test_a_run_goes_on_from_the_adapter(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -15,7 +15,7 @@ from leapalign.run import Run
 from leapalign.tuning.quantization import Quantised
 
 ROOM = 0.4  # share of a device's memory for weights, gradients, optimiser and average; above it, `auto` shards
-QUANTISED = "a quantised base cannot be sharded; use --sharding replicate, or --tuning.quantization none"
+QUANTISED = "a quantised base cannot be sharded; use --sharding replicate, or an unquantised base"
 KEPT = 20  # bytes of a trained weight: float32 weight, gradient, two moments, average
 
 

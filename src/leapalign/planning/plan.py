@@ -25,14 +25,19 @@ from leapalign.models.prompt_embeds.location import cache_plan, limit
 from leapalign.models.prompt_embeds.store import WORTHWHILE
 from leapalign.planning.activations import GRAPHS, Forwards, GraphBytes, count_forwards, forward_bytes, graph_bytes
 from leapalign.planning.components import Planned, family_of, plan_components, quantization_of
-from leapalign.planning.downloads import Download, pipeline_components
+from leapalign.planning.downloads import Download, hub_file, pipeline_components
 from leapalign.planning.memory import always, phases, policy_bytes, reward_bytes, trained_bytes
 from leapalign.planning.prompts import PlannedPrompts, plan_prompts, planned_shape
 from leapalign.planning.sharding import first_rank, world_of
 from leapalign.planning.sources import locate
 from leapalign.run import Run
+from leapalign.storage.lock import is_empty
 from leapalign.storage.pipeline_folder import quantised_by
+from leapalign.tuning.files import FILE as ADAPTER_FILE
 from leapalign.tuning.full import QUANTISED, FullFineTuning
+from leapalign.tuning.lora import LoRA
+from leapalign.tuning.quantization import refuse_twice
+from leapalign.tuning.start import on_hub
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +90,7 @@ def make_plan(run: Run, ranks: int = 1, ranks_per_machine: int = 8) -> Plan:
 
 
 def _check_out(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()):
+    if not is_empty(out):
         raise UserError(f"{out}: this folder is not empty; use `leapalign resume {out}`, or another --out")
 
 
@@ -135,7 +140,7 @@ def _assemble(planned: Planned, device: str, forwards: Forwards, prompts: Planne
             "bytes": prompts.number * each,
             "limit": _cache_limit(planned),
         },
-        downloads=(*_model_downloads(planned), *(d for r in planned.rewards for d in r.downloads), *prompts.downloads),
+        downloads=_downloads(planned, prompts),
         disk=_disk(planned),
         notes=(),
     )
@@ -205,6 +210,19 @@ def _geometry(planned: Planned, forwards: Forwards) -> dict[str, int | float]:
     }
 
 
+def _downloads(planned: Planned, prompts: PlannedPrompts) -> tuple[Download, ...]:
+    rewards = [download for reward in planned.rewards for download in reward.downloads]
+    return (*_model_downloads(planned), *_start_downloads(planned), *rewards, *prompts.downloads)
+
+
+def _start_downloads(planned: Planned) -> list[Download]:
+    """Describe the adapter that a LoRA begins with, if it is on the hub; its file is about as large as the run's."""
+    tuning = planned.run.tuning
+    if not isinstance(tuning, LoRA) or not tuning.start or not on_hub(tuning.start):
+        return []
+    return [hub_file(tuning.start, ADAPTER_FILE, trained_bytes(planned))]
+
+
 def _model_downloads(planned: Planned) -> list[Download]:
     if not planned.source.hub_id:
         return []
@@ -225,8 +243,9 @@ def _disk(planned: Planned) -> dict[str, int]:
 
 
 def _check_base(planned: Planned) -> list[str]:
-    """Note that the base's folder is quantised. Raises UserError if the run would train quantised weights."""
+    """Note that the base's folder is quantised. Raises UserError if the run would train or requantise its weights."""
     method = quantised_by(planned.folder)
+    refuse_twice(planned.folder, quantization_of(planned.run) or "none")
     if method and isinstance(planned.run.tuning, FullFineTuning):
         raise UserError(f"{planned.folder.path} ({method}): {QUANTISED}")
     return [f"the base is quantised already (by {method}): its memory is planned as if it were not"] if method else []

@@ -7,11 +7,12 @@ code in a folder is executed.
 from __future__ import annotations
 
 import importlib
+import logging
 from pathlib import Path
 from typing import Any
 
 from leapalign.errors import UserError, opening
-from leapalign.storage.pipeline_folder import TRANSFORMER, PipelineFolder
+from leapalign.storage.pipeline_folder import TRANSFORMER, PipelineFolder, quantised_by
 from leapalign.storage.single_file import load_single_file
 
 
@@ -32,13 +33,31 @@ def load_component(folder: PipelineFolder, name: str, dtype: Any = None, quantiz
         kind = component_class(library, class_name)
         model = load_single_file(kind, folder.transformer_file, folder.path / name, dtype)
         return _own_memory(model).eval().requires_grad_(False)
-    with opening(f"{folder.path / name} cannot be opened as {class_name}", "copy the folder again, completely"):
+    with opening(f"{folder.path / name} cannot be opened as {class_name}", _remedy(folder, name)):
         kind = component_class(library, class_name)
         component, info = _from_pretrained(kind, folder.path / name, library, dtype, quantization)
+    if quantised_by(folder, name) == "bitsandbytes":  # its 8-bit layers say in every forward that they use float16
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_ONCE)
     missing = sorted(info.get("missing_keys", ())) + sorted(map(str, info.get("mismatched_keys", ())))
     if missing:  # the libraries would initialise these at random and continue
         raise UserError(f"{folder.path / name} lacks {len(missing)} weights of {class_name}: {', '.join(missing[:3])}")
     return _own_memory(component) if name == TRANSFORMER and quantization is None else component
+
+
+class _Once(logging.Filter):
+    """Let the first record of each message through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        new = record.msg not in self._seen
+        self._seen.add(record.msg)
+        return new
+
+
+_ONCE = _Once()
 
 
 def component_class(library: str, class_name: str) -> Any:
@@ -49,9 +68,17 @@ def component_class(library: str, class_name: str) -> Any:
 def load_policy(folder: PipelineFolder, device: str, dtype: Any, quantization: Any = None) -> Any:
     """Load the transformer to where `folder.loading` says; a quantised one always to `device`."""
     place = folder.loading.policy
-    if place == "device" or quantization is not None:
+    if place == "device" or quantization is not None or quantised_by(folder):
         return load_component(folder, TRANSFORMER, dtype, quantization).to(device)
     return load_component(folder, TRANSFORMER, dtype) if place == "cpu" else _without_values(folder)
+
+
+def _remedy(folder: PipelineFolder, name: str) -> str:
+    method = quantised_by(folder, name)
+    if not method:
+        return "copy the folder again, completely"
+    needs = "bitsandbytes (pip install 'leapalign[quantization]') and a GPU" if method == "bitsandbytes" else method
+    return f"its weights are quantised by {method}, which needs {needs}; install that, or give the unquantised model"
 
 
 def _without_values(folder: PipelineFolder) -> Any:

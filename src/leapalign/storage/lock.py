@@ -43,6 +43,11 @@ def run_lock(out: Path) -> Iterator[None]:
         lock.release()
 
 
+def is_empty(out: Path) -> bool:
+    """Return True if there is no such folder, or if it holds only what a run leaves that was refused at its start."""
+    return not out.is_dir() or all(path.name in (LOCK, HOLDER) for path in out.iterdir())
+
+
 def _holder(out: Path) -> str:
     try:
         return (out / HOLDER).read_text(encoding="utf-8", errors="replace")[:200] or "another process"

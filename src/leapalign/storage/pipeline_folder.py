@@ -79,9 +79,9 @@ def open_folder(
     return PipelineFolder(folder, components, weights, loading)
 
 
-def quantised_by(folder: PipelineFolder) -> str:
-    """The library that quantised the folder's transformer before it was saved; empty if none did."""
-    config = folder.path / TRANSFORMER / "config.json"
+def quantised_by(folder: PipelineFolder, name: str = TRANSFORMER) -> str:
+    """Return the library that quantised a component before it was saved; empty if none did."""
+    config = folder.path / name / "config.json"
     settings = read_json(config).get("quantization_config") if config.is_file() else None
     return str(settings.get("quant_method", "an unknown method")) if isinstance(settings, dict) else ""
 

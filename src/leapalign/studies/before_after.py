@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from leapalign.prompts import Prompt
     from leapalign.report.page import Page
 from leapalign.run import Run
+from leapalign.storage.lock import is_empty
 
 PER_TASK = 60  # images a task in each evaluation: standard error of overall about 0.025
 QUICK_PER_TASK, QUICK_STEPS = 4, 4
@@ -84,7 +85,7 @@ def conduct(study: Study) -> dict[str, Any]:
     from leapalign.training.loop import train
 
     run, out, begun = study.run, Path(study.run.out), time.monotonic()
-    if out.is_dir() and any(out.iterdir()):
+    if not is_empty(out):
         raise UserError(f"{out}: this folder is not empty; give another --out")
     before = evaluate_model(study, run.model.load, "the base")
     trained_from = time.monotonic()

@@ -41,6 +41,7 @@ from leapalign.training import batches
 from leapalign.training.batches import BEGINNING, MicroBatch, Start
 from leapalign.training.reference import Reference
 from leapalign.training.weights import EMA, trained_parameters
+from leapalign.tuning.quantization import base_note
 
 ALONE = World()
 
@@ -159,7 +160,7 @@ def build(run: Run, world: World = ALONE, begin: Start = BEGINNING) -> Engine:
         world=world,
         shards=shards,
         anchor=anchor,
-        notes=(choice.why,) if choice.why else (),
+        notes=tuple(filter(None, (choice.why, base_note(model.policy, run.tuning)))),
         model=model,
         rewards=rewards,
         terms={

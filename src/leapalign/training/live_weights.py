@@ -16,6 +16,7 @@ from leapalign.checkpoint import checkpoints
 from leapalign.errors import UserError
 from leapalign.run import Run
 from leapalign.training.weights import trained_parameters
+from leapalign.tuning.base import HasStart
 
 SMALL = 0.5  # share of training in the average below which the run warns
 PAPER = 1.5  # updates times 1 - d in the paper
@@ -43,7 +44,9 @@ def live_weights(run: Run, folder: Path, scratch: Path) -> Iterator[Path]:
     origin = checkpoints.read(replace(run, out=str(folder)))
     if origin is None:
         raise UserError(f"{folder}: this run has no checkpoint yet, and live weights are read from one")
-    model = run.model.load("cpu", run.dtype, run.tuning)
+    # the checkpoint holds all trained weights, so what they began with may be gone
+    tuning = replace(run.tuning, start="") if isinstance(run.tuning, HasStart) else run.tuning
+    model = run.model.load("cpu", run.dtype, tuning)
     checkpoints.restore_weights(origin, trained_parameters(model.policy))
     shutil.rmtree(scratch, ignore_errors=True)
     try:

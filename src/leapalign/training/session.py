@@ -14,7 +14,7 @@ from leapalign.checkpoint.state import Checkpoint, Progress, versions
 from leapalign.errors import NotFinite, RunInterrupted, UserError
 from leapalign.run import Run, differences
 from leapalign.storage.atomic import refuse_links_out, refuse_other_kinds
-from leapalign.storage.lock import HOLDER, LOCK
+from leapalign.storage.lock import HOLDER, LOCK, is_empty
 from leapalign.training import self_checks
 from leapalign.training.live_weights import short_average
 from leapalign.training.preemption import Stop
@@ -95,9 +95,7 @@ def open_folder(run: Run, resume: bool) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot make the run's folder ({error.strerror})") from None
-    if not resume and any(
-        path.name not in (LOCK, HOLDER) for path in out.iterdir()
-    ):  # now: new/.. is there only with new
+    if not resume and not is_empty(out):  # asked now: new/.. is there only with new
         raise UserError(f"{out}: this folder is not empty; use `leapalign resume {out}`, or another --out")
     return out
 

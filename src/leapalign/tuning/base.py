@@ -70,3 +70,13 @@ class QuantisesBase(Protocol):
     def quantization(self) -> str:
         """Return "none", or a kind of leapalign.tuning.quantization."""
         ...
+
+
+@runtime_checkable
+class HasStart(Protocol):
+    """A way of tuning whose training can begin with weights that are given."""
+
+    @property
+    def start(self) -> str:
+        """Return what training begins with; empty = its own initial weights."""
+        ...

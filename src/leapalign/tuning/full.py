@@ -31,12 +31,17 @@ class FullFineTuning:
     formats: ClassVar[tuple[str, ...]] = ("pipeline",)
 
     def load_policy(self, folder: PipelineFolder, device: str, dtype: torch.dtype, targets: LoraTargets) -> Any:
-        """Load the transformer with float32 weights; with another `dtype` its forward runs under autocast."""
+        """Load the transformer with float32 weights; with another `dtype` its forward runs under autocast.
+
+        Weights that are quantised in the folder stay frozen: they can be sampled, and `initialise` refuses them.
+        """
         import torch
 
         from leapalign.storage.components import load_policy
+        from leapalign.tuning.quantization import Quantised
 
-        return load_policy(folder, device, torch.float32).requires_grad_(True)
+        policy = load_policy(folder, device, torch.float32)
+        return policy if isinstance(policy, Quantised) else policy.requires_grad_(True)
 
     def initialise(self, policy: Any, seed: int) -> None:
         """Change nothing: training begins at the folder's weights. Raises UserError if these are quantised."""

@@ -43,7 +43,7 @@ class LoRA:
     init: Literal["kaiming", "gaussian"] = "kaiming"  # of A; B begins at 0
     base_dtype: Literal["", "float32", "bfloat16"] = ""  # of the frozen weights; empty = the run's dtype
     quantization: Quantization = "none"  # of the frozen linear layers: torchao, bitsandbytes
-    start: str = ""  # an adapter file or folder whose values training begins with; empty = zero update
+    start: str = ""  # an adapter that training begins with: file, folder or hub id; empty = zero update
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -56,19 +56,32 @@ class LoRA:
             raise UserError("target_modules: an empty name; give ends of module paths, for instance attn.to_q")
 
     def load_policy(self, folder: PipelineFolder, device: str, dtype: torch.dtype, targets: LoraTargets) -> Any:
-        """Load the frozen transformer, with an adapter whose B = 0. Raises UserError if a target matches no layer."""
+        """Load the frozen transformer, with an adapter whose B = 0.
+
+        Raises UserError if a target matches no layer, or if `start` is no adapter of this rank.
+        """
         from leapalign.storage.components import load_policy
         from leapalign.tuning.adapter import attach, initialise
-        from leapalign.tuning.quantization import compute_in, quantization_config
+        from leapalign.tuning.quantization import compute_in, quantization_config, refuse_twice
         from leapalign.tuning.targets import find_targets
 
         base = self._base_dtype(dtype)
+        refuse_twice(folder, self.quantization)
+        self._check_start(folder)
         policy = load_policy(folder, device, base, quantization_config(self.quantization))
         compute_in(policy, base)
         layers = find_targets(policy, self.target_modules, targets)
         attach(policy, layers, rank=self.rank, alpha=self.alpha or self.rank)
         initialise(policy, self.init, seed=0)
         return policy
+
+    def _check_start(self, folder: PipelineFolder) -> None:
+        """Check `start`, before the base is loaded; a plan, which loads no files, fetches nothing for it."""
+        from leapalign.storage.pipeline_folder import TRANSFORMER
+        from leapalign.tuning.start import check_start, on_hub
+
+        if self.start and not (folder.loading.component and on_hub(self.start)):
+            check_start(self.start, self.rank, folder.components[TRANSFORMER][1])
 
     def _base_dtype(self, dtype: torch.dtype) -> torch.dtype:
         import torch

@@ -10,6 +10,8 @@ import importlib.util
 from typing import Any, Protocol, runtime_checkable
 
 from leapalign.errors import UserError
+from leapalign.storage.pipeline_folder import TRANSFORMER, PipelineFolder, quantised_by
+from leapalign.tuning.base import QuantisesBase
 
 PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}
 
@@ -34,6 +36,26 @@ def quantization_config(kind: str) -> Any:
         return _int8() if kind == "int8" else _nf4()
     except ImportError as error:  # the installed version is too old
         raise UserError(f"quantization {kind}: this {package} cannot be used ({error}); {remedy}, upgraded") from error
+
+
+def refuse_twice(folder: PipelineFolder, kind: str) -> None:
+    """Raise UserError if the run would quantise a transformer whose folder is quantised already."""
+    method = quantised_by(folder)
+    if method and kind != "none":
+        raise UserError(
+            f"{folder.path / TRANSFORMER} is quantised already (by {method}), so quantization {kind} would not be "
+            "applied; leave --tuning.quantization at none, or give the unquantised model"
+        )
+
+
+def base_note(policy: object, tuning: object) -> str:
+    """Return what the user should know at the start about a base that was quantised before the run; else empty."""
+    if not isinstance(policy, Quantised) or (isinstance(tuning, QuantisesBase) and tuning.quantization != "none"):
+        return ""
+    return (
+        f"the base is quantised already (by {policy.hf_quantizer.quantization_config.quant_method.value}): the adapter "
+        "is trained beside its rounded weights and cannot be merged into them (export --format lora)"
+    )
 
 
 def compute_in(policy: Any, dtype: Any) -> None:

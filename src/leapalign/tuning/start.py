@@ -4,6 +4,7 @@ Design choices:
 - three layouts are read: diffusers' (`transformer.<layer>.lora_A.weight`), PEFT's (`base_model.model.<layer>...`, with
   its adapter_config.json), and those that diffusers' own loader of the family converts, kohya's for instance;
 - rank and layers must be the run's; another strength (alpha / rank) is taken into B, so that B A keeps its effect;
+- layout and rank are checked before the base is loaded, layers and values after it;
 - only safetensors files are opened, never pickled ones.
 """
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from leapalign.errors import UserError
+from leapalign.storage.hub import is_hub_id, snapshot
 from leapalign.storage.safetensors_header import check_safetensors, read_header
 from leapalign.tuning.adapter import ADAPTER, lora_layers
 from leapalign.tuning.files import FILE, PREFIX
@@ -75,8 +77,18 @@ def begin_with(policy: nn.Module, start: str) -> None:
 
 
 def adapter_file(start: str) -> Path:
-    """The .safetensors file that `start` names, or the adapter in the folder that it names. Raises UserError."""
+    """Return the .safetensors file that `start` names, or the adapter in the folder or hub repository that it names.
+
+    Raises UserError.
+    """
     path = Path(start).expanduser()
+    if on_hub(start):
+        path = snapshot(start, [FILE, PEFT_FILE, PEFT_CONFIG])
+        if not any((path / name).is_file() for name in (FILE, PEFT_FILE)):
+            raise UserError(
+                f"tuning.start {start}: the repository has no {FILE} and no {PEFT_FILE}; fetch its adapter "
+                f"(`hf download {start} FILE`) and give that file"
+            )
     if path.is_dir():
         known = [path / name for name in (FILE, PEFT_FILE) if (path / name).is_file()]
         found = known[:1] or sorted(path.glob("*.safetensors"))
@@ -87,29 +99,60 @@ def adapter_file(start: str) -> Path:
             )
         path = found[0]
     if not path.is_file():
-        raise UserError(f"tuning.start {path}: there is no such file; give a LoRA's .safetensors file or its folder")
+        raise UserError(
+            f"tuning.start {path}: there is no such file; give a LoRA's .safetensors file, its folder or its hub id"
+        )
     if path.suffix != ".safetensors":
         raise UserError(f"tuning.start {path}: only .safetensors is opened, pickled weights are not; convert it")
     check_safetensors(path)
     return path
 
 
+def on_hub(start: str) -> bool:
+    """Return True if `start` means a hub repository; the name of a file that is not there does not."""
+    path = Path(start).expanduser()
+    return not path.exists() and path.suffix != ".safetensors" and is_hub_id(start)
+
+
+def check_start(start: str, rank: int, transformer: str) -> None:
+    """Check an adapter's layout and rank by the file's header, before a base is loaded. `transformer`: its class.
+
+    Raises UserError. Layers, shapes and values are compared with the run's adapter by `begin_with`.
+    """
+    file = adapter_file(start)
+    shapes = {key: entry["shape"] for key, entry in read_header(file).items() if key != "__metadata__"}
+    prefix = _prefix(file, list(shapes))
+    if not prefix:
+        _converter(file, list(shapes), transformer)
+        return
+    _config(file, needed=prefix == PEFT_PREFIX)
+    for key, shape in shapes.items():
+        if key.endswith(ENDS[0]) and shape:
+            _check_rank(file, key.removeprefix(prefix).removesuffix(ENDS[0]), shape[0], rank)
+
+
 def _read(file: Path, transformer: str) -> Adapter:
     from safetensors.torch import load_file
 
     tensors = load_file(file)
-    if not tensors:
+    prefix = _prefix(file, list(tensors))
+    if not prefix:
+        return _converted(file, tensors, transformer)
+    state = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return Adapter(state, _config(file, needed=prefix == PEFT_PREFIX))
+
+
+def _prefix(file: Path, keys: list[str]) -> str:
+    """Return what all keys begin with in diffusers' and PEFT's layouts; empty for another layout. Raises UserError."""
+    if not keys:
         raise UserError(f"tuning.start {file} is empty: {LAYOUTS}")
-    if text := [key for key in tensors if key.startswith(("text_encoder", "lora_te"))]:
+    if text := [key for key in keys if key.startswith(("text_encoder", "lora_te"))]:
         raise UserError(
             f"tuning.start {file} changes a text encoder too (e.g. {text[0]}), and text encoders stay as they are; "
             "give a LoRA of the transformer alone"
         )
-    for prefix in (PREFIX, PEFT_PREFIX):
-        if all(key.startswith(prefix) and key.endswith(ENDS) for key in tensors):
-            state = {key.removeprefix(prefix): value for key, value in tensors.items()}
-            return Adapter(state, _config(file, needed=prefix == PEFT_PREFIX))
-    return _converted(file, tensors, transformer)
+    known = (p for p in (PREFIX, PEFT_PREFIX) if all(key.startswith(p) and key.endswith(ENDS) for key in keys))
+    return next(known, "")
 
 
 def _config(file: Path, needed: bool) -> dict[str, Any]:
@@ -135,13 +178,8 @@ def _config(file: Path, needed: bool) -> dict[str, Any]:
 
 
 def _converted(file: Path, tensors: dict[str, Tensor], transformer: str) -> Adapter:
-    """The file by diffusers' own loader of the family, which is named like the transformer."""
-    from diffusers.loaders import lora_pipeline
-
-    kind = getattr(lora_pipeline, transformer.removesuffix("Transformer2DModel") + "LoraLoaderMixin", None)
-    odd = next((key for key in tensors if "dora_scale" in key or "lora_magnitude_vector" in key), "")
-    if kind is None or odd:
-        raise _unread(file, odd or next(iter(tensors)))
+    """Convert the file by diffusers' own loader of the family."""
+    kind = _converter(file, list(tensors), transformer)
     try:  # the converters take out of the dictionary what they use
         found = kind.lora_state_dict(dict(tensors), return_alphas=True)
     except Exception as error:  # KeyError, ValueError, RuntimeError: whichever line of the converter it is
@@ -154,6 +192,17 @@ def _converted(file: Path, tensors: dict[str, Tensor], transformer: str) -> Adap
         {key.removeprefix(PREFIX): value for key, value in state.items()},
         alphas={key.removeprefix(PREFIX).removesuffix(".alpha"): float(a) for key, a in (alphas or {}).items()},
     )
+
+
+def _converter(file: Path, keys: list[str], transformer: str) -> Any:
+    """Return diffusers' loader of the family, which is named like the transformer. Raises UserError if it has none."""
+    from diffusers.loaders import lora_pipeline
+
+    kind = getattr(lora_pipeline, transformer.removesuffix("Transformer2DModel") + "LoraLoaderMixin", None)
+    odd = next((key for key in keys if "dora_scale" in key or "lora_magnitude_vector" in key), "")
+    if kind is None or odd:
+        raise _unread(file, odd or keys[0])
+    return kind
 
 
 def _unread(file: Path, key: str) -> UserError:
@@ -177,13 +226,16 @@ def _some(what: str, names: list[str]) -> str:
     return f"{what}: {len(names)}" + (f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else "")
 
 
-def _check_shapes(file: Path, name: str, given: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]) -> None:
-    rank, expected = given[0].shape[0], own[0].shape[0]
+def _check_rank(file: Path, name: str, rank: int, expected: int) -> None:
     if rank != expected:
         raise UserError(
             f"tuning.start {file}: the rank is {rank} at {name}, the run's is {expected}; use --tuning.rank {rank}, or "
             "an adapter of the run's rank (it must be the same for all layers)"
         )
+
+
+def _check_shapes(file: Path, name: str, given: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor]) -> None:
+    _check_rank(file, name, given[0].shape[0], own[0].shape[0])
     for value, p, end in zip(given, own, ENDS):
         if value.shape != p.shape:
             raise UserError(
