@@ -15,7 +15,7 @@ from torch import Tensor
 import tiny_pipelines as tiny
 from leapalign.cli import main
 from leapalign.errors import UserError
-from leapalign.lookup.sources import find_source
+from leapalign.lookup.sources import Source, find_source
 from leapalign.run import Run
 from leapalign.storage.files import sha256
 from leapalign.training import loop
@@ -237,10 +237,28 @@ def test_a_base_that_is_replaced_or_gone_is_refused_for_all_weights(
     export(full)
 
 
-def test_an_adapter_on_another_base_is_told_as_before(lora: Run) -> None:
+def test_an_adapter_on_another_base_is_told_by_every_command(
+    lora: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     record = Path(lora.out) / "inputs.json"
     text = json.loads(record.read_text())
     text["inputs"]["model.path"][WEIGHTS.as_posix()] = "0" * 64
     record.write_text(json.dumps(text))
     with pytest.warns(UserWarning, match="the base is not the one that this run was trained on"):
         find_source(lora.out, {}, 0.5)
+
+    def stop(*_: object, **__: object) -> None:
+        raise UserError("told, and here the work would begin")
+
+    monkeypatch.setattr(Source, "load", stop)
+    monkeypatch.setattr(LoRA, "export", stop)
+    commands = [
+        ["sample", lora.out, "--prompt", "a", "--out", f"{tmp_path}/images"],
+        ["evaluate", lora.out, "--per-task", "1", "--diversity", "0"],
+        ["evaluate", "embedded:generator", "--against", lora.out, "--per-task", "1", "--diversity", "0"],
+        ["export", lora.out, "--out", f"{tmp_path}/average"],
+        ["export", lora.out, "--out", f"{tmp_path}/live", "--weights", "live"],
+    ]
+    for argv in commands:
+        with pytest.warns(UserWarning, match="the base is not the one that this run was trained on"):
+            assert main(argv) == 2
