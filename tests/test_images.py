@@ -95,13 +95,13 @@ def wrong(folder: Path) -> dict[str, str]:
     Image.fromarray(np.full((4, 4), 9, np.int32)).save(folder / "32.tif")
     (folder / "text.png").write_text("no image")
     return {
-        "moving.gif": "of 2 images; give one of them",
-        "moving.png": "of 2 images; give one of them",
+        "moving.gif": r"2 images \(an animation or a document\); save one",
+        "moving.png": r"2 images \(an animation or a document\); save one",
         "float255.tif": r"grey values in \[200, 200\]; expected \[0, 1\]",
         "nan.tif": r"grey values in \[nan, nan\]; expected \[0, 1\]",
         "32.tif": "TIFF with 32-bit or inverted grey values",
         "text.png": "cannot be read as an image",
-        "none.png": "there is no such file",
+        "none.png": "file not found",
     }
 
 

@@ -34,7 +34,7 @@ def read_image(path: Path) -> Image:
             _check(image, path)
             return ImageOps.exif_transpose(_rgb(image, path))
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
+        raise UserError(f"{path}: file not found") from None
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read as an image ({error}); give PNG, JPEG or WebP") from None
 
@@ -47,7 +47,7 @@ def check_image(path: Path) -> None:
         with Image.open(path) as image:
             _check(image, path)
     except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
+        raise UserError(f"{path}: file not found") from None
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read as an image ({error}); give PNG, JPEG or WebP") from None
 
@@ -75,7 +75,7 @@ def to_pil(image: Tensor) -> Image:
 def _check(image: Image, path: Path) -> None:
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # MPO: a camera's JPEG with a preview behind it
-        raise UserError(f"{path}: an animation or a document of {frames} images; give one of them as a file of its own")
+        raise UserError(f"{path}: has {frames} images (an animation or a document); save one of them as a file")
 
 
 def _rgb(image: Image, path: Path) -> Image:

@@ -176,7 +176,7 @@ def _check_geometry(run: Run) -> None:
     if batch % micro:
         sizes = [m for m in range(1, batch + 1) if batch % m == 0]
         raise UserError(
-            f"batch_size {batch} is not made of micro-batches of {micro}; "
+            f"batch_size {batch} cannot be divided into micro-batches of {micro}; "
             f"use batch_size {nearest_multiples(batch, micro)}, or micro_batch_size {nearest(sizes, micro)}"
         )
     if share % micro:

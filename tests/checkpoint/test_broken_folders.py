@@ -70,11 +70,11 @@ def damage(run, kind: str) -> None:
 
 
 KINDS = {
-    "flipped": "weights.safetensors has other bytes than were written",
-    "truncated": "weights.safetensors has other bytes than were written",
+    "flipped": "weights.safetensors was changed after it was written",
+    "truncated": "weights.safetensors was changed after it was written",
     "missing": "weights.safetensors is missing or unknown",
-    "step changed": "state.json has other bytes than were written",
-    "deleted": "this checkpoint was there and is gone",
+    "step changed": "state.json was changed after it was written",
+    "deleted": "this checkpoint was deleted",
     "unlisted": "ema.safetensors is missing or unknown",
     "layout": "its layout is 'striped', and this version reads whole, sharded",
 }
@@ -88,7 +88,7 @@ def test_a_bad_checkpoint_is_named_and_the_older_good_one_offered(trained, tmp_p
         loop.train(replace(trained, steps=6), resume=True)
     said = str(refused.value)
     assert KINDS[kind] in said
-    assert f"step-000002 is good: `leapalign resume {trained.out} --checkpoint step-000002` goes on from it" in said
+    assert f"step-000002 is intact: continue from it, `leapalign resume {trained.out} --checkpoint step-000002`" in said
     assert contents(Path(trained.out)) == before  # nothing is overwritten
 
 
@@ -100,7 +100,7 @@ def test_the_offer_is_taken_and_the_bad_one_is_kept(trained, tmp_path, recipe_fi
     lines = (Path(trained.out) / "metrics.jsonl").read_bytes()
     words = ["resume", trained.out, "--plugin", str(recipe_file), "--steps", "6", "--checkpoint"]
     assert main([*words, "step-000003"]) == 2
-    assert "no checkpoint 'step-000003'; there are step-000002, step-000004" in capsys.readouterr().err
+    assert "no checkpoint is named 'step-000003'; the run has step-000002, step-000004" in capsys.readouterr().err
     assert main([*words, "step-000002"]) == 0
     said = capsys.readouterr().err
     assert "resuming from step-000002" in said and "kept as unused-step-000004" in said
@@ -118,7 +118,7 @@ def test_where_nothing_good_is_left_the_way_out_is_another_folder(trained):
     older = Path(trained.out) / "checkpoints" / "step-000002" / "ema.safetensors"
     older.write_bytes(b"")
     with pytest.raises(
-        UserError, match=r"no other one is good: train again, `leapalign train .*run.json --out ANOTHER`"
+        UserError, match=r"no other checkpoint is intact: train again, `leapalign train .*run.json --out ANOTHER`"
     ):
         loop.train(replace(trained, steps=6), resume=True)
 
@@ -127,7 +127,7 @@ def test_a_deleted_folder_of_checkpoints_does_not_begin_the_run_again(trained):
     folder = Path(trained.out) / "checkpoints"
     folder.rename(folder.with_name("elsewhere"))
     before = contents(Path(trained.out))
-    with pytest.raises(UserError, match="checkpoints: this folder was there and is gone"):
+    with pytest.raises(UserError, match="checkpoints: this folder was deleted"):
         loop.train(replace(trained, steps=6), resume=True)
     assert contents(Path(trained.out)) == before
 
@@ -139,7 +139,7 @@ def test_a_changed_line_of_metrics_is_named_before_anything_is_replaced(trained,
     lines[1] = spoilt * len(lines[1])  # as long as it was
     path.write_bytes(b"\n".join(lines))
     before = contents(Path(trained.out))
-    with pytest.raises(UserError, match=r"metrics.jsonl, line 2: this is no JSON object, .*; put it back"):
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2: this is not a JSON object, .*; put it back"):
         loop.train(replace(trained, steps=6), resume=True)
     assert contents(Path(trained.out)) == before
 
@@ -164,7 +164,7 @@ def test_a_forged_checkpoint_whose_sums_are_right(trained):
     (folder / "state.json").write_text(json.dumps(state | {"self": digest(state)}))
     with pytest.raises(
         UserError,
-        match=r"damaged \(weights.safetensors is not a sound .*step-000002 is good",
+        match=r"damaged \(weights.safetensors is not a sound .*step-000002 is intact",
     ):
         loop.train(replace(trained, steps=6), resume=True)
     (folder / "state.json").write_text("[" * 99_999)
@@ -184,7 +184,7 @@ def test_a_forged_optimizer_is_named(trained, old, new):
     state["files"][file.name] = sha256(file)
     (folder / "state.json").write_text(json.dumps(state | {"self": digest(state)}))
     before = contents(Path(trained.out))
-    with pytest.raises(UserError, match=rf"has {new.decode()} \[16\], which is no state of what the model trains"):
+    with pytest.raises(UserError, match=rf"has {new.decode()} \[16\], which does not fit the trained weights"):
         loop.train(replace(trained, steps=6), resume=True)
     assert contents(Path(trained.out)) == before
 
@@ -207,7 +207,7 @@ def test_a_forged_state_is_named(trained, change):
     state = json.loads(file.read_text()) | change
     del state["self"]
     file.write_text(json.dumps(state | {"self": digest(state)}))
-    with pytest.raises(UserError, match=rf"damaged \(state.json (says {next(iter(change))}|is of step 3)"):
+    with pytest.raises(UserError, match=rf"damaged \(state.json (says {next(iter(change))}|records step 3)"):
         loop.train(replace(trained, steps=6), resume=True)
 
 

@@ -104,14 +104,14 @@ def test_a_checkpoint(tiny_run, proof):
     folder = Path(run.out) / "checkpoints" / "step-000004"
     for name in ("weights.pt", "optimizer.bin"):
         file = bomb(folder / name, proof, "archive")
-        with pytest.raises(UserError, match=f"{name} is no part of a checkpoint; pickled files are never opened"):
+        with pytest.raises(UserError, match=f"{name} is not part of a checkpoint; pickled files are never opened"):
             loop.train(replace(run, steps=6), resume=True)
         file.unlink()
     for name in ("weights", "ema", "optimizer"):
         kept = folder / f"{name}.kept"
         shutil.move(folder / f"{name}.safetensors", kept)
         bomb(folder / f"{name}.safetensors", proof)
-        with pytest.raises(UserError, match=f"{name}.safetensors has other bytes than were written"):
+        with pytest.raises(UserError, match=f"{name}.safetensors was changed after it was written"):
             loop.train(replace(run, steps=6), resume=True)
         shutil.move(kept, folder / f"{name}.safetensors")
     bomb(Path(run.out) / "checkpoints" / "step-000005.pt", proof)  # beside the checkpoints: not looked at

@@ -101,9 +101,9 @@ def test_several_rewards_and_a_readable_table(pictures, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"--reward": ["pickscor"]}, "no reward 'pickscor'; did you mean 'pickscore'?"),
-        ({"--reward": ["no.py:f"]}, "no.py: there is no such file"),
-        ({"--reward": [f"{EXAMPLE}:warmt"]}, "no 'warmt' in the file; did you mean 'warmth'?"),
+        ({"--reward": ["pickscor"]}, "unknown reward 'pickscor'; did you mean 'pickscore'?"),
+        ({"--reward": ["no.py:f"]}, "no.py: file not found"),
+        ({"--reward": [f"{EXAMPLE}:warmt"]}, "the file defines no 'warmt'; did you mean 'warmth'?"),
         ({"--reward": ["custom"]}, "--reward my_file.py:name"),
         ({"--prompt": ["a", "b", "c"]}, "2 images and 3 prompts"),
         ({"--prompt": []}, "give either --prompt"),
@@ -123,7 +123,7 @@ def test_what_is_no_picture_is_refused(tmp_path, content):
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"bad\.png: cannot be read as an image"):
         read_image(file)
-    with pytest.raises(UserError, match=r"gone\.png: there is no such file"):
+    with pytest.raises(UserError, match=r"gone\.png: file not found"):
         read_image(tmp_path / "gone.png")
 
 

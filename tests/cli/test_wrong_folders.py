@@ -87,8 +87,8 @@ def test_settings_that_are_none(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ({"weight_map": {"a": "../model.safetensors"}}, "names '../model.safetensors', which is no file beside it"),
-        ({"weight_map": {"a": "/etc/passwd"}}, "which is no file beside it"),
+        ({"weight_map": {"a": "../model.safetensors"}}, "names '../model.safetensors', which is not a file beside it"),
+        ({"weight_map": {"a": "/etc/passwd"}}, "which is not a file beside it"),
         ({"weight_map": {"a": 1}}, "has no weight_map"),
         ({}, "has no weight_map"),
     ],
@@ -138,7 +138,7 @@ def test_a_class_that_is_no_name(folder, capsys, name):
 
 def test_a_vae_without_numbers(folder):
     edit(folder / "sd3" / "vae" / "config.json", scaling_factor="x")
-    with pytest.raises(UserError, match="sd3/vae: its scaling_factor and shift_factor are no numbers"):
+    with pytest.raises(UserError, match="sd3/vae: scaling_factor and shift_factor are not numbers"):
         SD3(path="sd3", **CONFIG).load("cpu", "float32")
 
 

@@ -83,8 +83,8 @@ def test_no_command_is_said_on_stderr(capsys):
         (["sample", "sd3", "--prompt", "x", "--steps", "-1"], "num_steps is -1; it must be at least 1 and at most"),
         (["sample", "sd3", "--prompt", "x", "--num", "99999999999"], "images_per_prompt is 99999999999"),
         (["sample", "sd3", "--prompt", "x" * 10_001], "--prompt: a prompt of 10001 characters; expected at most 10000"),
-        (["sample", "sd3", "--prompt", "a\0b"], "'a\\x00b' has a control character"),
-        (["list", "--json", "\x1b[31m"], "'\\x1b[31m' has a control character, which no name and no prompt needs"),
+        (["sample", "sd3", "--prompt", "a\0b"], "'a\\x00b' contains a control character"),
+        (["list", "--json", "\x1b[31m"], "'\\x1b[31m' contains a control character"),
         (["evaluate", "sd3", "--per-task", "0"], "shapeworld prompts: num 0, seed 0; expected 1 to"),
         (
             ["train", "shapeworld-refl", "--steps", "99999999999"],
@@ -139,14 +139,14 @@ def test_a_way_back_is_no_new_folder(capsys, folder):
 def test_a_way_back_is_no_place_to_save(folder):
     model = SD3(path="sd3", **CONFIG).load("cpu", "float32")
     before = sorted(folder.rglob("*"))
-    with pytest.raises(UserError, match="exists and is no pipeline folder"):
+    with pytest.raises(UserError, match="exists and is not a pipeline folder"):
         model.save("new/..")
     assert sorted(folder.rglob("*")) == before
 
 
 def test_a_nul_in_run_json():
     record = json.loads(dumps(shapeworld_leapalign())) | {"out": "a\0b"}
-    with pytest.raises(UserError, match=r'out: "a\\u0000b" has a NUL character'):
+    with pytest.raises(UserError, match=r'out: "a\\u0000b" contains a NUL character'):
         decode(type(shapeworld_leapalign()), record)
 
 

@@ -71,11 +71,11 @@ def spoiled(**changes: Any) -> str:
         (spoiled(model=...), "missing 'model'"),
         (spoiled(model="sd3"), "model: expected a configuration of leapalign.models, got a text"),
         (spoiled(model={"path": "x"}), "model: it must name its class"),
-        (spoiled(model__type="leapalign.models.sd3.SD4"), "no configuration class .*SD4; did you mean 'SD3'"),
-        (spoiled(model__type="leapalign.models.sd5.SD5"), "no module leapalign.models.sd5"),
+        (spoiled(model__type="leapalign.models.sd3.SD4"), "unknown configuration class .*SD4; did you mean 'SD3'"),
+        (spoiled(model__type="leapalign.models.sd5.SD5"), "no module is named leapalign.models.sd5"),
         (spoiled(model__type="leapalign.methods.leapalign.LeapAlign"), "not a class of leapalign.models"),
         (spoiled(model__type="os.system"), "os.system is not a class of leapalign.models"),
-        (spoiled(model__type="leapalign.models.sd3.dataclass"), "no configuration class"),
+        (spoiled(model__type="leapalign.models.sd3.dataclass"), "unknown configuration class"),
         (spoiled(model__type="my.py:Mine"), "give it with --plugin path/to/my.py"),
         (spoiled(method__nested_scale=7), "method: LeapAlign: got nested_scale=7.0"),
         (spoiled(rewards__0__reward=3), r"rewards\[0\].reward: expected a configuration of leapalign.rewards"),
@@ -192,7 +192,7 @@ def test_classes_are_found_in_the_value_itself():
 def test_a_class_without_a_file_is_refused():
     nowhere = make_dataclass("Nowhere", [("x", int)])
     nowhere.__module__ = "a_notebook"
-    with pytest.raises(UserError, match="the class Nowhere is defined in no file"):
+    with pytest.raises(UserError, match="the class Nowhere is not defined in a file"):
         encode(nowhere(1))
 
 

@@ -92,7 +92,7 @@ def check(answers: dict[str, Any], ranks: int) -> None:
         assert answer["equal"] and answer["empty"] == [False] + [True] * (ranks - 1), (way, answer)
         assert answer["velocity"] < 1e-5 and answer["sharded"] == (way != "auto"), (way, answer)
     said = answers["another model on rank 0"]["says"]
-    assert len(said) == ranks and all("has another model than rank 0" in words for words in said)
+    assert len(said) == ranks and all("has a different model than rank 0" in words for words in said)
     signalled = answers["a signal to the last rank"]
     assert signalled["status"] == [138] * ranks and signalled["saved"] and signalled["said by"] == 1
     assert answers["saved"]["equal"] and answers["saved"]["share"] < 1.2 / ranks
@@ -197,7 +197,7 @@ def damaged(out: Path, kind: str) -> None:
 
 
 DAMAGE = {
-    "flipped": "shard-00002-model-00003-of-00003.safetensors has other bytes than were written",
+    "flipped": "shard-00002-model-00003-of-00003.safetensors was changed after it was written",
     "missing": "shard-00002-model-00003-of-00003.safetensors is missing or unknown",
     "unlisted": "shard-00002-model-00003-of-00003.safetensors is missing or unknown",
 }

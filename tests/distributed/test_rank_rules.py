@@ -130,7 +130,7 @@ def test_ranks_have_a_device_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     second = World(rank=5, size=8, local_rank=1, local_size=4)
     assert world_device("auto", second) == world_device("cuda", second) == "cuda:1"
-    with pytest.raises(UserError, match="device 'cuda:0' would be that of all 8 ranks"):
+    with pytest.raises(UserError, match="device 'cuda:0' would be shared by all 8 ranks"):
         world_device("cuda:0", second)
     with pytest.raises(UserError, match="rank 6 is number 2 on its machine, which has 2 CUDA devices"):
         world_device("cuda", replace(second, rank=6, local_rank=2))
@@ -148,11 +148,11 @@ def test_what_cannot_be_sharded_is_refused(tiny_run: Callable[..., Run]) -> None
 def test_frozen_networks_that_cannot_be_sharded_are_refused(tiny_run: Callable[..., Run], tiny_module: Any) -> None:
     """Unknown names and devices before anything is loaded; the rest before anything is sharded."""
     two_ranks, name = World(size=2, local_size=2), "tiny-reward"
-    with pytest.raises(UserError, match="there is no reward 'hpsv3'; the run has tiny-reward"):
+    with pytest.raises(UserError, match="unknown reward 'hpsv3'; the run has tiny-reward"):
         loop.build(tiny_run(model=ZImage(path="no-such-folder"), shard_rewards=("hpsv3",)))
     run = tiny_run(shard_rewards=(name,), shard_text_encoders=True)
     elsewhere = (replace(run.rewards[0], device="cpu"),)
-    with pytest.raises(UserError, match=r"tiny-reward has a device of its own \(cpu\)"):
+    with pytest.raises(UserError, match=r"tiny-reward has its own device \(cpu\)"):
         loop.build(replace(run, model=ZImage(path="no-such-folder"), rewards=elsewhere))
     with pytest.raises(UserError, match="tiny-reward has no network"):
         fsdp_frozen.shard_rewards(run, {name: complete(name, lambda images, prompts: images.mean())}, two_ranks, "cpu")
@@ -164,7 +164,7 @@ def test_frozen_networks_that_cannot_be_sharded_are_refused(tiny_run: Callable[.
     reward_of_tied: Any = SimpleNamespace(network=lambda: tied)
     with pytest.raises(UserError, match="blocks that share weights"):
         fsdp_frozen.shard_rewards(run, {name: reward_of_tied}, two_ranks, "cpu")
-    with pytest.raises(UserError, match="TinyModel encodes its prompts in a way of its own"):
+    with pytest.raises(UserError, match="TinyModel encodes its prompts itself"):
         prompts.prepare(run, run.model.load("cpu", "float32"), [["red"], ["red"]], two_ranks, "cpu")
 
 

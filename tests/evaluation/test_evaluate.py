@@ -139,12 +139,12 @@ def test_prompts_are_a_file_or_the_test_prompts_of_a_set(word, expected) -> None
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("genevall", r"no prompt set 'genevall'; did you mean 'geneval'\?; give one of .*drawbench.*, or a .txt"),
-        ("hpdv3=test.json", "no prompt set 'hpdv3'; did you mean 'hpdv2'"),
-        ("file", "no prompt set 'file'"),
-        ("geneval=x.jsonl", "geneval is read from no file"),
+        ("genevall", r"unknown prompt set 'genevall'; did you mean 'geneval'\?; give one of .*drawbench.*, or a .txt"),
+        ("hpdv3=test.json", "unknown prompt set 'hpdv3'; did you mean 'hpdv2'"),
+        ("file", "unknown prompt set 'file'"),
+        ("geneval=x.jsonl", "geneval takes no path"),
         ("hpdv2=", "a path is missing"),
-        ("a\0b", "no prompt set"),
+        ("a\0b", "unknown prompt set"),
     ],
 )
 def test_a_prompt_set_that_is_none(word, message) -> None:
@@ -338,7 +338,7 @@ def test_the_command_continues_after_an_interruption(tmp_path, capsys, monkeypat
     assert "2 of 6 images are there and are kept" in captured.err
     assert json.loads(captured.out) == expected
     assert main([*words, "--out", str(tmp_path / "o"), "--seed", "1"]) == 2
-    assert "images of other settings (seed: 0 -> 1)" in capsys.readouterr().err
+    assert "images made with other settings (seed: 0 -> 1)" in capsys.readouterr().err
     assert main([*words, "--out", str(tmp_path / "o"), "--seed", "1", "--overwrite"]) == 0
 
 

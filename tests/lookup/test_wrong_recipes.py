@@ -104,7 +104,7 @@ def test_a_wrong_recipe_is_exit_2_and_one_sentence(name, tmp_path, capsys):
         ("def bad(): return encode(R)", "bad is a dict; a recipe is a function that returns a leapalign Run"),
         ("def bad(): ...", "bad is a NoneType; a recipe is"),
         ("def bad(size): return R", r"my.py:bad: TypeError: bad\(\) missing 1 required positional argument: 'size'"),
-        ("def good(): return R", "there is no 'bad' in the file"),
+        ("def good(): return R", "the file defines no 'bad'"),
         ("def bad(: ...", r"my.py, line 2\d: "),
         ("import nowhere_at_all", r"my.py, line 2\d: ModuleNotFoundError: No module named 'nowhere_at_all'"),
         ("1 / 0", r"my.py, line 2\d: ZeroDivisionError"),

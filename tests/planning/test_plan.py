@@ -206,7 +206,7 @@ def test_numbers_that_could_not_be_checked_are_called_so(run, monkeypatch):
         replace(run, model=ZImage(path="Tongyi-MAI/Z-Image-Turbo", guidance_scale=0.0, height=64, width=64))
     )
     (note,) = (note for note in plan.notes if "published files" in note)
-    assert note.startswith("the numbers of Tongyi-MAI/Z-Image-Turbo that ship could not be compared")
+    assert note.startswith("sizes of Tongyi-MAI/Z-Image-Turbo are approximate")
     assert plan.prompts["bytes_each"] == 512 * (2 * 2560 + 1) and plan.geometry["branches"] == 1
     assert {d.what: round(d.bytes / 1e9, 1) for d in plan.downloads if d.repo.startswith("Tongyi")} == {
         "transformer": 12.3,
@@ -239,11 +239,11 @@ def test_every_recipe_can_be_planned(name, monkeypatch, tmp_path):
         ({"device": "gpu"}, "device 'gpu'"),
         ({"num_sampling_steps": 1}, "leaps need 2 steps"),
         ({"model": {"height": 17}}, "height 17 is not a positive multiple"),
-        ({"model": {"path": "nobody/nothing"}}, "its numbers do not ship"),
-        ({"model": {"path": "no such folder"}}, "is no folder here"),
+        ({"model": {"path": "nobody/nothing"}}, "leapalign does not ship its sizes"),
+        ({"model": {"path": "no such folder"}}, "is not a local folder"),
         ({"model": {"max_sequence_length": 0}}, "max_sequence_length 0"),
         ({"prompts": {"path": "absent.txt"}}, "absent.txt: cannot read"),
-        ({"reward": {"path": "no such folder"}}, "path is 'no such folder', and there is no such file or folder"),
+        ({"reward": {"path": "no such folder"}}, "path is 'no such folder', and no file or folder is there"),
     ],
 )
 def test_mistakes_are_found_early(run, change, message):

@@ -115,7 +115,7 @@ def test_auto_is_decided_as_in_training(run, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "number", "message"),
     [
-        ({}, 3, "batch_size 4 is not made of rounds of 3 ranks"),
+        ({}, 3, "batch_size 4 cannot be divided into rounds of 3 ranks"),
         ({}, 0, "ranks 0, ranks_per_machine 8: both must be at least 1"),
         (
             {"sharding": "full", "samples_per_draw": 1, "method": ReFL()},
@@ -123,7 +123,7 @@ def test_auto_is_decided_as_in_training(run, monkeypatch):
             "samples_per_draw 1 is not a multiple of the 2 samples",
         ),
         ({"sharding": "hybrid", "shard_ranks": 3}, 4, "shard_ranks 3 does not divide 4 ranks"),
-        ({"shard_rewards": ("hpsv3",)}, 2, "there is no reward 'hpsv3'"),
+        ({"shard_rewards": ("hpsv3",)}, 2, "unknown reward 'hpsv3'"),
         ({"sharding": "full", "tuning": LoRA(rank=2, quantization="int8"), "dtype": "bfloat16"}, 2, "quantised base"),
     ],
 )

@@ -251,7 +251,7 @@ def test_broken_files_are_named(case: Any, damage: str) -> None:
     else:
         whole = file.read_bytes()
         file.write_bytes({"half of it": whole[: len(whole) // 2], "text": b"not a checkpoint", "nothing": b""}[damage])
-    with pytest.raises(UserError, match=r"holds no table of weights|cannot be read as a file of tensors"):
+    with pytest.raises(UserError, match=r"has no table of weights|cannot be read as a file of tensors"):
         make(file.parent).load()
 
 
@@ -267,7 +267,7 @@ def test_broken_safetensors_are_named(tmp_path: Path) -> None:
     ("name", "key", "shape", "message"),
     [
         ("hpsv2", "visual.conv1.weight", (24, 192), "expected 4 axes"),
-        ("hpsv2", "visual.positional_embedding", (11, 24), "10 patch positions, which make no square"),
+        ("hpsv2", "visual.positional_embedding", (11, 24), "10 patch positions, which do not form a square"),
         ("imagereward", "mlp.layers.7.weight", (2, 4), "ends in 2 numbers; expected 1"),
         ("aesthetic", "layers.7.weight", (2, 4), "ends in 2 numbers; expected 1"),
         ("aesthetic", "layers.0.weight", (16, 9), "reads 9 numbers, but the CLIP at .* gives 12"),

@@ -161,7 +161,7 @@ def test_files_that_are_absent_or_no_safetensors_are_named(folder: Path) -> None
     with pytest.raises(UserError, match="dtype 'int8' is unknown"):
         load(folder, dtype="int8")
     torch.save({"model.embed_tokens.weight": torch.zeros(3, 3)}, folder / FILE)
-    with pytest.raises(UserError, match="is no safetensors file"):
+    with pytest.raises(UserError, match="cannot be read as a safetensors file"):
         load(folder)
 
 

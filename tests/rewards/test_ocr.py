@@ -180,7 +180,7 @@ def test_region_is_the_cut_out_picture(tmp_path: Path) -> None:
     "region", [(0.5, 0, 0.5, 1), (0, 0.6, 1, 0.4), (-0.1, 0, 1, 1), (0, 0, 1, 1.1), (0, 0, float("nan"), 1)]
 )
 def test_regions_that_are_no_box(tmp_path: Path, region: tuple[float, float, float, float]) -> None:
-    with pytest.raises(UserError, match="is no box"):
+    with pytest.raises(UserError, match="is not a box"):
         OCR(path=str(write_tiny_crnn(tmp_path)), region=region).load()
 
 

@@ -75,7 +75,7 @@ def test_a_word_that_means_a_place_is_not_asked_of_the_hub(word, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert not is_hub_id(word)
     assert find_file(word, "config.json") is None
-    with pytest.raises(UserError, match=f"{re.escape(word)}: there is no such folder here"):
+    with pytest.raises(UserError, match=f"{re.escape(word)}: folder not found"):
         locate(word)
 
 
@@ -83,7 +83,7 @@ def test_a_near_name_is_suggested_and_a_folder_of_an_organisation_is_told(tmp_pa
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     (tmp_path / "org" / "other").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert no_such_place("runs/mien").endswith("there is no such folder here; did you mean 'runs/mine'?")
+    assert no_such_place("runs/mien").endswith("folder not found; did you mean 'runs/mine'?")
     assert "hf download org/name" in no_such_place("org/name")
 
 
@@ -180,7 +180,7 @@ FAILURES = {
         http(errors.GatedRepoError, 403),
         r"gated: accept its licence on https://huggingface.co/org/tiny .*hf auth",
     ),
-    "missing": (http(errors.RepositoryNotFoundError, 404), "no such model, or it is private: check the name"),
+    "missing": (http(errors.RepositoryNotFoundError, 404), "no model of this name, or it is private: check the name"),
     "disabled": (http(errors.DisabledRepoError, 403), "disabled this repository: .* folder with your own copy"),
     "revision": (http(errors.RevisionNotFoundError, 404), "no revision 'v9': choose one of its branches"),
     "revoked": (http(errors.HfHubHTTPError, 401), "refuses your token.*settings/tokens and run `hf auth login`"),
@@ -188,7 +188,7 @@ FAILURES = {
     "too many": (http(errors.HfHubHTTPError, 429), "too many requests.*wait some minutes"),
     "hub down": (
         caused(errors.LocalEntryNotFoundError("no"), http(errors.HfHubHTTPError, 503)),
-        r"fault of its own \(status 503\): try again later",
+        r"internal error \(status 503\): try again later",
     ),
     "offline": (
         caused(errors.LocalEntryNotFoundError("no"), errors.OfflineModeIsEnabled("no")),
@@ -199,7 +199,7 @@ FAILURES = {
         r"cannot be reached \(Name or service not known\): check network and proxy",
     ),
     "proxy": (httpx.ProxyError("407"), r"cannot be reached \(407\): check network and proxy"),
-    "half fetched": (errors.LocalEntryNotFoundError("no"), "not whole in the cache"),
+    "half fetched": (errors.LocalEntryNotFoundError("no"), "not completely in the cache"),
     "disk full": (OSError(errno.ENOSPC, "No space left on device"), "disk of the hub's cache is full.*HF_HOME"),
     "read-only": (PermissionError(errno.EACCES, "Permission denied"), "cannot be written.*HF_HOME"),
     "unknown": (RuntimeError("something\nelse"), r"download failed \(RuntimeError: something\): try again"),

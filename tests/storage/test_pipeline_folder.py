@@ -153,7 +153,7 @@ def test_text_encoder_that_lacks_a_weight_is_found_when_it_is_opened(copy: Path)
 
 
 def test_missing_folder_and_hub_id_offline(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nowhere: there is no such folder"):
+    with pytest.raises(UserError, match="nowhere: folder not found"):
         load(tmp_path / "nowhere")
     with pytest.raises(
         UserError, match=r"owner/no-such-model: HF_HUB_OFFLINE forbids the network.*hf download owner/no-such"

@@ -77,7 +77,7 @@ def test_peft_layout_with_its_config(folders: dict[str, str], tmp_path: Path) ->
     renamed = {name.replace("transformer.", "base_model.model.", 1): value for name, value in plain.items()}
     config = {"lora_alpha": 6.0, "alpha_pattern": {"ff.net.2": 8.0}, "use_rslora": True, "init_lora_weights": True}
     start = stored(renamed, tmp_path / "peft" / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=r"its alpha stands in .*adapter_config.json, which is missing"):
+    with pytest.raises(UserError, match=r"whose alpha is in .*adapter_config.json; that file is missing"):
         begun(folders["flux"], "flux", LoRA(rank=4, start=start))
     (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config))
     for name in plain:
@@ -130,7 +130,9 @@ def test_kohya_layout_is_read_as_diffusers_reads_it(folders: dict[str, str], tmp
     theirs = pipeline_images(FAMILIES["flux"], folders["flux"], tmp_path / "kohya")
     assert (ours - theirs).abs().max() < 1e-4
     assert (ours - pipeline_images(FAMILIES["flux"], folders["flux"])).abs().max() > 1e-3
-    with pytest.raises(UserError, match=r"lora_unet_.* which is in no layout .* read are diffusers' layout"):
+    with pytest.raises(
+        UserError, match=r"lora_unet_.* which belongs to no supported layout .*: supported are diffusers' layout"
+    ):
         begun(folders["sd3"], "sd3", LoRA(rank=2, start=start))  # diffusers converts none for SD3
 
 
@@ -142,15 +144,15 @@ def test_what_is_no_adapter_of_the_run_is_refused(folders: dict[str, str], tmp_p
     fewer = {name: value for name, value in good.items() if ".ff" not in name}
     more = good | {"transformer.proj_out.lora_A.weight": good[A], "transformer.proj_out.lora_B.weight": good[B]}
     wrong = {
-        r"has \d+ layers, the run's adapter \d+; missing: \d+ \(.*ff.*\), of no use: 0\. Set target_modules": fewer,
-        r"missing: 0, of no use: 1 \(proj_out\)": more,
+        r"has \d+ layers, the run's adapter \d+; missing: \d+ \(.*ff.*\), unexpected: 0\. Set target_modules": fewer,
+        r"missing: 0, unexpected: 1 \(proj_out\)": more,
         r"has no transformer_blocks.0.attn.to_q.lora_B.weight": {k: v for k, v in good.items() if k != B},
         r"the rank is 3 at .*, the run's is 2; use --tuning.rank 3": good
         | {A: torch.ones(3, good[A].shape[1]), B: torch.ones(good[B].shape[0], 3)},
         r"to_q.lora_A.weight is \(2, 7\), the run's adapter has": good | {A: torch.ones(2, 7)},
         r"values that are not finite": good | {A: torch.full_like(good[A], torch.nan)},
         r"changes a text encoder too": good | {"text_encoder.x.lora_A.weight": torch.ones(2, 2)},
-        r"in no layout of a LoRA": good | {f"{layer}.dora_scale": torch.ones(2)},
+        r"no supported layout of a LoRA": good | {f"{layer}.dora_scale": torch.ones(2)},
         r"is empty": {},
     }
     for message, tensors in wrong.items():
@@ -161,7 +163,7 @@ def test_what_is_no_adapter_of_the_run_is_refused(folders: dict[str, str], tmp_p
     (tmp_path / "lora.bin").write_bytes(b"pickle")
     files = {
         "none": "found none",
-        "absent.safetensors": "no such file",
+        "absent.safetensors": "file not found",
         "lora.bin": "pickled",
         "cut.safetensors": "announces",
     }
@@ -179,8 +181,8 @@ def test_a_wrong_start_is_told_before_the_base_is_loaded(
     wrong = {
         "is empty": {},
         "changes a text encoder": good | {"text_encoder.x.lora_A.weight": torch.ones(2, 2)},
-        "in no layout of a LoRA": {name.replace("transformer.", "diffusion_model."): t for name, t in good.items()},
-        r"its alpha stands in": {name.replace("transformer.", "base_model.model."): t for name, t in good.items()},
+        "no supported layout": {name.replace("transformer.", "diffusion_model."): t for name, t in good.items()},
+        "whose alpha is in": {name.replace("transformer.", "base_model.model."): t for name, t in good.items()},
         "the rank is 2 at .*, the run's is 3; use --tuning.rank 2": good,
     }
     monkeypatch.setattr(components, "load_policy", lambda *_: pytest.fail("the base was loaded"))
@@ -210,7 +212,7 @@ def test_a_hub_id_is_a_start(
     lay_out(Path(folders["sd3"]) / "vae", tmp_path / "hub", "org/other")
     with pytest.raises(UserError, match=r"org/other: the repository has no pytorch_lora_weights.safetensors and no"):
         begun(folders["sd3"], "sd3", LoRA(start="org/other"))
-    with pytest.raises(UserError, match=r"sft/absent.safetensors: there is no such file"):  # no hub id
+    with pytest.raises(UserError, match=r"sft/absent.safetensors: file not found"):  # no hub id
         begun(folders["sd3"], "sd3", LoRA(start="sft/absent.safetensors"))
 
 

@@ -233,7 +233,7 @@ def test_a_base_that_is_replaced_or_gone_is_refused_for_all_weights(
     assert "not found. Put it back at" in capsys.readouterr().err
     (Path(full.out) / "inputs.json").unlink()  # a run without that record
     assert main(["sample", full.out, "--prompt", "a", "--strength", "0.5"]) == 2
-    assert "there is no such folder" in capsys.readouterr().err
+    assert "folder not found" in capsys.readouterr().err
     export(full)
 
 

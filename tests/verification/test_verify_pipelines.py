@@ -364,15 +364,15 @@ def test_other_numbers_under_a_published_name_and_another_shift(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["nowhere"], "nowhere: there is no such folder"),
+        (["nowhere"], "nowhere: folder not found"),
         (["org/none"], "org/none: HF_HUB_OFFLINE forbids the network"),
         (["."], "is not a diffusers pipeline folder"),
-        (["pickscore=nowhere"], "there is no such file or folder"),
+        (["pickscore=nowhere"], "no file or folder is there"),
         (["pickscore"], "PickScore_v1"),
-        (["ocr=org/none/deeper"], "there is no such file or folder"),
+        (["ocr=org/none/deeper"], "no file or folder is there"),
         (["embedded:generator", "--hashes", "nowhere"], "cannot be read as a list of hashes"),
         (["embedded:generator", "--hashes", "wrong"], "wrong, line 1: expected a sha256 and a path"),
-        (["embedded:generator", "--hashes", "empty"], "there is no hash in it"),
+        (["embedded:generator", "--hashes", "empty"], "the file has no hashes"),
     ],
 )
 def test_mistakes(

@@ -129,7 +129,7 @@ def read(run: Run, name: str = "") -> Checkpoint | None:
     folder = _folder(run)
     names = [path.name for path in complete(run)]
     if name and name not in names:
-        raise UserError(f"{folder}: there is no checkpoint {name!r}; there are {', '.join(names) or 'none'}")
+        raise UserError(f"{folder}: no checkpoint is named {name!r}; the run has {', '.join(names) or 'none'}")
     _refuse_deleted(run, name, names)
     if not names:
         return None
@@ -179,24 +179,24 @@ def complete(run: Run) -> list[Path]:
 def _way_out(run: Run, bad: Path | None) -> str:
     good = next((path for path in reversed(complete(run)) if path != bad and is_good(path)), None)
     if good is None:
-        return f"no other one is good: train again, `leapalign train {run.out}/run.json --out ANOTHER`"
-    return f"{good.name} is good: `leapalign resume {run.out} --checkpoint {good.name}` goes on from it"
+        return f"no other checkpoint is intact: train again, `leapalign train {run.out}/run.json --out ANOTHER`"
+    return f"{good.name} is intact: continue from it, `leapalign resume {run.out} --checkpoint {good.name}`"
 
 
 def _refuse_deleted(run: Run, name: str, names: list[str]) -> None:
     """Raise UserError if the newest checkpoint was deleted: resuming from an older one would discard later metrics."""
     marker = _folder(run) / NEWEST
     if (Path(run.out) / "run.json").exists() and not marker.parent.is_dir():  # both are created together
-        raise UserError(f"{marker.parent}: this folder was there and is gone; {_way_out(run, None)}")
+        raise UserError(f"{marker.parent}: this folder was deleted; {_way_out(run, None)}")
     if name or not marker.exists():
         return
     try:
         newest = json.loads(marker.read_text())["name"]
         gone = not names or int(_NAME.fullmatch(newest)[1]) > _step(Path(names[-1]))  # type: ignore[index]
     except UNREADABLE as error:
-        raise UserError(f"{marker}: not readable ({error}); remove it to resume from the newest folder") from None
+        raise UserError(f"{marker}: cannot be read ({error}); remove it to resume from the newest folder") from None
     if gone:
-        raise UserError(f"{marker.parent / newest}: this checkpoint was there and is gone; {_way_out(run, None)}")
+        raise UserError(f"{marker.parent / newest}: this checkpoint was deleted; {_way_out(run, None)}")
 
 
 def _free_name(path: Path) -> Path:

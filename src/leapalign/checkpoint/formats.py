@@ -105,11 +105,11 @@ def _moments(saved: Named, parameters: Named) -> dict[str, Tensor]:
 
 def _check_shapes(folder: Path, saved: Named, expected: Named) -> None:
     if odd := sorted(saved.keys() ^ expected.keys()):
-        raise UserError(f"{folder}: it holds other weights than the model trains, for instance {odd[0]}")
+        raise UserError(f"{folder}: its weights are not those that the run trains, for instance {odd[0]}")
     for name, tensor in expected.items():
         if saved[name].shape != tensor.shape:
             shapes = f"{list(saved[name].shape)} in the checkpoint, {list(tensor.shape)} in the model"
-            raise UserError(f"{folder}: {name} is {shapes}; this is another model")
+            raise UserError(f"{folder}: {name} is {shapes}; it belongs to another model")
 
 
 def _check_moments(folder: Path, saved: Named, parameters: Named) -> None:
@@ -120,7 +120,7 @@ def _check_moments(folder: Path, saved: Named, parameters: Named) -> None:
         expected = {"exp_avg": shape, "exp_avg_sq": shape, "step": torch.Size()}.get(key)
         if shape is None or expected != tensor.shape or not tensor.is_floating_point():
             said = f"the optimizer's state has {full_name} {list(tensor.shape)}"
-            raise UserError(f"{folder}: {said}, which is no state of what the model trains; this is another model")
+            raise UserError(f"{folder}: {said}, which does not fit the trained weights; it belongs to another model")
 
 
 def _file(folder: Path, group: str) -> Path:

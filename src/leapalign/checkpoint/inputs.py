@@ -98,7 +98,7 @@ def recorded(out: Path) -> dict[str, Any]:
             return record
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
-    raise UserError(f"{file}: not readable as the record of a run's inputs; remove it to go on without comparing")
+    raise UserError(f"{file}: cannot be read as the record of a run's inputs; remove it to skip the comparison")
 
 
 def base_changes(run: Run, out: Path) -> list[str]:

@@ -51,21 +51,21 @@ def verified(folder: Path) -> Checkpoint:
     state = json.loads((folder / "state.json").read_text())
     own = state.pop("self")
     if own != digest(state):
-        raise ValueError("state.json has other bytes than were written")
+        raise ValueError("state.json was changed after it was written")
     expected = formats.tensor_files(state) | _RECORDS
     present = {path.name for path in folder.iterdir()}
     if odd := (set(state["files"]) | {"state.json"}) ^ expected or expected - present:
         raise ValueError(f"{min(odd)} is missing or unknown")
     if pickles := sorted(name for name in present if PurePosixPath(name).suffix in PICKLES):
-        raise ValueError(f"{pickles[0]} is no part of a checkpoint; pickled files are never opened, remove it")
+        raise ValueError(f"{pickles[0]} is not part of a checkpoint; pickled files are never opened: remove it")
     for name, expected_hash in state["files"].items():
         if sha256(folder / name) != expected_hash:
-            raise ValueError(f"{name} has other bytes than were written")
+            raise ValueError(f"{name} was changed after it was written")
     for file in sorted(folder.glob("*.safetensors")):
         _check_sound(file)  # a checksum shows later changes, not that the file was sound when it was written
     record = json.loads((folder / "run.json").read_text())
     if not isinstance(record, dict):
-        raise ValueError("run.json is no object")
+        raise ValueError("run.json is not a JSON object")
     state = _completed(state, record)
     _check_progress(state, int(folder.name.removeprefix("step-")))
     return Checkpoint(folder=folder, state=state, record=record)
@@ -100,7 +100,7 @@ def _check_progress(state: dict[str, Any], step: int) -> None:
         if type(value) not in kinds or (not isinstance(value, list) and not 0 <= value < math.inf):
             raise ValueError(f"state.json says {each.name} {value!r}")
     if state["step"] != step:
-        raise ValueError(f"state.json is of step {state['step']}")
+        raise ValueError(f"state.json records step {state['step']}")
 
 
 def _check_sound(file: Path) -> None:

@@ -47,9 +47,9 @@ def allowed(run: Run, changes: list[str], allow: bool) -> list[str]:
     if changes and not allow:
         listed = "\n  ".join(changes)
         raise UserError(
-            f"{run.out}: the run is not what the checkpoint was trained with:\n  {listed}\n"
-            f"Undo the change, or go on with it: `leapalign resume {run.out} --allow-changes`, or start a new run with "
-            "`leapalign train`"
+            f"{run.out}: the run differs from the one that wrote the checkpoint:\n  {listed}\n"
+            f"Undo the change, or continue with it: `leapalign resume {run.out} --allow-changes`, or start a new run "
+            "with `leapalign train`"
         )
     return changes
 

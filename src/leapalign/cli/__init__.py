@@ -121,7 +121,7 @@ def _say(error: UserError | RunStopped | RunInterrupted, text: str) -> None:
 
 def _dispatch(argv: list[str]) -> int:
     if odd := [word for word in argv if CONTROL.search(word)]:  # a terminal would obey them in every message
-        raise UserError(f"{odd[0]!r} has a control character, which no name and no prompt needs; leave it out")
+        raise UserError(f"{odd[0]!r} contains a control character; remove it")
     if not argv:
         raise UserError(f"give a command\n\n{USAGE}")
     if argv[0] in ("-h", "--help"):
@@ -133,7 +133,7 @@ def _dispatch(argv: list[str]) -> int:
         print(f"leapalign {version('leapalign')}")
         return 0
     if argv[0] not in COMMANDS:
-        raise UserError(f"there is no command {argv[0]!r}{suggestion(argv[0], COMMANDS)}\n\n{USAGE}")
+        raise UserError(f"unknown command {argv[0]!r}{suggestion(argv[0], COMMANDS)}\n\n{USAGE}")
     return COMMANDS[argv[0]](argv[1:]) or 0
 
 

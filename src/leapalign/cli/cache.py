@@ -16,10 +16,10 @@ from leapalign.models.prompt_embeds.location import entries, gigabytes, limit, p
 
 @dataclass(frozen=True, kw_only=True)
 class CacheFlags:
-    """The prompts that text encoders have encoded, kept on disk (LEAPALIGN_CACHE, LEAPALIGN_CACHE_GB)."""
+    """Show or clear the prompt embeds on disk (LEAPALIGN_CACHE, LEAPALIGN_CACHE_GB)."""
 
     clear: bool = False
-    """Remove all of them; the next run encodes its prompts again."""
+    """Remove all entries; the next run encodes its prompts again."""
     json: bool = False
     """Print JSON on stdout."""
 

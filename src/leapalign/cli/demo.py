@@ -23,7 +23,7 @@ class DemoFlags:
     steps: int = 0
     """Updates; 0 = as in the recipe."""
     quick: bool = False
-    """A few steps and images: to see that everything works, not to see the effect."""
+    """Take a few steps and images only, to test the installation; shows no effect."""
     device: str = "auto"
     json: bool = False
     """Print summary.json on stdout, and the rest on stderr."""

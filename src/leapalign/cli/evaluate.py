@@ -42,16 +42,16 @@ class EvaluateFlags:
     against: str = ""
     """A second model, compared over the same prompts and noises."""
     reward: tuple[str, ...] = ()
-    """More rewards than the run's own: NAME, NAME=PATH, NAME=PATH,processor=FOLDER (or other settings of it), or
+    """Rewards besides the run's own: NAME, NAME=PATH, NAME=PATH,processor=FOLDER (or other settings of it), or
     file.py:name of your own, which is executed."""
     prompts: str = ""
     """A .txt, .jsonl or .csv file; NAME (leapalign list prompts) or NAME=PATH: its test prompts; empty = shapeworld."""
     per_task: int = 60
     """ShapeWorld test prompts of each task."""
     num: int = 1
-    """Images a prompt."""
+    """Images per prompt."""
     diversity: int = 4
-    """Images of each of about 30 of the prompts, drawn beside, whose mean pairwise distance is reported; 0 = none."""
+    """Further images of each of about 30 prompts, for the mean pairwise distance; 0 = none."""
     steps: int = 0
     """Sampling steps; 0 = as in the run's training, or 25."""
     guidance: float = -1.0
@@ -62,15 +62,15 @@ class EvaluateFlags:
     """Images at a time; changes memory and time only."""
     seed: int = 0
     out: str = ""
-    """A folder for the images, and where an interrupted evaluation continues; empty = keep none."""
+    """Folder for the images, from which an interrupted evaluation continues; empty = images are not kept."""
     overwrite: bool = False
-    """Draw images again that the folder has already."""
+    """Sample images again that are already in the folder."""
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     json: bool = False
     """Print the tables as JSON on stdout."""
     plugin: tuple[str, ...] = ()
-    """Your own files whose classes the run names; each is executed."""
+    """Python files of your own whose classes the run uses; each is executed."""
 
 
 def evaluate_command(argv: list[str]) -> None:

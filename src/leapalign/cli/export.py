@@ -24,7 +24,7 @@ RECORD = "export.json"  # in the exported folder: which weights of the run these
 
 @dataclass(frozen=True, kw_only=True)
 class ExportFlags:
-    """A run's weights for other programs, in a new folder."""
+    """Write a run's weights for other programs into a new folder."""
 
     run: Annotated[str, tyro.conf.Positional]
     """The run's folder."""
@@ -33,15 +33,15 @@ class ExportFlags:
     format: Literal["pipeline", "lora"] = "pipeline"
     """A whole diffusers folder (an adapter is merged), or a LoRA file as diffusers and ComfyUI read it."""
     weights: Literal["average", "live"] = "average"
-    """The averaged weights of a finished run, or those without averaging of the newest checkpoint."""
+    """Averaged weights of a finished run, or live (not averaged) weights of the newest checkpoint."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the transformer or the adapter; bfloat16 halves it and rounds each weight."""
+    """Dtype of the transformer or the adapter; bfloat16 halves the size and rounds each weight."""
     strength: float = 1.0
     """base + strength (tuned - base), from 0 to 2: 0 = the base, 1 = as trained; less keeps more variety."""
     json: bool = False
     """Print what was written as JSON on stdout."""
     plugin: tuple[str, ...] = ()
-    """Your own files whose classes the run names; each is executed."""
+    """Python files of your own whose classes the run uses; each is executed."""
 
 
 def export_command(argv: list[str]) -> None:
@@ -61,7 +61,7 @@ def _export(flags: ExportFlags) -> dict[str, Any]:
             f"use --format {' or '.join(run.tuning.formats)}"
         )
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise UserError(f"{target} exists; give a new folder, nothing is overwritten")
+        raise UserError(f"{target} exists and is not overwritten; give a new folder")
     words = {"format": flags.format, "weights": flags.weights, "dtype": flags.dtype, "strength": flags.strength}
     with disk_errors(target, "give another --out"), _weights(flags, run, folder, target) as saved:
         run.tuning.export(

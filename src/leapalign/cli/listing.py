@@ -12,7 +12,7 @@ from leapalign.cli.answer import answer
 
 @dataclass(frozen=True, kw_only=True)
 class ListFlags:
-    """What there is to choose from, with the class that a run.json names."""
+    """List what a run can use, with the class names for run.json."""
 
     kind: Annotated[
         Literal["all", "methods", "models", "rewards", "prompts", "tuning", "recipes"], tyro.conf.Positional

@@ -23,13 +23,13 @@ class SampleFlags:
     source: Annotated[str, tyro.conf.Positional]
     """A run's folder, a diffusers pipeline folder, or embedded:generator."""
     prompt: tuple[str, ...]
-    """What to draw; several texts give several images."""
+    """Prompts; each gives its own images."""
     out: Path = Path("samples")
-    """Where the PNG files go."""
+    """Folder for the PNG files."""
     overwrite: bool = False
-    """Replace images that are there."""
+    """Replace existing images."""
     num: int = 1
-    """Images a prompt."""
+    """Images per prompt."""
     steps: int = 0
     """Sampling steps; 0 = as in the run's training, or 25."""
     size: int = 0
@@ -44,7 +44,7 @@ class SampleFlags:
     json: bool = False
     """Print the images' paths as JSON on stdout."""
     plugin: tuple[str, ...] = ()
-    """Your own files whose classes the run names; each is executed."""
+    """Python files of your own whose classes the run uses; each is executed."""
 
 
 def sample_command(argv: list[str]) -> None:

@@ -28,7 +28,7 @@ Row = dict[str, Any]  # {"image", "prompt", "scores": {reward: number or None}}
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreFlags:
-    """Rewards of image files, preprocessed by Pillow as the published packages do."""
+    """Score image files with rewards, preprocessed by Pillow as in the published packages."""
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files."""
@@ -36,16 +36,16 @@ class ScoreFlags:
     """NAME (leapalign list rewards), NAME=PATH for other weights, with settings of it (hpsv2=PATH,processor=FOLDER), or
     file.py:name of your own, which is executed."""
     prompt: tuple[str, ...] = ()
-    """What the images should show: one text for all, or one an image."""
+    """Prompt of all images, or one prompt per image."""
     prompts: str = ""
-    """Instead: a .txt, .jsonl or .csv file with a prompt an image."""
+    """Instead of --prompt: a .txt, .jsonl or .csv file with one prompt per image."""
     batch_size: int = 8
     """Images at a time; changes memory and time only."""
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the reward's weights."""
+    """Dtype of the reward's weights."""
     json: bool = False
-    """Print a row an image as JSON on stdout."""
+    """Print one row per image as JSON on stdout."""
 
 
 def score_command(argv: list[str]) -> None:
@@ -92,11 +92,11 @@ def _prompts(flags: ScoreFlags) -> list[str]:
     if flags.batch_size < 1:
         raise UserError(f"score: --batch-size {flags.batch_size}; expected at least 1")
     if bool(flags.prompt) == bool(flags.prompts):
-        raise UserError('score: give either --prompt "..." (one for all, or one an image), or --prompts FILE')
+        raise UserError('score: give either --prompt "..." (one for all images, or one per image), or --prompts FILE')
     texts = [check_text(text, "--prompt") for text in flags.prompt]
     texts = texts or [prompt.text for prompt in PromptFile(path=flags.prompts).load()]
     if len(texts) not in (1, len(flags.images)):
-        raise UserError(f"score: {len(flags.images)} images and {len(texts)} prompts; give one, or one an image")
+        raise UserError(f"score: {len(flags.images)} images and {len(texts)} prompts; give one, or one per image")
     return texts * len(flags.images) if len(texts) == 1 else texts
 
 

@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainFlags:
-    """Train a recipe into a new folder; every number of it is a flag."""
+    """Train a recipe in a new folder; each of its settings is a flag."""
 
     run: Annotated[Any, tyro.conf.arg(name="")]
     dry_run: bool = False
     """Print what the run would need (memory, downloads, disk) or what is wrong with it; fetch and load nothing."""
     ranks: int = 1
-    """Number of ranks to plan for, each with a GPU of its own (--dry-run only)."""
+    """Number of ranks to plan for, each with its own GPU (--dry-run only)."""
     ranks_per_machine: int = 8
     """Ranks per node (--dry-run only)."""
     json: bool = False
     """Print the run's summary, or the plan, as JSON on stdout."""
     plugin: tuple[str, ...] = ()
-    """Your own files whose classes a run.json names; each is executed."""
+    """Python files of your own whose classes a run.json uses; each is executed."""
 
 
 def train_command(argv: list[str]) -> None:
@@ -79,7 +79,7 @@ def _split_recipe(argv: list[str]) -> tuple[str, list[str]]:
 
 @dataclass(frozen=True, kw_only=True)
 class ResumeFlags:
-    """Go on with a run, bit for bit as if it had not been interrupted (on the CPU)."""
+    """Continue a run, bit for bit as if it had not been interrupted (on the CPU)."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """The run's folder."""
@@ -88,13 +88,13 @@ class ResumeFlags:
     max_hours: float = -1.0
     """Stop in time to save, with exit status 75; 0 = no limit, -1 = as recorded."""
     checkpoint: str = ""
-    """Go on from this one, as step-000050; empty = the newest. Later ones are kept under other names."""
+    """Checkpoint to continue from, e.g. step-000050; empty = the newest. Later ones are kept under other names."""
     allow_changes: bool = False
-    """Go on although run.json differs from what the checkpoint was trained with."""
+    """Continue although settings or inputs differ from those that wrote the checkpoint."""
     json: bool = False
     """Print the run's summary as JSON on stdout."""
     plugin: tuple[str, ...] = ()
-    """Your own files whose classes the run names; each is executed."""
+    """Python files of your own whose classes the run uses; each is executed."""
 
 
 def resume_command(argv: list[str]) -> None:

@@ -21,26 +21,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyFlags:
-    """Whether weights are what they should be: files, keys, hashes, our sampler against the pipeline's own, scores."""
+    """Check weights: files, keys, hashes, our sampler against the pipeline's own, a reward's scores."""
 
     source: Annotated[str, tyro.conf.Positional]
     """A pipeline folder, hub id, run or embedded:generator; or a reward: NAME (leapalign list rewards), NAME=PATH."""
     hashes: str = ""
-    """A list as sha256sum writes it, with paths below the folder; empty = the hub's own, where its cache has them."""
+    """List of hashes as sha256sum writes it, with paths in the folder; empty = the hub's, if its cache has them."""
     prompt: str = "a photo of a red circle"
-    """What both samplers draw."""
+    """Prompt for both samplers."""
     steps: int = 4
     """Sampling steps of that image."""
     size: int = 0
-    """Its height and width in pixels; 0 = the run's, or the pipeline's usual size up to 512."""
+    """Height and width of that image in pixels; 0 = the run's, or the pipeline's usual size up to 512."""
     seed: int = 0
     device: str = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of a reward's weights; pipelines are compared in float32."""
+    """Dtype of a reward's weights; pipelines are compared in float32."""
     json: bool = False
     """Print every check as JSON on stdout."""
     plugin: tuple[str, ...] = ()
-    """Your own files whose classes the run names; each is executed."""
+    """Python files of your own whose classes the run uses; each is executed."""
 
 
 def verify_command(argv: list[str]) -> int:

@@ -118,7 +118,7 @@ def _decode_plain(annotation: Any, value: Any, where: Where) -> Any:
         return value if isinstance(value, Path) else Path(_expect(str, value, where))
     _expect(annotation, value, where)
     if isinstance(value, str) and "\0" in value:
-        raise UserError(f"{where}: {short(value)} has a NUL character; leave it out")
+        raise UserError(f"{where}: {short(value)} contains a NUL character; remove it")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where}: {value} is not finite")
     return value
@@ -177,11 +177,11 @@ def _find_class(name: str, plugins: Plugins, where: Where) -> type:
         try:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError:
-            raise UserError(f"{where}: there is no module {module_name}; see `leapalign list`") from None
+            raise UserError(f"{where}: no module is named {module_name}; see `leapalign list`") from None
     cls = getattr(module, attribute, None)
     if not isinstance(cls, type) or not dataclasses.is_dataclass(cls) or cls.__module__ != module.__name__:
         choices = [key for key, item in vars(module).items() if dataclasses.is_dataclass(item)]
-        raise UserError(f"{where}: there is no configuration class {name}{suggestion(attribute, choices)}")
+        raise UserError(f"{where}: unknown configuration class {name}{suggestion(attribute, choices)}")
     return cls
 
 
@@ -250,7 +250,7 @@ def field_types(cls: type) -> dict[str, Any]:
     try:
         return get_type_hints(cls)
     except (NameError, TypeError) as error:
-        raise UserError(f"{type_name(cls)}: an annotation of its fields is not known at runtime ({error})") from None
+        raise UserError(f"{type_name(cls)}: a field's annotation cannot be resolved at runtime ({error})") from None
 
 
 def _is_instance(value: Any) -> bool:

@@ -30,7 +30,7 @@ def _encode(value: Any, where: Where) -> Any:
         return str(value)
     if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
         return value
-    raise UserError(f"{where}: {value!r} cannot be written to run.json; use finite numbers, texts and dataclasses")
+    raise UserError(f"{where}: {value!r} cannot be written to run.json; use finite numbers, strings and dataclasses")
 
 
 def type_name(cls: type) -> str:
@@ -40,7 +40,7 @@ def type_name(cls: type) -> str:
     try:
         return f"{Path(inspect.getfile(cls)).name}:{cls.__qualname__}"
     except (TypeError, OSError):
-        raise UserError(f"the class {cls.__qualname__} is defined in no file; put it into a .py file") from None
+        raise UserError(f"the class {cls.__qualname__} is not defined in a file; put it into a .py file") from None
 
 
 def dumps(value: Any) -> str:

@@ -46,7 +46,7 @@ def _agree_on_types(policy: nn.Module, world: World) -> dict[str, Tensor]:
     expected = world.from_main({name: (t.shape, t.dtype) for name, t in values.items()})
     with world.agreed():
         if {name: t.shape for name, t in values.items()} != {name: shape for name, (shape, _) in expected.items()}:
-            raise UserError(f"rank {world.rank} has another model than rank 0; give every rank the same files")
+            raise UserError(f"rank {world.rank} has a different model than rank 0; give every rank the same files")
     if world.main:
         return values
     for name, t in _tensors(policy).items():

@@ -115,5 +115,5 @@ def shared_by(run: Run, world: World) -> int:
     """Number of ranks that share one copy of sharded weights. Raises UserError if it does not divide the world size."""
     inner = (run.shard_ranks or world.local_size) if run.sharding == "hybrid" else world.size
     if world.size % inner:
-        raise UserError(f"{world.size} ranks are not made of machines of {inner}; give shard_ranks")
+        raise UserError(f"{world.size} ranks cannot be divided into groups of {inner}; set shard_ranks")
     return inner

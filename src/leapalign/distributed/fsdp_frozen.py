@@ -42,11 +42,11 @@ def check_names(run: Run, names: Sequence[str]) -> None:
     terms = dict(zip(names, run.rewards))
     for name in run.shard_rewards:
         if name not in terms:
-            raise UserError(f"shard_rewards: there is no reward {name!r}; the run has {', '.join(names)}")
+            raise UserError(f"shard_rewards: unknown reward {name!r}; the run has {', '.join(names)}")
         if terms[name].device:
             raise UserError(
-                f"shard_rewards: the reward {name} has a device of its own ({terms[name].device}), and all ranks' "
-                "devices hold a part of a sharded one; leave out one of the two"
+                f"shard_rewards: the reward {name} has its own device ({terms[name].device}), but a sharded reward is "
+                "spread over the devices of all ranks; set only one of the two"
             )
 
 

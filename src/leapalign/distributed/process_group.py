@@ -94,7 +94,9 @@ def world_device(name: str, world: World) -> str:
     if world.size == 1 or name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return name
     if name not in ("auto", "cuda"):
-        raise UserError(f"device {name!r} would be that of all {world.size} ranks; use cuda (a device a rank) or cpu")
+        raise UserError(
+            f"device {name!r} would be shared by all {world.size} ranks; use cuda (one device per rank) or cpu"
+        )
     there = torch.cuda.device_count()
     if world.local_rank >= there:
         raise UserError(

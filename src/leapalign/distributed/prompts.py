@@ -38,7 +38,7 @@ def prepare(run: Run, model: Model, reached: Sequence[Sequence[str]], world: Wor
     """
     if not isinstance(model, PipelineModel):
         if world.size > 1 and run.shard_text_encoders:
-            raise UserError(f"shard_text_encoders: {type(run.model).__name__} encodes its prompts in a way of its own")
+            raise UserError(f"shard_text_encoders: {type(run.model).__name__} encodes its prompts itself; leave it off")
         with world.agreed():
             model.prepare(reached[world.rank])
     elif world.size == 1:

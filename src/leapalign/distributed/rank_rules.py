@@ -18,7 +18,7 @@ def check_geometry(run: Run, world: World) -> None:
             )
         ways.append(f"{nearest([n for n in range(1, batch + 1) if batch // micro % n == 0], ranks)} ranks")
         raise UserError(
-            f"batch_size {batch} is not made of rounds of {ranks} ranks with micro-batches of {micro}; "
+            f"batch_size {batch} cannot be divided into rounds of {ranks} ranks with micro-batches of {micro}; "
             f"use {', or '.join(ways)}"
         )
     if run.sharding in ("full", "hybrid") and (why := unequal_forwards(run, world)):

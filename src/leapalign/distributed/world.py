@@ -105,12 +105,12 @@ class World:
 
     def check_settings(self, run: Run) -> None:
         """Raise UserError unless all ranks have the same settings."""
-        self._check_equal("other settings", config_hash(encode(run)))
+        self._check_equal("different settings", config_hash(encode(run)))
 
     def check_weights(self, policy: nn.Module) -> None:
         """Raise UserError unless all ranks have bit-identical weights."""
         if self.size > 1:
-            self._check_equal("other weights of the model", fingerprint(dict(policy.named_parameters())))
+            self._check_equal("different model weights", fingerprint(dict(policy.named_parameters())))
 
     def _check_equal(self, what: str, value: str) -> None:
         values = self.gather(value)

@@ -76,7 +76,8 @@ def _refuse_other_settings(record: Path, settings: Mapping[str, Any]) -> None:
         raise UserError(f"{record}: not JSON; give another folder, or overwrite") from None
     if changed := differences(found, json.loads(json.dumps(settings))):
         raise UserError(
-            f"{record.parent} has images of other settings ({'; '.join(changed)}); give another folder, or overwrite"
+            f"{record.parent} has images made with other settings ({'; '.join(changed)}); give another folder, or "
+            "overwrite"
         )
 
 

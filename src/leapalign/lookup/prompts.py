@@ -23,13 +23,13 @@ def prompts_of(word: str, per_task: int) -> Prompts:
     if name not in known:
         if not os.path.exists(word) and (given or not Path(word).suffix):
             raise UserError(
-                f"--prompts {word}: there is no prompt set {name!r}{suggestion(name, known)}; give one of "
+                f"--prompts {word}: unknown prompt set {name!r}{suggestion(name, known)}; give one of "
                 f"{', '.join(known)}, or a .txt, .jsonl or .csv file"
             )
         return PromptFile(path=word)
     takes = {field.name for field in fields(known[name])}
     if given and ("path" not in takes or not path):
-        raise UserError(f"--prompts {word}: " + (f"{name} is read from no file" if path else "a path is missing"))
+        raise UserError(f"--prompts {word}: " + (f"{name} takes no path" if path else "a path is missing"))
     settings = {"split": "test", "path": path} | ({"num": per_task} if name == ShapeWorldPrompts.name else {})
     return known[name](**{key: value for key, value in settings.items() if key in takes})
 

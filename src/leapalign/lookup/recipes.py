@@ -26,7 +26,7 @@ def load_recipe(word: str, plugins: dict[str, ModuleType]) -> Run:
 
     if word not in RECIPES:
         raise UserError(
-            f"there is no recipe {word!r}{suggestion(word, RECIPES)}\n"
+            f"unknown recipe {word!r}{suggestion(word, RECIPES)}\n"
             f"RECIPE is one of {', '.join(RECIPES)}, or file.py:name, or a run.json"
         )
     return RECIPES[word]()
@@ -39,7 +39,7 @@ def read_run(path: Path, plugins: dict[str, ModuleType]) -> Run:
     except OSError as error:
         raise UserError(f"{path}: cannot read the run ({error.strerror})") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path}: this is not UTF-8 text, so no run.json") from None
+        raise UserError(f"{path}: not UTF-8 text, so this is not a run.json") from None
     run, folder = loads(text, Run, plugins=plugins, where=str(path)), recorded(path.parent).get("folder", "")
     return run if folder in ("", os.getcwd()) else anchored(run, Path(folder))
 
@@ -56,7 +56,7 @@ def plugins_in(argv: Sequence[str]) -> dict[str, ModuleType]:
 def _recipe_in(module: ModuleType, file: Path, name: str, word: str) -> Run:
     found = getattr(module, name, None)
     if found is None:
-        raise UserError(f"{word}: there is no {name!r} in the file{suggestion(name, vars(module))}")
+        raise UserError(f"{word}: the file defines no {name!r}{suggestion(name, vars(module))}")
     run = run_user_code(found, word, file) if callable(found) else found
     if type(run) is not Run:
         raise UserError(

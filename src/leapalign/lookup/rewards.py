@@ -30,7 +30,7 @@ def reward_config(word: str) -> RewardConfig:
     name, classes = _name_of(word), reward_classes()
     if name not in classes:
         raise UserError(
-            f"there is no reward {name!r}{suggestion(name, classes)}; "
+            f"unknown reward {name!r}{suggestion(name, classes)}; "
             f"use one of {', '.join(classes)}, NAME=PATH, or file.py:name"
         )
     if name == Custom.name:
@@ -96,5 +96,5 @@ def _own(word: str) -> RewardConfig:
     module = load_file(file)
     found = getattr(module, name, None)
     if found is None:
-        raise UserError(f"{word}: there is no {name!r} in the file{suggestion(name, vars(module))}")
+        raise UserError(f"{word}: the file defines no {name!r}{suggestion(name, vars(module))}")
     return found() if isinstance(found, type) and isinstance(found, Loads) else Custom(function=word)

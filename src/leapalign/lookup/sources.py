@@ -66,7 +66,7 @@ def find_source(source: str, plugins: dict[str, ModuleType], strength: float = 1
         return run_source(folder, read_run(folder / "run.json", plugins), strength)
     if strength != 1:
         raise UserError(
-            f"{source}: a strength of {strength:g} mixes a run's tuned weights with its base, and this is no run's "
+            f"{source}: a strength of {strength:g} mixes a run's tuned weights with its base, and this is not a run's "
             "folder; give a run, or leave out --strength"
         )
     if source.startswith("embedded:"):

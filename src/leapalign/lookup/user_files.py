@@ -33,7 +33,7 @@ def refuse_twin(file: str, modules: Mapping[str, ModuleType]) -> None:
     """Raise UserError if another file of the same name is loaded."""
     other = modules.get(Path(file).name)
     if other is not None and Path(str(other.__file__)).resolve() != Path(file).resolve():
-        raise UserError(f"{file} and {other.__file__} have one name, by which run.json knows them; rename one")
+        raise UserError(f"{file} and {other.__file__} have the same name, by which run.json refers to them; rename one")
 
 
 def load_file(file: str) -> ModuleType:
@@ -43,7 +43,7 @@ def load_file(file: str) -> ModuleType:
     """
     path = Path(file)
     if not path.is_file():
-        raise UserError(f"{file}: there is no such file")
+        raise UserError(f"{file}: file not found")
     name = module_name(path)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
@@ -86,7 +86,7 @@ def _refuse_foreign_helpers(path: Path, module: ModuleType) -> None:
         foreign = source is not None and source.parent in others - {folder} and not name.startswith(PREFIX)
         if foreign and beside.is_file():
             del sys.modules[module.__name__]
-            raise UserError(f"{beside} and {source} have one name, so that Python imports one of them; rename one")
+            raise UserError(f"{beside} and {source} have the same name, so Python would import only one; rename one")
 
 
 def _source(module: ModuleType) -> Path | None:

@@ -205,7 +205,7 @@ def _prompt_cache(
 def load_decoder(folder: PipelineFolder, device: str, chunk: int) -> Decoder:
     """Load the decoder of a VAE whose latents are normalised by its config's scaling and shift factors."""
     vae = load_component(folder, "vae", torch.float32).to(device)
-    with opening(f"{folder.path / 'vae'}: its scaling_factor and shift_factor are no numbers", "copy the folder again"):
+    with opening(f"{folder.path / 'vae'}: scaling_factor and shift_factor are not numbers", "copy the folder again"):
         scale, shift = float(vae.config.scaling_factor), float(vae.config.shift_factor or 0.0)
     return Decoder(vae, scale, shift, chunk)
 

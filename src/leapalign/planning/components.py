@@ -53,7 +53,7 @@ def family_of(run: Run) -> Family:
     """Return the run's model configuration. Raises UserError if it is not a family of diffusers pipelines."""
     if not isinstance(run.model, Family):
         raise UserError(
-            f"--dry-run plans diffusers pipelines; {type(run.model).__name__} is no leapalign.models.base.Family"
+            f"--dry-run plans diffusers pipelines; {type(run.model).__name__} is not a leapalign.models.base.Family"
         )
     return run.model
 
@@ -116,7 +116,7 @@ def _check_weights(folder: PipelineFolder) -> None:
         if name.startswith(("text_encoder", TRANSFORMER, "vae")) and not (
             elsewhere or any(place.glob("*.safetensors"))
         ):
-            raise UserError(f"{place} has no safetensors; copy the folder completely")
+            raise UserError(f"{place} has no safetensors file; copy the folder completely")
 
 
 def quantization_of(run: Run) -> str:

@@ -103,7 +103,7 @@ def planned_device(name: str) -> tuple[str, list[str]]:
     except RuntimeError as error:
         raise UserError(f"device {name!r}: {str(error).splitlines()[0]}; use cpu, cuda or auto") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        return name, ["there is no CUDA device here: the numbers are for one elsewhere"]
+        return name, ["no CUDA device here: the numbers are for another machine"]
     return name, []
 
 
@@ -255,7 +255,7 @@ def _notes(planned: Planned, plan: Plan) -> list[str]:
     found = _check_base(planned) + [f"{reward.name}: {reward.note}" for reward in planned.rewards if reward.note]
     path, known = planned.source.hub_id, planned.source.facts
     if known and known.unchecked and planned.source.shipped:
-        found.append(f"the numbers of {path} that ship could not be compared with its published files: sizes are about")
+        found.append(f"sizes of {path} are approximate: those that ship were not compared with its published files")
     if known and known.gated and any(not d.cached for d in plan.downloads if d.repo == path):
         found.append(f"{path} is gated ({known.licence}): accept it on its page, then `hf auth login`")
     if plan.prompts["limit"]:

@@ -82,6 +82,6 @@ def _download(name: str, source: Source) -> Download | None:
         return None
     if not is_hub_id(source.path):
         raise UserError(
-            f"{name}: {source.field} is {source.path!r}, and there is no such file or folder; give one, or a hub id"
+            f"{name}: {source.field} is {source.path!r}, and no file or folder is there; give one, or a hub id"
         )
     return hub_file(source.path, source.file, source.bytes)

@@ -56,9 +56,9 @@ def locate(path: str, published: Mapping[str, Published]) -> Iterator[Source]:
             yield Source(folder=Path(scratch), hub_id=path, facts=facts, shipped=True)
     else:
         raise UserError(
-            f"{path!r} is no folder here, its configurations are not in the hub's cache, and its numbers do not ship "
-            f"with leapalign; those of {', '.join(published) or 'no model of this family'} do. Give a local pipeline "
-            f"folder, or fetch it first: `hf download {path}`"
+            f"{path!r} is not a local folder, its configurations are not in the hub's cache, and leapalign does not "
+            f"ship its sizes (only those of {', '.join(published) or 'no model of this family'}). Give a local "
+            f"pipeline folder, or fetch it first: `hf download {path}`"
         )
 
 

@@ -26,7 +26,7 @@ def check_text(text: str, where: str) -> str:
     if len(text) > LONGEST:
         raise UserError(f"{where}: a prompt of {len(text)} characters; expected at most {LONGEST}")
     if "\0" in text:
-        raise UserError(f"{where}: a NUL character, which no prompt needs; leave it out")
+        raise UserError(f"{where}: contains a NUL character; remove it")
     half = next((letter for letter in text if "\ud800" <= letter <= "\udfff"), "")
     if half:
         raise UserError(

@@ -38,7 +38,7 @@ def read_prompts(file: str) -> list[Prompt]:
         raise UserError(f"{path}: a prompt file ends in {', '.join(readers)}, not in {path.suffix or 'nothing'!r}")
     prompts = list(readers[path.suffix.lower()](_read_text(path), path))
     if not prompts:
-        raise UserError(f"{path}: no prompt in this file")
+        raise UserError(f"{path}: the file has no prompts")
     return prompts
 
 
@@ -59,7 +59,8 @@ def _read_text(path: Path) -> str:
     text = f"\n{_one_ending(_decode(content, path))}".replace(f"\n{MARK}", "\n")[1:]
     if "\0" in text:
         raise UserError(
-            f"{path}, line {_line(text, chr(0))}: a NUL character; is this a text file? UTF-16 needs a byte-order mark"
+            f"{path}, line {_line(text, chr(0))}: contains a NUL character; is this a text file? "
+            "UTF-16 needs a byte-order mark"
         )
     if MARK in text:
         raise UserError(

@@ -58,7 +58,7 @@ class MJHQ30k:
     def load(self) -> list[Prompt]:
         texts = texts_in(_file(self.path, self.source))
         if not 0 < self.test_size < len(texts):
-            raise UserError(f"mjhq-30k: test_size {self.test_size} of {len(texts)} prompts; leave some on either side")
+            raise UserError(f"mjhq-30k: test_size {self.test_size} of {len(texts)} prompts; leave some for both splits")
         test = choose(texts, self.test_size, self.split_seed)
         held_out = {prompt.text for prompt in test}
         return test if self.split == "test" else [Prompt(text=text) for text in texts if text not in held_out]

@@ -27,7 +27,7 @@ def described(config: RewardConfig) -> DescribedReward:
     if isinstance(config, DescribedReward):
         return config
     if isinstance(config, type) or not isinstance(config, Loads):
-        raise UserError(f"reward: {config!r} is no reward; expected a dataclass with a method load(device, dtype)")
+        raise UserError(f"reward: {config!r} is not a reward; expected a dataclass with a method load(device, dtype)")
     return Described(config)
 
 

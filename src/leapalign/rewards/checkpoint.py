@@ -50,7 +50,7 @@ class Checkpoint:
         """Side in pixels of a ViT's square image, from its number of positions (class token included)."""
         side = math.isqrt(max(0, positions - 1))
         if not side or side**2 != positions - 1:
-            raise UserError(f"{self.name}: {self.file} has {positions - 1} patch positions, which make no square")
+            raise UserError(f"{self.name}: {self.file} has {positions - 1} patch positions, which do not form a square")
         return side * patch
 
     def fill(self, build: Callable[[], M], weights: Mapping[str, Tensor]) -> M:
@@ -100,7 +100,7 @@ def read_weights(name: str, file: str) -> dict[str, Tensor]:
     weights = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(weights, dict) or not weights or not all(isinstance(w, Tensor) for w in weights.values()):
         raise UserError(
-            f"{name}: {file} holds no table of weights; expected names and tensors, at the top or under 'state_dict'"
+            f"{name}: {file} has no table of weights; expected names and tensors, at the top or under 'state_dict'"
         )
     return weights
 

@@ -48,14 +48,14 @@ def no_such_place(word: str) -> str:
     first = word.partition("/")[0]
     local = _ID.fullmatch(word) and not first.startswith((".", "~")) and first != "runs" and Path(first).is_dir()
     kept = f" ({first} is a folder here, so the hub is not asked; for its model `hf download {word}`)" if local else ""
-    return f"{word}: there is no such folder here{suggested}{kept}"
+    return f"{word}: folder not found{suggested}{kept}"
 
 
 def split_id(hub_id: str) -> tuple[str, str]:
     """Split `org/name@revision` into (org/name, revision); the default is `main`. Raises UserError if it is no id."""
     match = _ID.fullmatch(hub_id)
     if match is None:
-        raise UserError(f"{hub_id!r} is no hub id; expected org/name or org/name@revision")
+        raise UserError(f"{hub_id!r} is not a hub id; expected org/name or org/name@revision")
     return match[1], match[2] or "main"
 
 
@@ -143,7 +143,7 @@ _SENTENCES: tuple[tuple[Callable[[set[str], int, list[Any]], bool], str], ...] =
     ),
     (
         lambda kinds, status, causes: "RepositoryNotFoundError" in kinds,
-        "the hub has no such {repo_type}, or it is private: check the name at {page}; for a private one "
+        "the hub has no {repo_type} of this name, or it is private: check the name at {page}; for a private one "
         "`hf auth login`",
     ),
     (
@@ -161,15 +161,15 @@ _SENTENCES: tuple[tuple[Callable[[set[str], int, list[Any]], bool], str], ...] =
     ),
     (
         lambda kinds, status, causes: status == 429,
-        "the hub has had too many requests from here: wait some minutes, or log in with `hf auth login`",
+        "the hub has had too many requests from this machine: wait some minutes, or log in with `hf auth login`",
     ),
     (
         lambda kinds, status, causes: status >= 500,
-        "the hub has a fault of its own (status {status}): try again later, or {elsewhere}",
+        "the hub reports an internal error (status {status}): try again later, or {elsewhere}",
     ),
     (
         lambda kinds, status, causes: "OfflineModeIsEnabled" in kinds,
-        "HF_HUB_OFFLINE forbids the network, and it is not whole in the cache ({cache}): unset it, or {elsewhere}",
+        "HF_HUB_OFFLINE forbids the network, and it is not completely in the cache ({cache}): unset it, or {elsewhere}",
     ),
     (
         lambda kinds, status, causes: "PermissionError" in kinds,
@@ -185,7 +185,7 @@ _SENTENCES: tuple[tuple[Callable[[set[str], int, list[Any]], bool], str], ...] =
     ),
     (
         lambda kinds, status, causes: "LocalEntryNotFoundError" in kinds,
-        "it is not whole in the cache ({cache}), and the hub gave no answer: try again, or {elsewhere}",
+        "it is not completely in the cache ({cache}), and the hub does not answer: try again, or {elsewhere}",
     ),
     (lambda kinds, status, causes: True, "the download failed ({kind}: {reason}): try again, or {elsewhere}"),
 )

@@ -204,7 +204,7 @@ def shards_of(index: Path) -> list[str]:
     if not isinstance(named, dict) or not all(isinstance(shard, str) for shard in named.values()):
         raise UserError(f"{index} has no weight_map from weights to file names; copy it again")
     if outside := sorted(shard for shard in named.values() if Path(shard).name != shard):
-        raise UserError(f"{index} names {outside[0]!r}, which is no file beside it; copy the folder completely")
+        raise UserError(f"{index} names {outside[0]!r}, which is not a file beside it; copy the folder completely")
     return sorted(set(named.values()))
 
 
@@ -212,7 +212,7 @@ def _check_target(target: Path, source: Path) -> None:
     if target.exists() and target.resolve() == source.resolve():
         raise UserError(f"{target} is the base model's own folder; save elsewhere")
     if target.exists() and not (target.is_dir() and ((target / INDEX).is_file() or not any(target.iterdir()))):
-        raise UserError(f"{target} exists and is no pipeline folder; save elsewhere or remove it")
+        raise UserError(f"{target} exists and is not a pipeline folder; save elsewhere or remove it")
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -31,7 +31,7 @@ def check_file(path: str) -> Path:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise UserError(f"transformer_file {file}: there is no such file; give a .safetensors file, or leave it empty")
+        raise UserError(f"transformer_file {file}: file not found; give a .safetensors file, or leave it empty")
     if file.suffix != ".safetensors":
         raise UserError(f"transformer_file {file}: only .safetensors is opened, pickled weights are not; convert it")
     check_safetensors(file)
@@ -57,7 +57,7 @@ def load_single_file(kind: Any, file: Path, config_folder: Path, dtype: Any) -> 
 
     name = kind.__name__
     if not isinstance(kind, OpensSingleFile):
-        raise UserError(f"transformer_file: diffusers opens no single file as {name}; leave it empty, give a folder")
+        raise UserError(f"transformer_file: diffusers cannot open a single file as {name}; leave it empty")
     weights = {key: weight for key, weight in load_file(file).items() if not key.startswith(OTHER_COMPONENTS)}
     try:
         # the converters remove used entries from `weights`; the model has no place for those that remain

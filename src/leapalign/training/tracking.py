@@ -134,7 +134,7 @@ def kept_metrics(path: Path, position: int) -> str:
         )
     for number, line in enumerate(kept.splitlines(), start=1):
         if not _is_object(line):
-            raise UserError(f"{path}, line {number}: this is no JSON object, as each step writes one; {way_out}")
+            raise UserError(f"{path}, line {number}: this is not a JSON object, which each step writes; {way_out}")
     return kept.decode("utf-8")
 
 

@@ -35,5 +35,5 @@ def read_lora(folder: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / FILE}: cannot read the adapter ({error})") from None
     if odd := [name for name in tensors if not name.startswith(PREFIX)]:
-        raise UserError(f"{folder / FILE}: {odd[0]} does not begin with {PREFIX!r}; this is no adapter of a run")
+        raise UserError(f"{folder / FILE}: {odd[0]} does not begin with {PREFIX!r}; this is not an adapter of a run")
     return {name.removeprefix(PREFIX): value for name, value in tensors.items()}

@@ -94,7 +94,7 @@ class LoRA:
             )
         if self.quantization != "none" and base != torch.bfloat16:
             raise UserError(
-                f"quantization {self.quantization}: what is not quantised, and the arithmetic, are bfloat16; "
+                f"quantization {self.quantization}: arithmetic and unquantised layers are bfloat16; "
                 "set the run's dtype to bfloat16 and leave base_dtype empty"
             )
         return base

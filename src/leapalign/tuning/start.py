@@ -32,8 +32,9 @@ ENDS = (".lora_A.weight", ".lora_B.weight")
 # Values of PEFT's init_lora_weights that leave the base as it is; the others change it.
 BASE_KEPT = (True, False, None, "gaussian", "eva", "orthogonal")
 LAYOUTS = (
-    "read are diffusers' layout (transformer.<layer>.lora_A.weight), PEFT's (base_model.model.<layer>.lora_A.weight, "
-    "with its adapter_config.json), and what diffusers' load_lora_weights converts for this family"
+    "supported are diffusers' layout (transformer.<layer>.lora_A.weight), PEFT's "
+    "(base_model.model.<layer>.lora_A.weight, with its adapter_config.json), and what diffusers' load_lora_weights "
+    "converts for this family"
 )
 
 
@@ -100,7 +101,7 @@ def adapter_file(start: str) -> Path:
         path = found[0]
     if not path.is_file():
         raise UserError(
-            f"tuning.start {path}: there is no such file; give a LoRA's .safetensors file, its folder or its hub id"
+            f"tuning.start {path}: file not found; give a LoRA's .safetensors file, its folder or its hub id"
         )
     if path.suffix != ".safetensors":
         raise UserError(f"tuning.start {path}: only .safetensors is opened, pickled weights are not; convert it")
@@ -160,7 +161,7 @@ def _config(file: Path, needed: bool) -> dict[str, Any]:
     beside = file.parent / PEFT_CONFIG
     text = read_header(file).get("__metadata__", {}).get("lora_adapter_metadata")
     if text is None and needed and not beside.is_file():
-        raise UserError(f"tuning.start {file} is in PEFT's layout, and its alpha stands in {beside}, which is missing")
+        raise UserError(f"tuning.start {file} is in PEFT's layout, whose alpha is in {beside}; that file is missing")
     try:
         if text is None:
             text = beside.read_text(encoding="utf-8") if needed else "{}"
@@ -206,7 +207,7 @@ def _converter(file: Path, keys: list[str], transformer: str) -> Any:
 
 
 def _unread(file: Path, key: str) -> UserError:
-    return UserError(f"tuning.start {file} holds {key}, which is in no layout of a LoRA that is read here: {LAYOUTS}")
+    return UserError(f"tuning.start {file} holds {key}, which belongs to no supported layout of a LoRA: {LAYOUTS}")
 
 
 def _check_layers(file: Path, adapter: Adapter, layers: dict[str, Any]) -> None:
@@ -215,7 +216,7 @@ def _check_layers(file: Path, adapter: Adapter, layers: dict[str, Any]) -> None:
     if missing or extra:
         raise UserError(
             f"tuning.start {file} has {len(there)} layers, the run's adapter {len(layers)}; "
-            f"{_some('missing', missing)}, {_some('of no use', extra)}. Set target_modules to the file's layers: "
+            f"{_some('missing', missing)}, {_some('unexpected', extra)}. Set target_modules to the file's layers: "
             f"{', '.join(endings(list(there))[:12])}"
         )
     if half := [name + end for name in there for end in ENDS if name + end not in adapter.state]:
@@ -250,7 +251,7 @@ def _scale(file: Path, adapter: Adapter, name: str) -> float:
     try:
         scale = adapter.scale(name)
     except (TypeError, ValueError) as error:
-        raise UserError(f"tuning.start {file}: the alpha of {name} is no number ({error})") from error
+        raise UserError(f"tuning.start {file}: the alpha of {name} is not a number ({error})") from error
     if not math.isfinite(scale):
         raise UserError(f"tuning.start {file}: the alpha of {name} is not finite")
     return scale

@@ -182,7 +182,7 @@ def read_hashes(path: str) -> Hashes:
         if match is not None:
             expected[match[2].removeprefix("./")] = match[1].lower()
     if not expected:
-        raise UserError(f"{path}: there is no hash in it; make one with `sha256sum` in the folder of the model")
+        raise UserError(f"{path}: the file has no hashes; make one with `sha256sum` in the folder of the model")
     return Hashes(expected, path)
 
 

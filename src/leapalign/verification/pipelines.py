@@ -232,7 +232,7 @@ def _check_image(image: Tensor) -> Check:
     came = f"mean {float(image.mean()):.3f}, deviation {deviation:.3f}"
     if bool(image.isfinite().all()) and deviation > 1e-5:  # low, because a few steps may draw a nearly empty background
         return good("vae", "decodes", came, "an image")
-    return different("vae", "decodes", came, "an image that is not of one colour", "fetch vae and transformer again")
+    return different("vae", "decodes", came, "an image of more than one colour", "fetch vae and transformer again")
 
 
 def _json(file: Path) -> dict[str, Any]:

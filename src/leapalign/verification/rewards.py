@@ -68,7 +68,7 @@ def places(config: DescribedReward) -> list[tuple[Source, Path]]:
             found.append((source, path))
         elif not is_hub_id(source.path):
             raise UserError(
-                f"{source.field} {source.path}: there is no such file or folder; give one, or a hub id (org/name)"
+                f"{source.field} {source.path}: no file or folder is there; give one, or a hub id (org/name)"
             )
         elif folder := cached_folder(source.path):
             found.append((source, folder))

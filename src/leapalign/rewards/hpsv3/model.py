@@ -187,7 +187,7 @@ def load_weights(name: str, path: str) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as tensors:
             weights = {key: tensors.get_tensor(key) for key in tensors.keys() if not key.startswith("lm_head.")}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{name}: {file} is no safetensors file that can be read: {error}") from error
+        raise UserError(f"{name}: {file} cannot be read as a safetensors file: {error}") from error
     if EMBEDDING not in weights:
         raise UserError(f"{name}: {file} has no {EMBEDDING}; expected the published {FILE}, with its own key names")
     return weights

@@ -189,7 +189,7 @@ def load_ocr(name: str, path: str, region: Region, device: str, dtype: str) -> O
     left, top, right, bottom = region
     if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
         raise UserError(
-            f"{name}: region {region} is no box; expected left < right and top < bottom, as shares from 0 to 1"
+            f"{name}: region {region} is not a box; expected left < right and top < bottom, as shares from 0 to 1"
         )
     target = torch_dtype(name, dtype)
     model = load_crnn(read_checkpoint(name, path or installed(name), ["english_g2.pth"]))
