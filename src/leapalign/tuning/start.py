@@ -116,44 +116,32 @@ def on_hub(start: str) -> bool:
 
 
 def check_start(start: str, rank: int, transformer: str) -> None:
-    """Check an adapter's layout and rank by the file's header, before a base is loaded. `transformer`: its class.
+    """Check an adapter's layout and rank, which needs no base. `transformer`: the class of the base's.
 
-    Raises UserError. Layers, shapes and values are compared with the run's adapter by `begin_with`.
+    Raises UserError. `begin_with` compares layers, shapes and values with the run's adapter.
     """
     file = adapter_file(start)
-    shapes = {key: entry["shape"] for key, entry in read_header(file).items() if key != "__metadata__"}
-    prefix = _prefix(file, list(shapes))
-    if not prefix:
-        _converter(file, list(shapes), transformer)
-        return
-    _config(file, needed=prefix == PEFT_PREFIX)
-    for key, shape in shapes.items():
-        if key.endswith(ENDS[0]) and shape:
-            _check_rank(file, key.removeprefix(prefix).removesuffix(ENDS[0]), shape[0], rank)
+    for key, value in _read(file, transformer).state.items():
+        if key.endswith(ENDS[0]) and value.ndim:
+            _check_rank(file, key.removesuffix(ENDS[0]), len(value), rank)
 
 
 def _read(file: Path, transformer: str) -> Adapter:
     from safetensors.torch import load_file
 
     tensors = load_file(file)
-    prefix = _prefix(file, list(tensors))
-    if not prefix:
-        return _converted(file, tensors, transformer)
-    state = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return Adapter(state, _config(file, needed=prefix == PEFT_PREFIX))
-
-
-def _prefix(file: Path, keys: list[str]) -> str:
-    """Return what all keys begin with in diffusers' and PEFT's layouts; empty for another layout. Raises UserError."""
-    if not keys:
+    if not tensors:
         raise UserError(f"tuning.start {file} is empty: {LAYOUTS}")
-    if text := [key for key in keys if key.startswith(("text_encoder", "lora_te"))]:
+    if text := [key for key in tensors if key.startswith(("text_encoder", "lora_te"))]:
         raise UserError(
             f"tuning.start {file} changes a text encoder too (e.g. {text[0]}), and text encoders stay as they are; "
             "give a LoRA of the transformer alone"
         )
-    known = (p for p in (PREFIX, PEFT_PREFIX) if all(key.startswith(p) and key.endswith(ENDS) for key in keys))
-    return next(known, "")
+    for prefix in (PREFIX, PEFT_PREFIX):
+        if all(key.startswith(prefix) and key.endswith(ENDS) for key in tensors):
+            state = {key.removeprefix(prefix): value for key, value in tensors.items()}
+            return Adapter(state, _config(file, needed=prefix == PEFT_PREFIX))
+    return _converted(file, tensors, transformer)
 
 
 def _config(file: Path, needed: bool) -> dict[str, Any]:
@@ -179,8 +167,13 @@ def _config(file: Path, needed: bool) -> dict[str, Any]:
 
 
 def _converted(file: Path, tensors: dict[str, Tensor], transformer: str) -> Adapter:
-    """Convert the file by diffusers' own loader of the family."""
-    kind = _converter(file, list(tensors), transformer)
+    """Convert the file by diffusers' own loader of the family, which is named like the transformer."""
+    from diffusers.loaders import lora_pipeline
+
+    kind = getattr(lora_pipeline, transformer.removesuffix("Transformer2DModel") + "LoraLoaderMixin", None)
+    odd = next((key for key in tensors if "dora_scale" in key or "lora_magnitude_vector" in key), "")
+    if kind is None or odd:
+        raise _unread(file, odd or next(iter(tensors)))
     try:  # the converters take out of the dictionary what they use
         found = kind.lora_state_dict(dict(tensors), return_alphas=True)
     except Exception as error:  # KeyError, ValueError, RuntimeError: whichever line of the converter it is
@@ -193,17 +186,6 @@ def _converted(file: Path, tensors: dict[str, Tensor], transformer: str) -> Adap
         {key.removeprefix(PREFIX): value for key, value in state.items()},
         alphas={key.removeprefix(PREFIX).removesuffix(".alpha"): float(a) for key, a in (alphas or {}).items()},
     )
-
-
-def _converter(file: Path, keys: list[str], transformer: str) -> Any:
-    """Return diffusers' loader of the family, which is named like the transformer. Raises UserError if it has none."""
-    from diffusers.loaders import lora_pipeline
-
-    kind = getattr(lora_pipeline, transformer.removesuffix("Transformer2DModel") + "LoraLoaderMixin", None)
-    odd = next((key for key in keys if "dora_scale" in key or "lora_magnitude_vector" in key), "")
-    if kind is None or odd:
-        raise _unread(file, odd or keys[0])
-    return kind
 
 
 def _unread(file: Path, key: str) -> UserError:
