@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from leapalign.methods.base import Samples
     from leapalign.methods.objective import Hinge, latent_gradient
     from leapalign.models import SD3, Flux, Flux2Klein, QwenImage, ZImage
+    from leapalign.monitors import Band, HeldOut, Monitors, StopWhen
     from leapalign.prompts import (
         DrawBench,
         GenEvalPrompts,
@@ -59,6 +60,7 @@ _NAMES = {  # module -> the names that it offers; tests/cli/test_public_api.py c
     "methods.base": ("Samples",),
     "methods.objective": ("Hinge", "latent_gradient"),
     "models": ("SD3", "Flux", "Flux2Klein", "QwenImage", "ZImage"),
+    "monitors": ("Band", "HeldOut", "Monitors", "StopWhen"),
     "prompts": ("DrawBench", "GenEvalPrompts", "HPDv2", "MJHQ30k", "Prompt", "PromptFile", "ShapeWorldPrompts"),
     "recipes": ("RECIPES", "shapeworld_leapalign"),
     "rewards": (
@@ -77,6 +79,7 @@ __all__ = [
     "SD3",
     "Aesthetic",
     "AlignProp",
+    "Band",
     "CLIPScore",
     "Custom",
     "DRTune",
@@ -90,11 +93,13 @@ __all__ = [
     "HPDv2",
     "HPSv2",
     "HPSv3",
+    "HeldOut",
     "Hinge",
     "ImageReward",
     "LeapAlign",
     "LoRA",
     "MJHQ30k",
+    "Monitors",
     "PickScore",
     "Prompt",
     "PromptFile",
@@ -107,6 +112,7 @@ __all__ = [
     "Samples",
     "Sampling",
     "ShapeWorldPrompts",
+    "StopWhen",
     "UnifiedReward",
     "UserError",
     "ZImage",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from leapalign.codec import check_fields, with_new_names
 from leapalign.errors import UserError
+from leapalign.monitors import NEVER, NOTHING, Monitors, StopWhen
 from leapalign.tuning.full import FULL
 
 if TYPE_CHECKING:
@@ -112,6 +113,8 @@ class Run:
     evaluate_every: int = 10  # steps between evaluations of the averaged weights on the fixed set; 0 = never
     evaluation_size: int = 32  # samples of the fixed set
     evaluation_seed: int = 0  # seed of the fixed set, apart from the run's so that runs compare
+    monitors: Monitors = NOTHING  # what evaluations measure besides the training reward (docs/monitors.md)
+    stop_when: StopWhen = NEVER  # when to end early, and which weights to export; off by default
 
     renamed_fields: ClassVar[Mapping[str, str]] = {  # former name -> name; both are read
         "probe_every": "evaluate_every",
@@ -126,6 +129,7 @@ class Run:
         _check_reals(self)
         _check_geometry(self)
         _check_reuse(self)
+        _check_stopping(self)
         if self.gather_dtype == "bfloat16" and self.dtype == "float32":
             raise UserError(
                 "gather_dtype bfloat16 with dtype float32: bfloat16 weights would meet float32 arithmetic; set dtype "
@@ -141,7 +145,7 @@ class Run:
 FREE_FIELDS = frozenset(
     {"name", "out", "steps", "checkpoint_every", "keep_checkpoints", "async_checkpoints"}
     | {"max_hours", "max_nonfinite_batches", "self_checks", "sharding", "shard_ranks", "gather_in_rollout"}
-    | {"shard_rewards", "shard_text_encoders"}
+    | {"shard_rewards", "shard_text_encoders", "stop_when"}
 )
 MOST = 10**9  # upper limit of all counts, to catch typing errors and corrupt files
 _LEAST = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "num_sampling_steps": 1, "checkpoint_every": 1}
@@ -195,6 +199,12 @@ def _check_reuse(run: Run) -> None:
                 f"{name} {value} is not a multiple of updates_per_rollout {uses}, but a checkpoint holds no rollouts; "
                 f"use {name} {nearest_multiples(value, uses)}"
             )
+
+
+def _check_stopping(run: Run) -> None:
+    """Raise UserError if the rule that ends the run has nothing to watch. Without evaluations it is off."""
+    if run.stop_when.evaluations and not run.monitors.held_out and not run.stop_when.bands:
+        raise UserError("stop_when has nothing to watch; give monitors.held_out a reward, or stop_when.bands a band")
 
 
 def nearest_multiples(value: int, unit: int) -> str:

@@ -45,6 +45,7 @@ from leapalign.models.prompt_embeds import store as prompt_store
 from leapalign.models.prompt_embeds.cache import PromptCache
 from leapalign.models.prompt_embeds.store import PromptStore
 from leapalign.models.sd3 import SD3
+from leapalign.monitors import HeldOut, Monitors, StopWhen
 from leapalign.run import RewardTerm, Run
 from leapalign.storage.pipeline_folder import FROM_FILES
 from leapalign.training import batches, direct, fixed_set, loop
@@ -52,8 +53,15 @@ from leapalign.tuning.full import FULL
 from leapalign.tuning.lora import LoRA
 
 TINY = load_file(str(Path(__file__).parents[1] / "training" / "tiny_recipe.py"))
-PROMPTS, Tiny, TinyModel, TinyReward, tiny = (
-    getattr(TINY, name) for name in ("PROMPTS", "Tiny", "TinyModel", "TinyReward", "tiny")
+PROMPTS, Tiny, TinyModel, TinyReward, Toward, tiny = (
+    getattr(TINY, name) for name in ("PROMPTS", "Tiny", "TinyModel", "TinyReward", "Toward", "tiny")
+)
+MONITORS = Monitors(
+    held_out=(HeldOut(reward=Toward(target=0.55)),),
+    diversity_prompts=3,
+    images_per_prompt=2,
+    image_statistics=True,
+    drift_samples=3,
 )
 GRAPHS = ("all", "blocks", "inputs")
 METHODS = (LeapAlign(), ReFL(), DRaFT(num_last_steps=2), DRaFTLV(), DRTune(), AlignProp())
@@ -62,7 +70,7 @@ METHODS = (LeapAlign(), ReFL(), DRaFT(num_last_steps=2), DRaFTLV(), DRTune(), Al
 def numbers(engine: loop.Engine, steps: int) -> dict[str, Any]:
     """After some updates: metrics, and the last gradients, weights and averages, whole."""
     metrics = [direct.update(engine, step) for step in range(steps)]
-    metrics.append(fixed_set.evaluation_reward(engine))
+    metrics.append(fixed_set.evaluate(engine))
     tensors = {}
     for name, p in engine.parameters.items():
         tensors[f"weight {name}"] = whole(p.detach()).clone()
@@ -93,6 +101,25 @@ def compared(
     found = numbers(engine, steps)
     moved = max(float(t.abs().max()) for n, t in expected["tensors"].items() if n.startswith("gradient"))
     return {"deviation": max(world.gather(deviation(found, expected))), "gradient": moved} | note(engine)
+
+
+# The held-out reward rises and falls: the run ends, and exports the average of a step in between.
+ENDING: dict[str, Any] = {"steps": 40, "evaluate_every": 1, "checkpoint_every": 3, "stop_when": StopWhen(evaluations=3)}
+
+
+def ended(run: Run, world: World) -> dict[str, Any]:
+    """Train until all ranks are killed after step 7, then resume."""
+
+    def kill(metrics: Any) -> None:
+        if metrics["step"] == 7:
+            raise KeyboardInterrupt
+
+    try:
+        loop.train(run, on_step=kill)
+    except KeyboardInterrupt:
+        dist.barrier()
+    summary = loop.train(run, resume=True).summary
+    return {key: summary.get(key) for key in ("steps", "exported", "stopped")}
 
 
 def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -142,6 +169,11 @@ def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]
     for graph in GRAPHS:
         anchored = replace(full, anchor_weight=20.0, gather_in_rollout=True, graph=graph)
         named[f"full, anchored, gathered, {graph}"] = lambda r=anchored: compared(r, world, 3)
+    for sharding in ("replicate", "full"):
+        watched = replace(small, monitors=MONITORS, sharding=sharding)
+        named[f"{sharding}, monitors"] = lambda r=watched: compared(r, world, 1)
+        ending = replace(watched, out=str(folder / f"run-ended-{sharding}"), **ENDING)
+        named[f"{sharding}, ended by its rule"] = lambda r=ending: ended(r, world)
     named["whole at a time"] = lambda: {g: whole_at_a_time(replace(full, graph=g), world) for g in GRAPHS}
     named["hybrid"] = lambda: compared(replace(real, sharding="hybrid", shard_ranks=max(1, world.size // 2)), world)
     halves = {"shard_ranks": max(1, world.size // 2), "async_checkpoints": False}

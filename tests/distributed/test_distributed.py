@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from leapalign.checkpoint import checkpoints, formats, sharded
 from leapalign.checkpoint.state import digest
 from leapalign.errors import RunStopped, UserError
+from leapalign.monitors import HeldOut, Monitors, StopWhen
 from leapalign.run import Run
 from leapalign.training import loop
 from leapalign.training.tracking import read_metrics
@@ -60,7 +61,7 @@ def check(answers: dict[str, Any], ranks: int) -> None:
     """What every launch must have found."""
     compared = {name: answer for name, answer in answers.items() if "deviation" in answer}
     assert {f"{way} {method}" for way in ("replicate", "full") for method in METHODS} <= compared.keys()
-    assert len(compared) == 2 * len(METHODS) + 25
+    assert len(compared) == 2 * len(METHODS) + 27
     for name, answer in compared.items():
         assert answer["deviation"] < 1e-10 and answer["gradient"] > 1e-4, (name, answer)
     # FSDP2 by itself leaves all of them whole where the model is run again in the backward
@@ -178,6 +179,24 @@ def test_one_process_goes_on_with_the_checkpoint_of_two(two, two_folder, tiny_ru
     loop.train(alone(tiny_run, tiny_module, prompts, tmp_path / "resumed"), resume=True)
     loop.train(alone(tiny_run, tiny_module, prompts, tmp_path / "whole"))
     same_end(tmp_path / "resumed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("way", ["replicate", "full"])
+def test_ranks_end_together_and_export_the_best_of_one_process(two, two_folder, tiny_run, tiny_module, tmp_path, way):
+    held_out = (HeldOut(reward=tiny_module.Toward(target=0.55)),)
+    monitors = Monitors(held_out=held_out, diversity_prompts=3, images_per_prompt=2, image_statistics=True)
+    rule = {"evaluate_every": 1, "monitors": monitors, "stop_when": StopWhen(evaluations=3)}
+    run = replace(alone(tiny_run, tiny_module, two_folder / "prompts.txt", tmp_path / "one", **rule), steps=40)
+    summary = loop.train(run).summary
+    found = two[f"{way}, ended by its rule"]
+    assert 7 < summary["exported"]["step"] < summary["steps"] < 40 and summary["stopped"]
+    assert found == {key: summary[key] for key in found}
+    files = [out / "pipeline" / "policy.safetensors" for out in (two_folder / f"run-ended-{way}", tmp_path / "one")]
+    ours, theirs = map(load_file, files)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-10)
+    kept = list((two_folder / f"run-ended-{way}" / "checkpoints").glob("best-*"))
+    assert len(kept) <= 2 and {path.suffix for path in kept[0].iterdir()} == {".safetensors", ".json"}
 
 
 def damaged(out: Path, kind: str) -> None:

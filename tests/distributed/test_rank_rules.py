@@ -96,7 +96,7 @@ def test_a_rank_encodes_the_prompts_of_its_samples_and_those_that_all_score(tiny
     """Of more prompts than the run reaches; beside its own: the evaluation's, and the first sample's (self-checks)."""
     run = tiny_run(batch_size=12, micro_batch_size=2, steps=3, evaluation_size=2)
     texts = [Prompt(text=str(number)) for number in range(100)]
-    evaluation = set(batches.evaluation_prompts(run, texts))
+    evaluation = {prompt.text for prompt in batches.evaluation_set(run, texts)}
     first = next(batches.micro_batches(run, texts, 0)).prompts[0]
     for rank in range(3):
         micros = [micro for step in range(3) for micro in batches.micro_batches(run, texts, step, rank, 3)]

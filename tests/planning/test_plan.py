@@ -19,6 +19,7 @@ from leapalign.errors import UserError
 from leapalign.lookup.recipes import load_file
 from leapalign.methods.leapalign import LeapAlign
 from leapalign.models.z_image import ZImage
+from leapalign.monitors import HeldOut, Monitors, StopWhen
 from leapalign.planning import activations
 from leapalign.planning import plan as planning
 from leapalign.planning.activations import GRAPHS, GraphBytes
@@ -122,7 +123,17 @@ def test_the_geometry_counts_recomputed_forwards_and_those_of_the_anchor(run):
 def test_the_base_of_the_anchor_is_that_of_the_loaded_run(run, dtype):
     run = replace(run, anchor_weight=1.0, dtype=dtype)
     held: Any = loop.build(run).anchor.reference  # type: ignore[union-attr]
-    assert make_plan(run).memory["base of the anchor"] == tensor_bytes(held.__self__.copies.values())
+    assert make_plan(run).memory["base of anchor and drift"] == tensor_bytes(held.__self__.copies.values())
+
+
+def test_monitors_and_the_best_weights_are_planned(run):
+    terms = tuple(HeldOut(reward=term.reward) for term in run.rewards)
+    watched = Monitors(held_out=(*terms, replace(terms[0], device="cpu")), drift_samples=1)
+    before, plan = make_plan(run), make_plan(replace(run, monitors=watched, stop_when=StopWhen(evaluations=2)))
+    assert plan.memory["held-out rewards"] == before.memory["rewards"] and "held-out rewards" not in before.memory
+    anchored = make_plan(replace(run, anchor_weight=1.0))
+    assert plan.memory["base of anchor and drift"] == anchored.memory["base of anchor and drift"] > 0
+    assert plan.disk["checkpoints"] == before.disk["checkpoints"] * 5 // 4
 
 
 def test_where_the_graph_does_not_fit_the_smaller_settings_are_measured(run, monkeypatch):

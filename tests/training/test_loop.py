@@ -205,18 +205,16 @@ def test_spoiled_latents_are_named(tiny_run):
 def test_the_evaluation_set_is_fixed_and_sees_the_averaged_weights(tiny_run):
     engine = loop.build(tiny_run(seed=1))
     other = loop.build(tiny_run(seed=2))
-    assert fixed_set.evaluation_reward(engine) == fixed_set.evaluation_reward(
-        other
-    )  # the same set whatever the run's seed
-    before = fixed_set.evaluation_reward(engine)
+    assert fixed_set.evaluate(engine) == fixed_set.evaluate(other)  # the same set whatever the run's seed
+    before = fixed_set.evaluate(engine)
     with torch.no_grad():
         for p in engine.parameters.values():
             p.add_(0.3)
     live = {n: p.clone() for n, p in engine.parameters.items()}
-    assert fixed_set.evaluation_reward(engine) == before
+    assert fixed_set.evaluate(engine) == before
     assert all(torch.equal(p, live[n]) for n, p in engine.parameters.items())
     engine.ema.update()
-    assert fixed_set.evaluation_reward(engine) != before
+    assert fixed_set.evaluate(engine) != before
 
 
 def test_two_rewards_are_logged_apart_and_weighted(tiny_run, tiny_module):

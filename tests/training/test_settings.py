@@ -112,6 +112,6 @@ def test_the_fixed_set_has_an_order_of_its_own(tiny_run):
     run = tiny_run(batch_size=64, evaluation_size=64)
     prompts = [Prompt(text=f"prompt {i}") for i in range(1000)]
     first = [text for micro in batches.micro_batches(run, prompts, 0) for text in micro.prompts]
-    fixed = batches.evaluation_prompts(run, prompts)
+    fixed = batches.evaluation_set(run, prompts)
     assert run.seed == run.evaluation_seed and len(set(fixed)) == 64
     assert len(set(first) & set(fixed)) < 16  # 4 are expected by chance

@@ -78,8 +78,10 @@ def anchored(run: Run, folder: Path) -> Run:
         return str(folder / word) if relative and (folder / word).exists() else word
 
     terms = tuple(replace(term, reward=_with_words(term.reward, absolute)) for term in run.rewards)
+    held_out = tuple(replace(term, reward=_with_words(term.reward, absolute)) for term in run.monitors.held_out)
     return replace(
         run,
+        monitors=replace(run.monitors, held_out=held_out),
         model=_with_words(run.model, absolute),
         prompts=_with_words(run.prompts, absolute),
         tuning=_with_words(run.tuning, absolute),
@@ -111,6 +113,8 @@ def _words(run: Run) -> Iterator[tuple[str, str]]:
     """Yield (place, text) for every text in the plug-ins' settings that may name a file."""
     plugins = [("model", run.model), ("prompts", run.prompts), ("tuning", run.tuning)]
     plugins += [(f"rewards[{i}].reward", term.reward) for i, term in enumerate(run.rewards)]
+    held_out = enumerate(run.monitors.held_out)
+    plugins += [(f"monitors.held_out[{i}].reward", term.reward) for i, term in held_out]
     for place, config in plugins:
         yield from ((f"{place}.{name}", value) for name, value in _texts(config))
 
@@ -146,7 +150,7 @@ def _files(word: str) -> dict[str, str]:
 def _code(run: Run, recorded: dict[str, str]) -> dict[str, str]:
     """Return the user's files and the modules beside them, if they are imported or recorded."""
     files = {Path(inspect.getfile(cls)) for cls in classes_in(run).values() if not _is_ours(cls.__module__)}
-    for term in run.rewards:
+    for term in (*run.rewards, *run.monitors.held_out):
         if isinstance(term.reward, Custom):
             files.add(Path(str(module_of(term.reward.function).__file__)))
     found: dict[str, str] = {}

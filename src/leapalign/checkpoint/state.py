@@ -30,6 +30,8 @@ class Progress:
     seconds: float = 0.0  # spent in all processes so far
     metrics_bytes: int = 0  # length of metrics.jsonl after these steps
     changes: list[dict[str, Any]] = field(default_factory=list)  # {"step", "changes"}: settings changed on resuming
+    evaluations: list[dict[str, float]] = field(default_factory=list)  # what Run.stop_when reads of each; else empty
+    best_step: int = 0  # step of the best of them, whose averaged weights are kept (best.py)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,8 @@ def digest(state: dict[str, Any]) -> str:
 
 
 def _completed(state: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """Add counters that older versions did not write: samples, and non-finite batches under their present name."""
+    """Add what older versions did not write: evaluations, samples, non-finite batches under their present name."""
+    state = {"evaluations": [], "best_step": 0} | state
     if "samples" in state:
         return state
     former = {"samples": state["step"] * record["batch_size"], "nonfinite_batches": state.get("bad_batches", 0)}

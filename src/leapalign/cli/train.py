@@ -91,6 +91,8 @@ class ResumeFlags:
     """Checkpoint to continue from, e.g. step-000050; empty = the newest. Later ones are kept under other names."""
     allow_changes: bool = False
     """Continue although settings or inputs differ from those that wrote the checkpoint."""
+    stop_when: bool = True
+    """--no-stop-when: train on although the run's stop_when ended it, and export the last weights."""
     json: bool = False
     """Print the run's summary as JSON on stdout."""
     plugin: tuple[str, ...] = ()
@@ -100,12 +102,14 @@ class ResumeFlags:
 def resume_command(argv: list[str]) -> None:
     from leapalign.lookup.recipes import load_plugins, read_run
     from leapalign.lookup.runs import check_run_folder
+    from leapalign.monitors import NEVER
 
     flags = tyro.cli(ResumeFlags, args=argv, prog="leapalign resume")
     check_run_folder(flags.run, "resume")
     run = read_run(flags.run / "run.json", load_plugins(flags.plugin))
     hours = flags.max_hours if flags.max_hours >= 0 else run.max_hours
-    run = replace(run, out=str(flags.run), steps=flags.steps or run.steps, max_hours=hours)
+    rule = run.stop_when if flags.stop_when else NEVER
+    run = replace(run, out=str(flags.run), steps=flags.steps or run.steps, max_hours=hours, stop_when=rule)
     _run(run, as_json=flags.json, resume=True, checkpoint=flags.checkpoint, allow_changes=flags.allow_changes)
 
 
@@ -115,6 +119,6 @@ def _run(run: Run, *, as_json: bool, **how: Any) -> None:
     summary = train(run, **how).summary
     if not summary:  # rank 0 of several has it
         return
-    answer(
-        summary, as_json, f"{summary['steps']} steps in {summary['seconds']:.0f} s; tuned: {summary[run.tuning.output]}"
-    )
+    which = f" (step {summary['exported']['step']}: {summary['exported']['why']})" if run.stop_when.evaluations else ""
+    text = f"{summary['steps']} steps in {summary['seconds']:.0f} s; tuned: {summary[run.tuning.output]}{which}"
+    answer(summary, as_json, text)

@@ -75,19 +75,25 @@ def reward_classes() -> dict[str, type[DescribedReward]]:
 
 
 def rewards_of(source: str, plugins: dict[str, ModuleType]) -> dict[str, Any]:
-    """Return name -> configuration: a run's own rewards; for the embedded model its reward and the held-out judge."""
+    """Return name -> configuration: a run's own rewards, then its held-out ones; for the embedded model its reward.
+
+    With an embedded reward, the embedded judge is among them as `held_out_reward`.
+    """
     from leapalign.rewards.clip import PickScore
     from leapalign.training.engine import reward_names
+    from leapalign.training.monitors import held_out_names
 
-    path, own = Path(source) / "run.json", {}
+    path, own, judge = Path(source) / "run.json", {}, PickScore(path="embedded:judge")
     if path.is_file():
         run = read_run(path, plugins)
         own = dict(zip(reward_names(run), (term.reward for term in run.rewards)))
+        others = zip(held_out_names(run), (term.reward for term in run.monitors.held_out))
+        own |= {f"held_out/{name}": reward for name, reward in others if reward != judge}
     elif source.startswith("embedded:"):
         own = {"pickscore": PickScore(path="embedded:reward")}
     sources = [source for reward in own.values() for source in described(reward).sources()]
     if any(source.path.startswith(PREFIX) for source in sources):
-        own |= {"held_out_reward": PickScore(path="embedded:judge")}
+        own |= {"held_out_reward": judge}
     return own
 
 

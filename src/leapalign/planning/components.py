@@ -33,6 +33,7 @@ class Planned:
     source: Source
     family: Family
     rewards: list[RewardPlan]
+    held_out: list[RewardPlan]
     mode: FakeTensorMode
     weights: dict[str, int]  # component of the pipeline -> number of weights
     text_blocks: dict[str, int]  # text encoder -> number of weights in blocks that shard_text_encoders shards
@@ -91,6 +92,7 @@ def plan_components(run: Run, source: Source) -> Planned:
     model.decoder = replace(model.decoder, scale=twin(model.decoder.scale, mode), shift=twin(model.decoder.shift, mode))
     model.device = "cpu"
     rewards = [plan_reward(term, run.dtype, mode) for term in run.rewards]
+    held_out = [plan_reward(term, run.dtype, mode) for term in run.monitors.held_out]
     return Planned(
         run=run,
         model=model,
@@ -98,6 +100,7 @@ def plan_components(run: Run, source: Source) -> Planned:
         source=source,
         family=family,
         rewards=rewards,
+        held_out=held_out,
         mode=mode,
         weights=weights,
         text_blocks=text_blocks,

@@ -28,10 +28,22 @@ def always(planned: Planned) -> dict[str, int]:
         "transformer": policy_bytes(planned, planned.rank),
         "optimiser (AdamW, two moments)": 2 * trained,
         "average (EMA, float32)": trained,
-        **({"base of the anchor": reference_bytes(planned)} if planned.run.anchor_weight else {}),
+        **({"base of anchor and drift": reference_bytes(planned)} if _has_base(planned) else {}),
         "VAE (float32)": bytes_of(planned.model.decoder.vae.parameters()),
         "rewards": sum(_reward_bytes(planned.rank, plan, blocks) for plan, blocks in rewards_here(planned)),
-    }
+    } | _held_out(planned)
+
+
+def _has_base(planned: Planned) -> bool:
+    run = planned.run
+    return bool(run.anchor_weight or run.monitors.drift_samples)
+
+
+def _held_out(planned: Planned) -> dict[str, int]:
+    """Bytes of the held-out rewards on the run's device; nothing without any."""
+    terms = planned.run.monitors.held_out
+    here = [plan.bytes for plan, term in zip(planned.held_out, terms) if not term.device]
+    return {"held-out rewards": sum(here)} if here else {}
 
 
 def trained_bytes(planned: Planned, rank: Rank = ALONE) -> int:

@@ -211,7 +211,7 @@ def _geometry(planned: Planned, forwards: Forwards) -> dict[str, int | float]:
 
 
 def _downloads(planned: Planned, prompts: PlannedPrompts) -> tuple[Download, ...]:
-    rewards = [download for reward in planned.rewards for download in reward.downloads]
+    rewards = [d for reward in (*planned.rewards, *planned.held_out) for d in reward.downloads]
     return (*_model_downloads(planned), *_start_downloads(planned), *rewards, *prompts.downloads)
 
 
@@ -233,11 +233,12 @@ def _model_downloads(planned: Planned) -> list[Download]:
 def _disk(planned: Planned) -> dict[str, int]:
     """Output -> bytes on disk. A checkpoint holds weights, average and two moments; one more exists during a save."""
     run, trained = planned.run, trained_bytes(planned)
+    best = trained if run.stop_when.evaluations else 0  # one more average for each checkpoint, and one beside
     others = sum(count for name, count in planned.weights.items() if name != "transformer")
     per_weight = planned.source.bytes_per_weight
     whole = run.tuning.output == "pipeline"
     return {
-        "checkpoints": 4 * trained * (run.keep_checkpoints + 1),
+        "checkpoints": (4 * trained + best) * (run.keep_checkpoints + 1),
         "tuned model": policy_bytes(planned) + others * per_weight if whole else trained,
     }
 
@@ -252,7 +253,8 @@ def _check_base(planned: Planned) -> list[str]:
 
 
 def _notes(planned: Planned, plan: Plan) -> list[str]:
-    found = _check_base(planned) + [f"{reward.name}: {reward.note}" for reward in planned.rewards if reward.note]
+    rewards = [*planned.rewards, *planned.held_out]
+    found = _check_base(planned) + [f"{reward.name}: {reward.note}" for reward in rewards if reward.note]
     path, known = planned.source.hub_id, planned.source.facts
     if known and known.unchecked and planned.source.shipped:
         found.append(f"sizes of {path} are approximate: those that ship were not compared with its published files")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leapalign.errors import UserError
+from leapalign.monitors import HeldOut
 from leapalign.planning.downloads import Download, hub_file
 from leapalign.planning.meta_models import META, fake
 from leapalign.rewards.adapt import described
@@ -37,7 +38,7 @@ class RewardPlan:
     downloads: tuple[Download, ...]
 
 
-def plan_reward(term: RewardTerm, dtype: str, mode: FakeTensorMode) -> RewardPlan:
+def plan_reward(term: RewardTerm | HeldOut, dtype: str, mode: FakeTensorMode) -> RewardPlan:
     """Plan the term's reward in its dtype. Raises UserError if a path is neither local nor a hub id."""
     config = described(term.reward)
     downloads = tuple(d for source in config.sources() if (d := _download(config.name, source)))

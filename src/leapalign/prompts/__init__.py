@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from leapalign.prompts.base import Prompt, Prompts, check_generated
+from leapalign.prompts.base import ImageMonitor, Prompt, Prompts, check_generated
 from leapalign.prompts.geneval import GenEvalPrompts
 from leapalign.prompts.sets import DrawBench, HPDv2, MJHQ30k
 
@@ -66,3 +66,9 @@ class ShapeWorldPrompts:
         else:
             records = captions.evaluation_prompts(self.num)
         return [Prompt(text=record["prompt"], metadata=record) for record in records]
+
+    def monitor(self) -> ImageMonitor:
+        """The entropy of open colours, by the world's detector."""
+        from leapalign.shapeworld.monitor import OpenColors
+
+        return OpenColors()

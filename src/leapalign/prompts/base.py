@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from leapalign.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 MOST = 10**7  # most prompts to generate: gigabytes
@@ -59,6 +62,30 @@ class Prompts(Protocol):
     def load(self) -> list[Prompt]:
         """Return all prompts, always in the same order."""
         ...
+
+
+class ImageMonitor(Protocol):
+    """Measures images of a set of prompts by what the prompts say, without a reward."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of its numbers, as metrics."""
+        ...
+
+    def measure(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Measure each image: [B, 3, H, W] in [0, 1], with its prompt -> [B, K] on the CPU."""
+        ...
+
+    def summary(self, values: Tensor) -> dict[str, float]:
+        """Return the numbers of N images from their measures [N, K]."""
+        ...
+
+
+@runtime_checkable
+class MonitoredPrompts(Prompts, Protocol):
+    """Prompts with a monitor of their own."""
+
+    def monitor(self) -> ImageMonitor: ...
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,31 @@ from leapalign.methods.drtune import DRTune
 from leapalign.methods.leapalign import LeapAlign
 from leapalign.methods.refl import ReFL
 from leapalign.models.sd3 import SD3
+from leapalign.monitors import Band, HeldOut, Monitors, StopWhen
 from leapalign.prompts import ShapeWorldPrompts
 from leapalign.rewards.clip import PickScore
 from leapalign.run import RewardTerm, Run
 from leapalign.tuning.lora import LoRA
 
+WATCHED = Monitors(
+    held_out=(HeldOut(reward=PickScore(path="embedded:judge")),),
+    diversity_prompts=8,
+    images_per_prompt=4,
+    features="clip-image",
+    image_statistics=True,
+    prompt_monitors=True,
+    drift_samples=8,
+)
+# The bands are wider than what the demo asks for at its end (0.90, 0.85): an evaluation has few images.
+HACKED = StopWhen(
+    evaluations=2,
+    bands=(Band(monitor="open_color_entropy", least=0.8), Band(monitor="diversity/clip-image", least=0.7)),
+)
+
 
 def shapeworld_leapalign() -> Run:
-    """LeapAlign on the embedded pipeline and reward: minutes on two CPU cores."""
-    return shapeworld(LeapAlign(nested_scale=1.0))
+    """LeapAlign on the embedded pipeline and reward: minutes on two CPU cores. Ends when the reward is hacked."""
+    return replace(shapeworld(LeapAlign(nested_scale=1.0)), stop_when=HACKED)
 
 
 def shapeworld_leapalign_lora() -> Run:
@@ -98,4 +114,6 @@ def shapeworld(method: Any) -> Run:
         warmup_steps=30,
         decay_steps=270,
         ema_decay=0.95,
+        evaluate_every=20,  # with its monitors an evaluation costs about as much as an update
+        monitors=WATCHED,
     )

@@ -36,6 +36,15 @@ def load_reward(config: RewardConfig, device: str, dtype: str) -> Reward:
     return complete(described(config).name, config.load(device, dtype))
 
 
+def numbered_names(configs: Sequence[RewardConfig]) -> list[str]:
+    """Return each reward's name; repeated names get a number."""
+    names: list[str] = []
+    for config in configs:
+        name = described(config).name
+        names.append(name if name not in names else f"{name}-{len(names) + 1}")
+    return names
+
+
 def complete(name: str, loaded: Callable[..., Tensor]) -> Reward:
     """Return a loaded reward; a user-defined callable gets the members of `Reward` that it lacks."""
     return loaded if isinstance(loaded, Reward) else Adapted(name=name, reward=loaded)

@@ -81,16 +81,16 @@ def prompts_used(
         if len(training) == len(prompts):
             break
     texts = (prompts[index].text for index in training)
-    return list(dict.fromkeys([*texts, *evaluation_prompts(run, prompts)]))
+    return list(dict.fromkeys([*texts, *(prompt.text for prompt in evaluation_set(run, prompts))]))
 
 
-def evaluation_prompts(run: Run, prompts: Sequence[Prompt]) -> list[str]:
+def evaluation_set(run: Run, prompts: Sequence[Prompt]) -> list[Prompt]:
     """Return the prompts of the fixed evaluation set, in its own order, unrelated to that of training.
 
     The same for every run with this evaluation_seed and these prompts.
     """
     seed, count = run.evaluation_seed, len(prompts)
-    return [prompts[prompt_index(seed, i, count, "evaluation order")].text for i in range(run.evaluation_size)]
+    return [prompts[prompt_index(seed, i, count, "evaluation order")] for i in range(run.evaluation_size)]
 
 
 def noise_generators(seed: int, step: int, samples: Sequence[int], purpose: str = "noise") -> list[torch.Generator]:

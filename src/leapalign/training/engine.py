@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from leapalign.distributed.prompts import prepare
 from leapalign.distributed.tensors import Named
 from leapalign.distributed.world import World
 from leapalign.errors import UserError
+from leapalign.evaluation.diversity import Features
 from leapalign.flow.anchor import Anchor
 from leapalign.flow.graph import CheckpointsBlocks, TrainedVelocity, with_graph
 from leapalign.methods.base import ReusesRollouts, Surrogate
@@ -33,17 +34,20 @@ from leapalign.methods.objective import Hinge, LatentGradient
 from leapalign.models.base import Model
 from leapalign.models.decode import with_pixel_gradient
 from leapalign.models.pipeline import tell_longer_prompts
+from leapalign.monitors import HeldOut
 from leapalign.prompts import Prompt
+from leapalign.prompts.base import ImageMonitor
 from leapalign.rewards import adapt
 from leapalign.rewards.base import Reward
 from leapalign.run import RewardTerm, Run
-from leapalign.training import batches
+from leapalign.training import batches, monitors
 from leapalign.training.batches import BEGINNING, MicroBatch, Start
 from leapalign.training.reference import Reference
 from leapalign.training.weights import EMA, trained_parameters
 from leapalign.tuning.quantization import base_note
 
 ALONE = World()
+Base: TypeAlias = Callable[[], AbstractContextManager[None]]  # inside, the policy has the base's weights
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -74,6 +78,10 @@ class Engine:
     shards: Shards | None  # None: every rank has the whole policy
     anchor: Anchor | None = None  # None: no pull towards the base
     kept: list[Kept] = field(default_factory=list)  # this rank's micro-batches of the last rollouts, if used again
+    held_out: dict[str, Reward] = field(default_factory=dict)  # measured in evaluations, never trained on
+    features: Features | None = None  # space of the diversity that evaluations measure; None: they do not
+    own_monitor: ImageMonitor | None = None  # the prompts' own
+    base: Base | None = None  # for anchor and drift; None: neither
     notes: tuple[str, ...] = ()  # messages for the user about choices made on loading
 
     @property
@@ -102,9 +110,13 @@ class Engine:
         """Context for the forwards of a rollout."""
         return self.shards.rollout() if self.shards else nullcontext()
 
+    def images(self, latents: Tensor) -> Tensor:
+        """Decode latents [n, ...] to images [n, 3, H, W] in [0, 1], differentiable."""
+        return with_pixel_gradient(self.model.decode(latents), self.run.pixel_gradient)
+
     def score(self, prompts: Sequence[str], latents: Tensor, rows: Sequence[int]) -> dict[str, Tensor]:
         """Decode latents [n, ...]; return each reward [n], differentiable. latents[i] belongs to prompts[rows[i]]."""
-        images = with_pixel_gradient(self.model.decode(latents), self.run.pixel_gradient)
+        images = self.images(latents)
         texts = [prompts[row] for row in rows]
         return {name: reward(images, texts) for name, reward in self.rewards.items()}
 
@@ -127,7 +139,8 @@ def build(run: Run, world: World = ALONE, begin: Start = BEGINNING) -> Engine:
     """Load model, rewards and prompts; encode every prompt that the run reaches; shard if the run asks for it."""
     refuse_without_gradient(run)
     refuse_without_reuse(run)
-    names = reward_names(run)
+    monitors.check_bands(run)
+    names, others = reward_names(run), monitors.held_out_names(run)
     check_names(run, names)
     with world.agreed():
         device = resolve_device(world_device(run.device, world))
@@ -150,19 +163,27 @@ def build(run: Run, world: World = ALONE, begin: Start = BEGINNING) -> Engine:
     prepare(run, model, reached, world, device)
     with world.agreed():
         rewards = {name: load_reward(term, device, run.dtype) for name, term in zip(names, run.rewards)}
+        held_out = {name: load_reward(term, device, run.dtype) for name, term in zip(others, run.monitors.held_out)}
+        features = monitors.features_of(run, rewards, held_out)
     if world.main:
         adapt.tell_longer(rewards, texts)
     rewards = shard_rewards(run, rewards, world, device)
     parameters = trained_parameters(model.policy)
-    anchor = _anchor(run, model.policy, parameters, shards) if run.anchor_weight else None
+    base = None
+    if run.anchor_weight or run.monitors.drift_samples:
+        base = Reference(model.policy, parameters, bfloat16=run.dtype == "bfloat16", shards=shards).applied
     return Engine(
         run=run,
         world=world,
         shards=shards,
-        anchor=anchor,
+        base=base,
+        anchor=_anchor(run, base) if base and run.anchor_weight else None,
         notes=tuple(filter(None, (choice.why, base_note(model.policy, run.tuning)))),
         model=model,
         rewards=rewards,
+        held_out=held_out,
+        features=features,
+        own_monitor=monitors.own_monitor(run),
         terms={
             name: Hinge(threshold=t.threshold, weight=t.weight, unit_gradient=t.unit_gradient)
             for name, t in zip(names, run.rewards)
@@ -176,7 +197,7 @@ def build(run: Run, world: World = ALONE, begin: Start = BEGINNING) -> Engine:
     )
 
 
-def load_reward(term: RewardTerm, device: str, dtype: str) -> Reward:
+def load_reward(term: RewardTerm | HeldOut, device: str, dtype: str) -> Reward:
     """Load the term's reward on its own device; images are copied there, scores and gradients back."""
     there = resolve_device(term.device) if term.device else device
     reward = adapt.load_reward(term.reward, there, term.dtype or dtype)
@@ -185,11 +206,7 @@ def load_reward(term: RewardTerm, device: str, dtype: str) -> Reward:
 
 def reward_names(run: Run) -> list[str]:
     """Return each reward's name; repeated names get a number."""
-    names: list[str] = []
-    for term in run.rewards:
-        name = adapt.described(term.reward).name
-        names.append(name if name not in names else f"{name}-{len(names) + 1}")
-    return names
+    return adapt.numbered_names([term.reward for term in run.rewards])
 
 
 def refuse_without_gradient(run: Run) -> None:
@@ -229,10 +246,9 @@ def _checkpoint_blocks(policy: nn.Module) -> None:
     policy.enable_gradient_checkpointing()
 
 
-def _anchor(run: Run, policy: nn.Module, parameters: Named, shards: Shards | None) -> Anchor:
-    reference = Reference(policy, parameters, bfloat16=run.dtype == "bfloat16", shards=shards)
+def _anchor(run: Run, base: Base) -> Anchor:
     nested = run.anchor_states == "all"
-    return Anchor(weight=run.anchor_weight, reference=reference.applied, batch_size=run.batch_size, nested=nested)
+    return Anchor(weight=run.anchor_weight, reference=base, batch_size=run.batch_size, nested=nested)
 
 
 def _adamw(run: Run, parameters: Named) -> torch.optim.AdamW:

@@ -15,6 +15,7 @@ from typing import Any
 
 from leapalign.checkpoint import checkpoints
 from leapalign.checkpoint.async_writer import Saver
+from leapalign.checkpoint.best import BestWeights
 from leapalign.checkpoint.inputs import FILE
 from leapalign.checkpoint.sharded import writers_of
 from leapalign.checkpoint.state import Checkpoint, Progress
@@ -31,7 +32,6 @@ from leapalign.training import out_of_memory, self_checks
 from leapalign.training.batches import Start
 from leapalign.training.direct import new_rollouts, update
 from leapalign.training.engine import Engine, build, inputs_record
-from leapalign.training.fixed_set import evaluation_reward
 from leapalign.training.out_of_memory import Setup
 from leapalign.training.preemption import Stop, on_signals
 from leapalign.training.session import Session, open_folder, tell, tell_short_average
@@ -46,7 +46,7 @@ class Result:
     out: Path
     saved: Path  # the tuned model with averaged weights: out/pipeline, or out/lora for an adapter
     summary: dict[str, Any]  # also in out/summary.json
-    engine: Engine
+    engine: Engine  # with `stop_when`, its average is that of the best evaluation, as saved
 
     @property
     def pipeline(self) -> Path:
@@ -87,7 +87,9 @@ def train(
         with _begin(run, world, origin, progress, inputs) as tracker:
             for note in engine.notes:
                 tracker.note(note)
-            _train_steps(engine, progress, tracker, stop, inputs, on_step)
+            best = _train_steps(engine, progress, tracker, stop, inputs, on_step)
+        if run.stop_when.evaluations and progress.evaluations:
+            best.restore(progress.best_step, engine.ema.shadow)
         saved = _save_tuned(engine, out)
         summary = summarize(run, progress) if world.main else {}
     return Result(out=out, saved=saved, summary=summary, engine=engine)
@@ -159,15 +161,17 @@ def _train_steps(
     stop: Stop,
     inputs: dict[str, Any],
     on_step: Callable[[Metrics], None] | None,
-) -> None:
+) -> BestWeights:
+    """Train until the last step, or until `stop_when` ends the run; return the kept weights of the best evaluation."""
     run, begun = engine.run, time.monotonic() - progress.seconds
-    setup = _setup(engine)
+    setup, writers = _setup(engine), writers_of(engine.parameters, engine.world)
+    best = BestWeights(run, engine.world, writers, progress.best_step)
     with on_signals(stop), Saver(asynchronous=run.async_checkpoints, parameters=engine.parameters) as saver:
         parts = {"progress": progress, "tracker": tracker, "saver": saver, "stop": stop, "inputs": inputs}
-        session = Session(engine=engine, writers=writers_of(engine.parameters, engine.world), **parts)
+        session = Session(engine=engine, writers=writers, best=best, **parts)
         if progress.step == 0 and run.evaluate_every:
-            tracker.log({"step": 0} | evaluation_reward(engine))
-        while progress.step < run.steps:
+            tracker.log({"step": 0} | session.evaluate())
+        while progress.step < run.steps and not session.stopped():
             started = time.monotonic()
             with out_of_memory.explained(run, f"step {progress.step + 1}", setup):
                 metrics = _step(session)
@@ -175,14 +179,19 @@ def _train_steps(
                 metrics = {"step": progress.step} | metrics | {"seconds": time.monotonic() - started}
                 _warn_above(tracker, metrics)
                 tracker.log(metrics)
-                if _due(run, progress.step, run.checkpoint_every):
+                if _due(run, progress.step, run.checkpoint_every) or session.stopped():
                     session.save()
             saver.check()
             stop.took(time.monotonic() - started)
             if on_step:
                 on_step(metrics)
-            if progress.step < run.steps and progress.step % run.updates_per_rollout == 0:
+            if progress.step < run.steps and session.between_rollouts and not session.stopped():
                 session.leave_if_asked()
+        if why := session.stopped():
+            tracker.note(
+                f"{why}. Step {progress.best_step} is exported; `leapalign resume {run.out} --no-stop-when` goes on"
+            )
+    return best
 
 
 def _setup(engine: Engine) -> Setup:
@@ -204,7 +213,7 @@ def _step(session: Session) -> Metrics:
     progress.step += 1
     progress.samples += engine.run.batch_size if fresh else 0
     progress.skipped += metrics["skipped"]
-    return metrics | (evaluation_reward(engine) if _due(engine.run, progress.step, engine.run.evaluate_every) else {})
+    return metrics | (session.evaluate() if _due(engine.run, progress.step, engine.run.evaluate_every) else {})
 
 
 def _save_tuned(engine: Engine, out: Path) -> Path:

@@ -24,9 +24,8 @@ class Part:
 
 def part_of(surrogate: Surrogate, result: LatentGradient, trained: bool, others: dict[str, Tensor]) -> Part:
     """Collect the numbers of a micro-batch that the metrics need; `others`: 0-dim or [B], beside the method's own."""
-    return Part(
-        method=surrogate.metrics | others, result=replace(result, grad=result.grad.new_empty(0)), trained=trained
-    )
+    method = {"weight": surrogate.weight.detach()} | surrogate.metrics | others
+    return Part(method=method, result=replace(result, grad=result.grad.new_empty(0)), trained=trained)
 
 
 def batch_metrics(parts: list[Part]) -> Metrics:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from leapalign.checkpoint import checkpoints
 from leapalign.checkpoint.async_writer import Saver
+from leapalign.checkpoint.best import BestWeights
 from leapalign.checkpoint.inputs import FILE
 from leapalign.checkpoint.sharded import Writers
 from leapalign.checkpoint.state import Checkpoint, Progress, versions
@@ -15,13 +16,12 @@ from leapalign.errors import NotFinite, RunInterrupted, UserError
 from leapalign.run import Run, differences
 from leapalign.storage.atomic import refuse_links_out, refuse_other_kinds
 from leapalign.storage.lock import HOLDER, LOCK, is_empty
-from leapalign.training import self_checks
+from leapalign.training import self_checks, watch
+from leapalign.training.engine import Engine
+from leapalign.training.fixed_set import evaluate
 from leapalign.training.live_weights import short_average
 from leapalign.training.preemption import Stop
 from leapalign.training.tracking import LOG, Metrics, Silent, Tracker
-
-if TYPE_CHECKING:
-    from leapalign.training.engine import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,26 @@ class Session:
     stop: Stop
     writers: Writers | None = None  # None: every rank has whole weights
     inputs: dict[str, Any]  # the run's inputs, for checkpoints
+    best: BestWeights
+
+    def evaluate(self) -> Metrics:
+        """Evaluate on the fixed set; with `stop_when`, note the numbers, and keep the weights if they are the best."""
+        metrics, progress, rule = evaluate(self.engine), self.progress, self.engine.run.stop_when
+        if rule.evaluations:
+            progress.evaluations.append(watch.watched({"step": progress.step} | metrics, rule))
+            if watch.is_best(progress.evaluations, progress.best_step, rule):
+                progress.best_step = progress.step
+                self.best.keep(progress.step, self.engine.ema.shadow)
+        return metrics
+
+    @property
+    def between_rollouts(self) -> bool:
+        """True if the next update begins with new rollouts: checkpoints hold none."""
+        return self.progress.step % self.engine.run.updates_per_rollout == 0
+
+    def stopped(self) -> str:
+        """Return why `stop_when` ends the run here, between two rollouts; empty if it does not."""
+        return watch.stopped(self.progress.evaluations, self.engine.run.stop_when) if self.between_rollouts else ""
 
     def save(self) -> None:
         """Save, or start to save; the first save of a process is checked.
@@ -49,6 +69,7 @@ class Session:
             state = (engine.parameters, engine.ema.shadow, engine.optimizer, writers, self.inputs)
             self.saver.save(checkpoints.take(engine.run, self.progress, *state), self.tracker.sync)
         self.saver.step = self.progress.step
+        self.best.in_checkpoint = self.progress.best_step
 
     def leave_if_asked(self) -> None:
         """Between two steps: on a signal or at the time limit, save (unless just saved) and leave.
