@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -17,7 +18,7 @@ from leapalign.evaluation.statistics import compare
 from leapalign.geneval.rules import Detection
 from leapalign.prompts import Prompt
 from leapalign.report.figures import Curve, curve_svg, running_mean
-from leapalign.report.page import Page, pairs_of, render, spread
+from leapalign.report.page import Page, monitors, pairs_of, render, spread
 from leapalign.report.pictures import data_uri, draw_verdicts, enlarged, grid
 
 EVIL = '<script>alert("1")</script>'
@@ -93,6 +94,55 @@ def test_the_page_shows_the_numbers(html: str) -> None:
         assert words in text
     assert html.count("<svg viewBox") == 4  # evaluation reward, batch reward, loss, gradient norm
     assert html.count("<img ") == 2 * (3 + 1)  # three distinct prompts of one task, the only one of the other
+
+
+def monitored() -> list[dict]:
+    names = {"held_out/judge": 0.6, "diversity/pixels": 0.2, "open_color_entropy": 2.5, "image/brightness": 0.8}
+    names |= {"drift": 0.1, "drift/0.500": 0.1, "evaluation_fraction_above_threshold": 0.0}
+    return [{"step": s, "evaluation_reward": s / 90} | {n: v - s / 900 for n, v in names.items()} for s in (0, 20, 40)]
+
+
+def test_every_monitor_has_a_curve_with_a_caption_and_the_exported_step() -> None:
+    found = monitors(monitored(), 20)
+    titles = [curve.title for curve in found]
+    assert titles == [
+        "Training reward",
+        "Held-out reward judge",
+        "Distance within a prompt, pixels",
+        "Entropy of open colours",
+        "Brightness",
+        "Drift",
+        "Above the threshold",
+    ]
+    assert all(curve.caption and curve.marked == 20 and list(curve.steps) == [0, 20, 40] for curve in found)
+    assert found[1].values == (0.6, 0.6 - 20 / 900, 0.6 - 40 / 900)
+    marked, plain = curve_svg(found[0]), curve_svg(replace(found[0], marked=None))
+    assert "stroke-dasharray" in marked and "stroke-dasharray" not in plain
+    assert monitors([{"step": 0, "evaluation_reward": 1.0, "evaluation_fraction_above_threshold": 0.0}], None) == []
+
+
+def test_the_page_tells_which_step_is_exported_and_why_the_run_ended(html: str) -> None:
+    before, after = result(3), result(7)
+    before.diversity["pixels"], after.diversity["pixels"] = torch.tensor([0.4, 0.4]), torch.tensor([0.1, 0.1])
+    page = render(
+        Page(
+            title="A run",
+            run={"steps": 8, "batch_size": 4, "seed": 11},
+            metrics=monitored(),
+            comparison=compare(before, after),
+            rewards={},
+            pairs={},
+            commands=[],
+            facts={},
+            exported={"step": 20, "why": "the highest held_out/judge (0.578) of 3 evaluations"},
+            stopped="stopped after step 40: drift is 0.2, above 0.15",
+        )
+    )
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", page))
+    assert "marks step 20, whose weights are exported: the highest held_out/judge" in text
+    assert "The run stopped after step 40: drift is 0.2" in text
+    assert "Distance within a prompt, pixels0.4000.1000.25" in text.replace(" 0", "0")
+    assert "Entropy of open colours, bits0.0000.000" in text.replace(" 0", "0") and "Monitors" not in html
 
 
 def test_the_page_escapes_what_it_is_given(html: str) -> None:

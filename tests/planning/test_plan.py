@@ -127,7 +127,7 @@ def test_the_base_of_the_anchor_is_that_of_the_loaded_run(run, dtype):
 
 
 def test_monitors_and_the_best_weights_are_planned(run):
-    terms = tuple(HeldOut(reward=term.reward) for term in run.rewards)
+    terms = tuple(HeldOut(reward=term.reward, dtype=term.dtype) for term in run.rewards)
     watched = Monitors(held_out=(*terms, replace(terms[0], device="cpu")), drift_samples=1)
     before, plan = make_plan(run), make_plan(replace(run, monitors=watched, stop_when=StopWhen(evaluations=2)))
     assert plan.memory["held-out rewards"] == before.memory["rewards"] and "held-out rewards" not in before.memory

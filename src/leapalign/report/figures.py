@@ -23,6 +23,8 @@ class Curve:
     values: Sequence[float]
     smooth: bool = False  # a noisy quantity: drawn faint, with a running mean over it
     unit: str = ""
+    caption: str = ""  # what the quantity tells, for the page
+    marked: float | None = None  # a step to mark: the exported one
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
@@ -47,6 +49,8 @@ def curve_svg(curve: Curve) -> str:
         axes.plot(curve.steps, running_mean(curve.values, width), color=ACCENT, linewidth=2)
     else:
         axes.plot(curve.steps, curve.values, color=ACCENT, linewidth=2, marker="o", markersize=4)
+    if curve.marked is not None:
+        axes.axvline(curve.marked, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
     axes.set_ylabel(curve.unit, color=INK, fontsize=9)
     axes.set_xlabel("step", color=INK, fontsize=9)
     axes.tick_params(colors=INK, labelsize=9, length=0)

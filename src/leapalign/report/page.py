@@ -21,6 +21,27 @@ METRIC_NAMES = {
     "loss": "Loss",
     "grad_norm": "Gradient norm, before clipping",
 }
+MONITORS = {  # metric or its prefix -> title, unit, and what it tells; NAME is the rest of the metric
+    "evaluation_reward": ("Training reward", "", "Mean of the reward that is trained on."),
+    "held_out/": ("Held-out reward NAME", "", "Never trained on. Falls while the training reward rises: hacked."),
+    "diversity/": ("Distance within a prompt, NAME", "", "Mean distance of two images of one prompt. Falls: alike."),
+    "open_color_entropy": (
+        "Entropy of open colours",
+        "bits",
+        "Colours of the shapes whose prompt names none: 2.58 if all six are equally frequent, 0 if there is one.",
+    ),
+    "image/edge_density": ("Edge density", "", "Share of pixels beside an edge. Falls: lost detail and backgrounds."),
+    "image/color_entropy": ("Colour entropy of an image", "bits", "Falls: fewer colours in an image."),
+    "image/saturation": ("Saturation", "", "Rises: garish images."),
+    "image/brightness": ("Brightness", "", "Mean luma."),
+    "image/dark_share": ("Dark share", "", "Share of dark pixels."),
+    "drift": ("Drift", "", "Mean |v - v_base|: how far the model has moved from its base."),
+    "evaluation_fraction_above_threshold": (
+        "Above the threshold",
+        "",
+        "Share of images whose reward lies above the threshold, and which train nothing.",
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +69,8 @@ class Page:
     pairs: dict[str, list[Pair]]  # task -> images
     commands: Sequence[str]
     facts: dict[str, str]  # machine, versions, times
+    exported: dict[str, Any] | None = None  # {"step", "why"} of the exported weights, as in summary.json
+    stopped: str = ""  # why the run ended before its last step
 
 
 def pairs_of(before: Evaluation, after: Evaluation, per_task: int) -> dict[str, list[Pair]]:
@@ -96,6 +119,37 @@ def curves(metrics: Sequence[dict[str, Any]]) -> list[Curve]:
     return found
 
 
+def monitors(metrics: Sequence[dict[str, Any]], exported: int | None) -> list[Curve]:
+    """Return the curves of what evaluations measured, in the order of `MONITORS`, if the run had monitors.
+
+    `exported`: a step to mark.
+    """
+    evaluations = [m for m in metrics if "evaluation_reward" in m]
+    names = dict.fromkeys(name for m in evaluations for name in m)
+    if not any(name.startswith(tuple(MONITORS)) and not name.startswith("evaluation_") for name in names):
+        return []
+    found = []
+    for key, (title, unit, caption) in MONITORS.items():
+        for name in (name for name in names if name == key or (key.endswith("/") and name.startswith(key))):
+            rows = [(m["step"], float(m[name])) for m in evaluations if name in m]
+            steps, values = zip(*rows)
+            title_of = title.replace("NAME", name.removeprefix(key))
+            curve = Curve(title=title_of, steps=steps, values=values, unit=unit, caption=caption, marked=exported)
+            found.append(curve)
+    return found
+
+
+def measures(comparison: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the rows of the table of measures without a reward: words -> before, after and, if it is known, ratio."""
+    rows = {}
+    if "open_colors" in comparison:
+        rows["Entropy of open colours, bits"] = comparison["open_colors"]["entropy"]
+    rows |= {f"Distance within a prompt, {space}": row for space, row in comparison.get("diversity", {}).items()}
+    for name, row in comparison.get("image_statistics", {}).items():
+        rows[MONITORS[f"image/{name}"][0]] = {"ratio": None} | row
+    return rows
+
+
 def render(page: Page) -> str:
     """Render the HTML; every value is escaped, figures are inline, and nothing is fetched."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -104,9 +158,12 @@ def render(page: Page) -> str:
         loader=PackageLoader("leapalign", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     figures = [(curve.title, curve_svg(curve)) for curve in curves(page.metrics)]
+    over_time = monitors(page.metrics, page.exported["step"] if page.exported else None)
     return environment.get_template("page.html").render(
         page=page,
         figures=figures,
+        monitors=[(curve, curve_svg(curve)) for curve in over_time],
+        measures=measures(page.comparison),
         task_names=TASK_NAMES,
         configuration=json.dumps(page.run, indent=2),
     )

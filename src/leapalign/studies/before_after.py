@@ -100,7 +100,7 @@ def conduct(study: Study) -> dict[str, Any]:
     }
     comparison = compare(before, after)
     write_sheets(out, before, after)
-    write_page(study, before, after, comparison, times)
+    write_page(study, before, after, comparison, times, result.summary)
     seconds = time.monotonic() - begun
     summary = summarize(result.summary, comparison, times, seconds) | {run.tuning.output: str(result.saved)}
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -144,6 +144,8 @@ def summarize(
         "evaluation_reward": training["reward"],
         "images": comparison["images"],
         "steps": training["steps"],
+        "exported": training["exported"],
+        "stopped": training["stopped"],
         "skipped": training["skipped"],
         "seconds": round(seconds, 3),
         "seconds_of": {name: round(value, 3) for name, value in times.items()},
@@ -167,9 +169,14 @@ def write_sheets(out: Path, before: Evaluation, after: Evaluation) -> None:
 
 
 def write_page(
-    study: Study, before: Evaluation, after: Evaluation, comparison: dict[str, Any], times: dict[str, float]
+    study: Study,
+    before: Evaluation,
+    after: Evaluation,
+    comparison: dict[str, Any],
+    times: dict[str, float],
+    training: dict[str, Any],
 ) -> None:
-    """Write report.html."""
+    """Write report.html. `training`: the run's own summary."""
     from leapalign.codec import encode
     from leapalign.report.page import Page, pairs_of, write_report
     from leapalign.training.tracking import read_metrics
@@ -184,6 +191,8 @@ def write_page(
         pairs=pairs_of(before, after, IMAGE_PAIRS),
         commands=(study.command, f"leapalign train {out}/run.json --out runs/again   # the training alone, replayed"),
         facts=facts(times),
+        exported=training["exported"],
+        stopped=training["stopped"],
     )
     write_report(out / "report.html", page)
 
