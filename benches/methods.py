@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from shared import facts, with_folders
@@ -39,7 +39,12 @@ from leapalign.shapeworld.detector import detect
 from leapalign.studies.before_after import HELD_OUT, Study, evaluate_model, shapeworld_diversity, summarize
 from leapalign.training.loop import train
 
-TARGETS = {"overall": 0.15, "position": 0.10, "color_attr": 0.10, HELD_OUT: 0.0}  # changes that the demo has to reach
+CHANGES = {"overall": 0.20, "position": 0.15, "color_attr": 0.15}  # asked of the demo: means over the seeds
+SINGLE_OBJECT = 0.95  # its accuracy, mean over the seeds
+OPEN_COLORS, DIVERSITY = 0.90, 0.85  # least ratios of tuned to base, in each seed
+HELD_OUT_SHARE = 2 / 3  # of what the training reward gains
+EVALUATION_SEEDS = {"validation": 1000, "test": 0}
+BEST_OVER_BEST = 0.05  # overall of tuned over base, each at its best guidance, in each seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +55,8 @@ class Methods:
     seeds: tuple[int, ...] = (0, 1, 2)
     per_task: int = 300
     """Images a task, before and after."""
+    split: Literal["validation", "test"] = "test"
+    """Prompts; settings are chosen on validation prompts, with noises of their own, and reported on test prompts."""
     out: Path = Path("runs/methods")
     """New folder; a run each under it."""
     steps: int = 0
@@ -95,10 +102,11 @@ def main(bench: Methods) -> dict[str, Any]:
     sweep = {str(scale): report(drawn.at(base, base.run.model, scale)) for scale in bench.guidance}
     for name in bench.recipes:
         runs = [one_run(bench, study_of(bench, name, seed), drawn) for seed in bench.seeds]
-        recipes[name] = {"mean": averages(runs), "runs": runs}
+        table = averages(runs)
+        recipes[name] = {"asked": asked(table, runs), "mean": table, "runs": runs}
         if bench.guidance:
             recipes[name]["at_best_guidance"] = best_guidance(runs)
-    return {"targets": TARGETS, "recipes": recipes, "base_by_guidance": sweep} | facts(bench)
+    return {"split": bench.split, "recipes": recipes, "base_by_guidance": sweep} | facts(bench)
 
 
 def one_run(bench: Methods, study: Study, drawn: Drawn) -> dict[str, Any]:
@@ -135,7 +143,7 @@ def best_guidance(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     rows = {
         key: [run[key]["geneval"]["overall"] for run in runs] for key in ("against_best_guidance", "best_against_best")
     }
-    return {key: _average(key, row) for key, row in rows.items()}
+    return {key: _average(row) for key, row in rows.items()}
 
 
 def study_of(bench: Methods, recipe: str, seed: int) -> Study:
@@ -147,36 +155,48 @@ def study_of(bench: Methods, recipe: str, seed: int) -> Study:
     return Study(
         run=replace(run, name=name, out=str(bench.out / name), device=bench.device),
         held_out=PickScore(path=bench.judge),
-        prompts=ShapeWorldPrompts(split="test", num=bench.per_task).load(),
+        prompts=ShapeWorldPrompts(split=bench.split, num=bench.per_task).load(),
         detector=detect,
-        diversity=shapeworld_diversity(),
+        diversity=shapeworld_diversity(bench.split),
         command="python benches/methods.py",
+        evaluation_seed=EVALUATION_SEEDS[bench.split],
     )
 
 
 def averages(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Over the seeds: before, after, change, its two standard errors, and whether the demo's target is reached."""
+    """Over the seeds: before, after, change and its two standard errors."""
     rows = {"overall": [run["geneval"] for run in runs]}
     rows |= {task: [run["geneval"]["per_task"][task] for run in runs] for task in runs[0]["geneval"]["per_task"]}
     rows |= {name: [run[name] for run in runs] for name in ("reward", HELD_OUT)}
-    table = {name: _average(name, row) for name, row in rows.items()}
+    table = {name: _average(row) for name, row in rows.items()}
     table["open_colors"] = _ratios([run["open_colors"]["entropy"] for run in runs])
     spaces = runs[0]["diversity"]
     table["diversity"] = {space: _ratios([run["diversity"][space] for run in runs]) for space in spaces}
     statistics = runs[0]["image_statistics"]
-    table["image_statistics"] = {
-        name: _average(name, [run["image_statistics"][name] for run in runs]) for name in statistics
-    }
+    table["image_statistics"] = {name: _average([run["image_statistics"][name] for run in runs]) for name in statistics}
     return table | {"training_seconds": mean(run["seconds_of"]["training"] for run in runs)}
 
 
-def _average(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def asked(table: dict[str, Any], runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the demo is held to: the number asked, the number found, and whether it is reached."""
+    rows = {name: (least, table[name]["difference"]) for name, least in CHANGES.items()}
+    rows["single_object"] = (SINGLE_OBJECT, table["single_object"]["after"])
+    rows["open_colors, least ratio"] = (OPEN_COLORS, min(table["open_colors"]["ratio"]))
+    for space, found in table["diversity"].items():
+        rows[f"diversity in {space}, least ratio"] = (DIVERSITY, min(found["ratio"]))
+    gained = table["reward"]["difference"]
+    rows["held-out reward"] = (HELD_OUT_SHARE * gained, table[HELD_OUT]["difference"])
+    if all("best_against_best" in run for run in runs):
+        least = min(run["best_against_best"]["geneval"]["overall"]["difference"] for run in runs)
+        rows["best guidance over the base's best, least"] = (BEST_OVER_BEST, least)
+    return {name: {"asked": least, "found": found, "reached": found >= least} for name, (least, found) in rows.items()}
+
+
+def _average(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     changes = [row["difference"] for row in rows]
     found: dict[str, Any] = {key: mean(row[key] for row in rows) for key in ("before", "after", "difference")}
     found["over_images"] = mean(row["difference_standard_error"] for row in rows)
     found["over_seeds"] = stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else None
-    if name in TARGETS:
-        found["reached"] = found["difference"] >= TARGETS[name] and found["difference"] > 0
     return found
 
 

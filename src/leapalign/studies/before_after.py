@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from leapalign.errors import UserError
 
@@ -71,12 +71,12 @@ def main(out: Path, *, seed: int = 0, steps: int = 0, quick: bool = False, devic
     return summary
 
 
-def shapeworld_diversity() -> Diverse:
+def shapeworld_diversity(split: Literal["validation", "test"] = "test") -> Diverse:
     """The 30 prompts, five of each task, of which four images each are compared with each other."""
     from leapalign.evaluation.diversity import Diverse
     from leapalign.prompts import ShapeWorldPrompts
 
-    return Diverse(prompts=ShapeWorldPrompts(split="test", num=5).load(), images_per_prompt=4)
+    return Diverse(prompts=ShapeWorldPrompts(split=split, num=5).load(), images_per_prompt=4)
 
 
 def conduct(study: Study) -> dict[str, Any]:
