@@ -62,10 +62,10 @@ class Method(Protocol[Draws]):
 
 
 @runtime_checkable
-class ReusesRollouts(Protocol[Draws]):
+class ReusesRollouts(Protocol):
     """A method that can train several updates on one rollout."""
 
-    def surrogates(self, velocity: Velocity, x: Tensor, sigmas: Tensor, draws: Sequence[Draws]) -> list[Surrogate]:
+    def surrogates(self, velocity: Velocity, x: Tensor, sigmas: Tensor, draws: Sequence[Any]) -> list[Surrogate]:
         """Roll out once and return a surrogate for each of the draws.
 
         Their forwards run in their backward passes, with the weights of that time; values are those of the rollout.
