@@ -89,6 +89,7 @@ class Run:
     max_grad_norm: float = 1.0  # 0 = no clipping (not in the paper; public code clips at 1)
     ema_decay: float = 0.995  # of the averaged weights, which are saved and evaluated; 0 = no averaging
     anchor_weight: float = 0.0  # beta of the velocity anchor, which pulls towards the base; 0 = none (not in the paper)
+    anchor_mean_weight: float = 0.0  # of the part of v - v_base that all samples share, as a common tone (ours)
     anchor_states: Literal["all", "first"] = "all"  # first: only states without nested gradient, which costs less
     graph: Literal["all", "blocks", "inputs"] = "all"  # activations kept for the backward pass (flow/graph.py)
     reward_chunk: int = 0  # samples decoded and scored at a time; 0 = the micro-batch
@@ -140,6 +141,11 @@ class Run:
         if not self.out:
             raise UserError("out: a run needs a folder, for instance runs/first")
 
+    @property
+    def anchored(self) -> bool:
+        """True if some anchor to the base is on."""
+        return bool(self.anchor_weight or self.anchor_mean_weight)
+
 
 # Settings that may change on resuming: none changes a step that both runs take.
 FREE_FIELDS = frozenset(
@@ -162,6 +168,7 @@ def _check_counts(run: Run) -> None:
 def _check_reals(run: Run) -> None:
     reals = {"learning_rate": run.learning_rate, "weight_decay": run.weight_decay, "max_grad_norm": run.max_grad_norm}
     reals |= {"max_hours": run.max_hours, "adam_eps": run.adam_eps, "anchor_weight": run.anchor_weight}
+    reals |= {"anchor_mean_weight": run.anchor_mean_weight}
     for name, value in reals.items():
         if not (math.isfinite(value) and value >= 0):
             raise UserError(f"{name} is {value}; it must be finite and not negative")

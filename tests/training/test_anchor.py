@@ -42,7 +42,12 @@ def test_a_stronger_anchor_drifts_less(tiny_run, tmp_path, method):
 
 
 def test_a_resumed_run_is_held_to_the_same_base(tiny_run, tmp_path):
-    same = {"steps": 6, "anchor_weight": 50.0, "method": LeapAlign(pairs_per_rollout=2, step_draws="per-sample")}
+    same = {
+        "steps": 6,
+        "anchor_weight": 50.0,
+        "anchor_mean_weight": 90.0,
+        "method": LeapAlign(pairs_per_rollout=2, step_draws="per-sample"),
+    }
     whole = loop.train(tiny_run(**same, out=str(tmp_path / "whole")))
     part = tiny_run(**same, out=str(tmp_path / "part"))
     loop.train(replace(part, steps=4))

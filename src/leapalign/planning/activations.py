@@ -198,7 +198,7 @@ def _measure(
 
 def anchor_of(run: Run) -> Anchor | None:
     """Return the run's velocity anchor, with weights in place of the base's: its activations are the same."""
-    if not run.anchor_weight:
+    if not run.anchored:
         return None
     nested = run.anchor_states == "all"
     return Anchor(weight=run.anchor_weight, reference=nullcontext, batch_size=run.batch_size, nested=nested)

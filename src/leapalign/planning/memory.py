@@ -36,7 +36,7 @@ def always(planned: Planned) -> dict[str, int]:
 
 def _has_base(planned: Planned) -> bool:
     run = planned.run
-    return bool(run.anchor_weight or run.monitors.drift_samples)
+    return run.anchored or bool(run.monitors.drift_samples)
 
 
 def _held_out(planned: Planned) -> dict[str, int]:

@@ -157,7 +157,7 @@ def _traffic(planned: Planned, forwards: Forwards) -> list[str]:
     if not rank.sharded or run.gather_in_rollout:
         return []
     micros = run.batch_size // (run.micro_batch_size * rank.world.size) * planned.branches
-    more, apart = forwards.of_anchor(run.anchor_states) if run.anchor_weight else (0, 0)
+    more, apart = forwards.of_anchor(run.anchor_states) if run.anchored else (0, 0)
     backwards = micros * (forwards.most_with_graph + apart)
     kept = forwards.most_with_graph - forwards.in_backward
     again = micros * kept if run.graph == "inputs" else 0  # the forward is run again before its backward
@@ -194,7 +194,7 @@ def _advice(plan: Plan, peaks: dict[str, int]) -> str:
 def _geometry(planned: Planned, forwards: Forwards) -> dict[str, int | float]:
     run, rank, branches = planned.run, planned.rank, planned.branches
     accumulations = run.batch_size // (run.micro_batch_size * rank.world.size)
-    anchor, _ = forwards.of_anchor(run.anchor_states) if run.anchor_weight else (0, 0)
+    anchor, _ = forwards.of_anchor(run.anchor_states) if run.anchored else (0, 0)
     several = {"ranks": rank.world.size, "ranks_that_share_the_weights": rank.among if rank.sharded else 1}
     return (several if rank.world.size > 1 else {}) | {
         "steps": run.steps,

@@ -89,6 +89,11 @@ class Engine:
         """True if all ranks must score the same number of images."""
         return self.world.size > 1 and bool(self.run.shard_rewards)
 
+    @property
+    def latent_shape(self) -> torch.Size:
+        """Shape of one latent."""
+        return self.model.noise(batches.noise_generators(self.run.seed, 0, [0])).shape[1:]
+
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """Yield this rank's micro-batches of update `step`."""
         return batches.micro_batches(self.run, self.prompts, step, self.world.rank, self.world.size, self.begin)
@@ -170,14 +175,14 @@ def build(run: Run, world: World = ALONE, begin: Start = BEGINNING) -> Engine:
     rewards = shard_rewards(run, rewards, world, device)
     parameters = trained_parameters(model.policy)
     base = None
-    if run.anchor_weight or run.monitors.drift_samples:
+    if run.anchored or run.monitors.drift_samples:
         base = Reference(model.policy, parameters, bfloat16=run.dtype == "bfloat16", shards=shards).applied
     return Engine(
         run=run,
         world=world,
         shards=shards,
         base=base,
-        anchor=_anchor(run, base) if base and run.anchor_weight else None,
+        anchor=_anchor(run, base) if base and run.anchored else None,
         notes=tuple(filter(None, (choice.why, base_note(model.policy, run.tuning)))),
         model=model,
         rewards=rewards,
@@ -230,10 +235,9 @@ def refuse_without_reuse(run: Run) -> None:
 
 def inputs_record(engine: Engine) -> dict[str, Any]:
     """Return the run's inputs as checkpoints record them (leapalign.checkpoint.inputs). Rank 0 reads the files."""
-    noise = engine.model.noise(batches.noise_generators(engine.run.seed, 0, [0]))
     derived = {
         "sigmas": [float(sigma) for sigma in engine.sigmas],
-        "latent_shape": list(noise.shape[1:]),
+        "latent_shape": list(engine.latent_shape),
         "trained_parameters": sum(p.numel() for p in engine.parameters.values()),
     }
     inputs = inputs_of(engine.run, engine.prompts) if engine.world.main else {}
@@ -247,8 +251,13 @@ def _checkpoint_blocks(policy: nn.Module) -> None:
 
 
 def _anchor(run: Run, base: Base) -> Anchor:
-    nested = run.anchor_states == "all"
-    return Anchor(weight=run.anchor_weight, reference=base, batch_size=run.batch_size, nested=nested)
+    return Anchor(
+        weight=run.anchor_weight,
+        mean_weight=run.anchor_mean_weight,
+        reference=base,
+        batch_size=run.batch_size,
+        nested=run.anchor_states == "all",
+    )
 
 
 def _adamw(run: Run, parameters: Named) -> torch.optim.AdamW:
