@@ -25,7 +25,7 @@ import tyro
 from shared import facts
 from torch import Tensor
 
-from leapalign.flow.graph import with_graph
+from leapalign.flow.graph import checkpoint_blocks, with_graph
 from leapalign.methods.draft_lv import DRaFTLV
 from leapalign.methods.drtune import DRTune
 from leapalign.methods.leapalign import LeapAlign
@@ -213,8 +213,7 @@ def estimated(bench: Bench, family: str, method: str, dtype: str, graph: str, se
 def measured(bench: Bench, family: str, method: str, dtype: str, graph: str, seed: int) -> GraphBytes:
     """The same update with weights: rollout of all steps, gradient at the latent left out, backward."""
     run, model = run_of(bench, method, dtype), model_of(bench, family, dtype)
-    if graph == "blocks":
-        model.policy.enable_gradient_checkpointing()  # pyright: ignore
+    checkpoint_blocks(model.policy, graph)
     velocity = model.velocity(conditioning(bench, family, dtype, nullcontext()))
     velocity = with_graph(velocity, graph, anchor=anchor_of(run))
     x = torch.randn(bench.micro_batch_size, *model.latent_shape)

@@ -71,6 +71,14 @@ def test_each_graph_setting_saves_less_than_the_one_before(table):
         assert everything > 2 * blocks > 4 * inputs > 0
 
 
+def test_inputs_need_no_more_than_blocks_in_any_phase(table):
+    """A recomputed forward keeps its blocks' inputs, of one leap at a time."""
+    for method in ("leapalign-2", "leapalign-3"):
+        blocks, inputs = (table[graph][method][8] for graph in ("blocks", "inputs"))
+        assert inputs["peak_of"]["backward"] <= blocks["peak_of"]["backward"]
+        assert inputs["peak"] <= blocks["peak"] and inputs["first"] <= blocks["first"]
+
+
 def test_live_bytes_of_a_chain_counted_by_hand(bench):
     with bench.LiveBytes() as live:
         live.begin("first")

@@ -1,8 +1,9 @@
 """Activation checkpointing of differentiated forwards (arXiv 2604.15311, Sec. 4.2).
 
 Three settings with the same gradient: "all" keeps the whole graph, "blocks" the inputs of the model's blocks (the
-model's own gradient checkpointing, which the caller switches on), "inputs" only the model's inputs. In training each
-differentiated forward has its own backward under all three (`with_graph`).
+model's own gradient checkpointing), "inputs" only the model's inputs, and in the recomputed forward the blocks' inputs
+(`checkpoint_blocks` switches the model's part on). In training each differentiated forward has its own backward under
+all three (`with_graph`).
 
 `recomputed` is for methods that know a velocity's value already: it runs no forward until the backward pass.
 """
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from leapalign.errors import UserError
 from leapalign.flow.anchor import Anchor, apart
 from leapalign.flow.rollout import Velocity
 
@@ -41,6 +43,22 @@ class CheckpointsBlocks(Protocol):
     """A policy with gradient checkpointing: keeps only the inputs of its blocks and recomputes them in backward."""
 
     def enable_gradient_checkpointing(self) -> None: ...
+
+
+def checkpoint_blocks(policy: object, graph: str) -> bool:
+    """Switch on the policy's own checkpointing if `graph` uses it; return whether it is on now.
+
+    "blocks" needs it; "inputs" takes it where there is one: a recomputed forward then holds the inputs of its blocks
+    and one block's graph instead of its whole graph, and each block is computed three times instead of two.
+    Raises UserError for "blocks" without it.
+    """
+    if isinstance(policy, CheckpointsBlocks):
+        if graph != "all":
+            policy.enable_gradient_checkpointing()
+        return graph != "all"
+    if graph == "blocks":
+        raise UserError(f"graph=blocks: {type(policy).__name__} cannot checkpoint its blocks; use graph=inputs")
+    return False
 
 
 @runtime_checkable
@@ -131,8 +149,8 @@ def own_backward(velocity: Velocity) -> Velocity:
 def inputs_only(velocity: Velocity, recomputation: Around = nullcontext) -> Velocity:
     """Like `own_backward`, but keep only (x, sigma) and recompute the forward in the backward pass.
 
-    Only one forward's graph exists at a time, for any number of leaps. It is the graph of a whole forward, so if the
-    model can checkpoint its blocks, "blocks" usually needs less memory.
+    Only one forward's graph exists at a time, for any number of leaps: the graph of a whole forward, or, if the policy
+    checkpoints its blocks as well (`checkpoint_blocks`), their inputs and the graph of one.
 
     The velocity must be deterministic (no dropout), because RNG state is not restored. `torch.autograd.grad` raises
     RuntimeError. `recomputation()` wraps each recomputed forward.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leapalign.flow.anchor import Anchor
-from leapalign.flow.graph import TrainedVelocity, with_graph
+from leapalign.flow.graph import TrainedVelocity, checkpoint_blocks, with_graph
 from leapalign.methods.base import Samples
 from leapalign.models.base import Conditioning
 from leapalign.planning.tensor_bytes import LiveBytes, Saved
@@ -123,12 +123,11 @@ def graph_bytes(
 ) -> GraphBytes:
     """Measure one micro-batch with this setting of the graph (one of `GRAPHS`) and the draws of `seed`."""
     _fill_tables(run, model, conditioning, mode)
-    if graph == "blocks":
-        model.policy.enable_gradient_checkpointing()
+    checkpointed = checkpoint_blocks(model.policy, graph)
     try:
         return _over_blocks(model.policy, lambda: _measure(run, model, conditioning, mode, graph, seed))
     finally:
-        if graph == "blocks":
+        if checkpointed:
             model.policy.disable_gradient_checkpointing()
 
 

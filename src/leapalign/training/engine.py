@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from leapalign.checkpoint.inputs import inputs_of
 from leapalign.distributed import broadcast
@@ -28,7 +28,7 @@ from leapalign.distributed.world import World
 from leapalign.errors import UserError
 from leapalign.evaluation.diversity import Features
 from leapalign.flow.anchor import Anchor
-from leapalign.flow.graph import CheckpointsBlocks, TrainedVelocity, with_graph
+from leapalign.flow.graph import TrainedVelocity, checkpoint_blocks, with_graph
 from leapalign.methods.base import ReusesRollouts, Surrogate
 from leapalign.methods.objective import Hinge, LatentGradient
 from leapalign.models.base import Model
@@ -154,8 +154,7 @@ def build(run: Run, world: World = ALONE, begin: Start = BEGINNING) -> Engine:
         prompts = run.prompts.load()
         model = run.model.load(device, run.dtype, run.tuning, broadcast.loading(run, world, device))
         run.tuning.initialise(model.policy, run.seed)
-        if run.graph == "blocks":
-            _checkpoint_blocks(model.policy)
+        checkpoint_blocks(model.policy, run.graph)
         trained_parameters(model.policy)
     choice = choose(run, model.policy, world, device)
     with world.agreed():
@@ -242,12 +241,6 @@ def inputs_record(engine: Engine) -> dict[str, Any]:
     }
     inputs = inputs_of(engine.run, engine.prompts) if engine.world.main else {}
     return {"folder": os.getcwd(), "inputs": inputs, "derived": derived}
-
-
-def _checkpoint_blocks(policy: nn.Module) -> None:
-    if not isinstance(policy, CheckpointsBlocks):
-        raise UserError(f"graph=blocks: {type(policy).__name__} cannot checkpoint its blocks; use graph=inputs")
-    policy.enable_gradient_checkpointing()
 
 
 def _anchor(run: Run, base: Base) -> Anchor:

@@ -76,8 +76,9 @@ def _of_graph(run: Run, setup: Setup) -> list[str]:
     texts = []
     if run.graph == "all" and setup.blocks:
         texts.append("--graph blocks: keep only the inputs of the model's blocks and compute each block twice")
-    elif run.graph == "all":  # `inputs` rebuilds the graph of a whole forward: more memory than `blocks`
-        texts.append("--graph inputs: keep only the model's inputs and compute each differentiated step twice")
+    elif run.graph != "inputs":
+        again = "one forward more for each differentiated step" if setup.blocks else "each differentiated step twice"
+        texts.append(f"--graph inputs: keep only the model's inputs, which computes {again}")
     if run.micro_batch_size > 1:
         smaller = max(m for m in range(1, run.micro_batch_size) if run.batch_size % m == 0)
         texts.append(f"--micro-batch-size {smaller}: fewer samples at a time, the same result")
