@@ -130,6 +130,7 @@ class Run:
         _check_reals(self)
         _check_geometry(self)
         _check_reuse(self)
+        _check_mean(self)
         _check_stopping(self)
         if self.gather_dtype == "bfloat16" and self.dtype == "float32":
             raise UserError(
@@ -194,6 +195,14 @@ def _check_geometry(run: Run) -> None:
         raise UserError(
             f"samples_per_draw {share} is not a multiple of micro_batch_size {micro}; "
             f"use samples_per_draw {nearest_multiples(share, micro)}, or 0 for the whole batch"
+        )
+
+
+def _check_mean(run: Run) -> None:
+    if run.anchor_mean_weight and run.batch_size != run.micro_batch_size:
+        raise UserError(
+            f"anchor_mean_weight takes its mean over the batch, but a micro-batch has {run.micro_batch_size} of "
+            f"{run.batch_size} samples; set micro_batch_size to {run.batch_size}, or use anchor_weight alone"
         )
 
 

@@ -159,7 +159,7 @@ def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]
     for method in (DRaFT(num_last_steps=2), DRaFTLV()):
         named[f"full, own draws, {method.name}"] = lambda m=method: compared(replace(own, method=m), world)
     pairs = LeapAlign(pairs_per_rollout=2, step_draws="stratified")
-    held = {"method": pairs, "anchor_weight": 20.0, "anchor_mean_weight": 50.0}
+    held = {"method": pairs, "anchor_weight": 20.0}
     for name, run, steps in (("replicate", small, 3), ("replicate, real", real, 2), ("full", full, 2)):
         named[f"{name}, anchored pairs"] = lambda r=run, n=steps: compared(replace(r, **held), world, n)
     reused = replace(full, updates_per_rollout=2, **held)

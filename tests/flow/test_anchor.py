@@ -129,32 +129,16 @@ def test_micro_batches_add_up():
     torch.testing.assert_close(net.grads(), whole, rtol=1e-11, atol=1e-14)
 
 
-def test_the_mean_is_pulled_for_every_sample_alike():
-    """2 beta_mean m / (B D) at v, where m is the running mean over the updates before."""
+@pytest.mark.parametrize("graph", ["all", "inputs"])
+@pytest.mark.parametrize("method, draws, pairs", CASES, ids=IDS)
+def test_the_mean_is_pulled_as_in_its_formula(method, draws, pairs, graph):
     net, base, x, sigmas = Net(), Net(seed=4), noise(B), grid(8)
-    anchor = Anchor(weight=0.0, mean_weight=3.0, reference=lambda: base_weights(net, base), batch_size=B)
-    velocity = with_graph(net, "all", anchor=anchor)
-    method, draws = ReFL(), ReFLDraws(3)
     plain = train_once(method, net, x, sigmas, draws)
-    torch.testing.assert_close(train_once(method, net, x, sigmas, draws, velocity), plain)  # no update before
-    anchor.common.update(lambda tensors: None)
-    ((x_t, sigma, _),) = differentiated_states(method, net, x, sigmas, draws)
-    difference = (net(x_t, sigma) - base(x_t, sigma)).detach()
-    m = (0.2 * difference.mean(0)).float()
-    torch.testing.assert_close(anchor.common.mean, m)
-    (net(x_t, sigma) * (2 * 3.0 * m.double() / (B * 4))).sum().backward()
+    for x_t, sigma, _ in differentiated_states(method, net, x, sigmas, draws):
+        m = (net(x_t, sigma) - base(x_t, sigma).detach()).mean(0)
+        (3.0 * m.square().mean() / pairs).backward()
     pull = net.grads()
-    found = train_once(method, net, x, sigmas, draws, velocity)
-    torch.testing.assert_close(found, plain + pull, rtol=1e-6, atol=1e-9)
-    assert pull.abs().max() > 1e-3
-    anchor.common.update(lambda tensors: None)
-    torch.testing.assert_close(anchor.common.mean, (0.8 * m + 0.2 * difference.mean(0)).float())
-
-
-def test_differences_that_cancel_are_not_pulled():
-    net, base, x = Net(), Net(seed=4), noise(B)
     anchor = Anchor(weight=0.0, mean_weight=3.0, reference=lambda: base_weights(net, base), batch_size=B)
-    for sign in (1, -1):
-        anchor.common.add(sign * x)
-    anchor.common.update(lambda tensors: None)
-    assert anchor.common.mean is not None and anchor.common.mean.abs().max() < 1e-7
+    found = train_once(method, net, x, sigmas, draws, with_graph(net, graph, anchor=anchor))
+    torch.testing.assert_close(found, plain + pull, rtol=1e-10, atol=1e-13)
+    assert pull.abs().max() > 1e-3

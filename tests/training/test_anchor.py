@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from leapalign.distributed.world import World
+from leapalign.errors import UserError
 from leapalign.flow.leap import per_sample
 from leapalign.methods import LeapAlign, ReFL
 from leapalign.run import RewardTerm, Run
@@ -46,6 +48,7 @@ def test_a_resumed_run_is_held_to_the_same_base(tiny_run, tmp_path):
         "steps": 6,
         "anchor_weight": 50.0,
         "anchor_mean_weight": 90.0,
+        "micro_batch_size": 4,
         "method": LeapAlign(pairs_per_rollout=2, step_draws="per-sample"),
     }
     whole = loop.train(tiny_run(**same, out=str(tmp_path / "whole")))
@@ -122,3 +125,11 @@ def test_each_sample_may_have_its_own_sigma(guidance):
         alone = [engine.model.velocity(engine.model.encode([prompts[i]]))(x[i : i + 1], sigma[i]) for i in range(3)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
     assert per_sample(sigma, x).shape == (3, 1, 1, 1)
+
+
+def test_the_mean_is_over_the_whole_batch(tiny_run):
+    with pytest.raises(UserError, match="a micro-batch has 2 of 4 samples; set micro_batch_size to 4"):
+        loop.build(tiny_run(anchor_mean_weight=1.0))
+    with pytest.raises(UserError, match="on several ranks; use one"):
+        loop.build(tiny_run(anchor_mean_weight=1.0, micro_batch_size=4), World(rank=0, size=2))
+    assert loop.build(tiny_run(anchor_mean_weight=1.0, micro_batch_size=4)).anchor is not None

@@ -34,7 +34,7 @@ PAIRS = LeapAlign(pairs_per_rollout=2, step_draws="stratified")
 def test_accumulation_changes_nothing(tiny_run, tiny_module, tmp_path, method, share, anchor):
     """1 x 8 = 2 x 4 = 8 x 1, with one draw a batch and with two."""
     same = {"model": tiny_module.TinyModel(double=True), "method": method, "batch_size": 8, "samples_per_draw": share}
-    same |= {"anchor_weight": anchor, "anchor_mean_weight": anchor}
+    same["anchor_weight"] = anchor
     micros = [8, 4, 1] if share == 0 else [4, 2, 1]
     runs = [tiny_run(**same, micro_batch_size=m, out=str(tmp_path / str(m)), steps=3) for m in micros]
     whole, *parts = [weights_after(run) for run in runs]

@@ -29,7 +29,6 @@ class Progress:
     nonfinite_batches: int = 0  # skipped updates with NaN or infinity
     seconds: float = 0.0  # spent in all processes so far
     metrics_bytes: int = 0  # length of metrics.jsonl after these steps
-    common_drift: list[float] = field(default_factory=list)  # of the anchor (flow/anchor.py), if it has a mean's weight
     changes: list[dict[str, Any]] = field(default_factory=list)  # {"step", "changes"}: settings changed on resuming
     evaluations: list[dict[str, float]] = field(default_factory=list)  # what Run.stop_when reads of each; else empty
     best_step: int = 0  # step of the best of them, whose averaged weights are kept (best.py)

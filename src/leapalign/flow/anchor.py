@@ -7,8 +7,8 @@ v_base too.
 
 A second term holds what the samples have in common. Correcting an image moves samples in different directions; giving
 all shapes one colour, or all photos one tone, moves them in one. With m = mean over samples of v - v_base,
-beta_mean * mean_d m^2 pulls only m back: the gradient at v gets 2 beta_mean m / (B D) for every sample. m is a running
-mean over the updates before, so that it does not depend on micro-batches or ranks.
+beta_mean * mean_d m^2 pulls only m back: the gradient at v gets 2 beta_mean m / (B D) for every sample. The mean is
+over the samples of one forward, which must therefore be the whole batch.
 
 The gradient reaches the weights and not the state: v_base moves with x as well, so a pull that travelled through a
 nested input would train x_t towards places where both velocities agree, and not the weights at x_t.
@@ -16,7 +16,7 @@ nested input would train x_t towards places where both velocities agree, and not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -27,52 +27,12 @@ from torch import Tensor
 from leapalign.flow.rollout import Velocity
 
 
-class CommonDrift:
-    """The running mean of v - v_base over samples and differentiated states; `mean` is None before the first update."""
-
-    decay = 0.8  # of the mean, an update: over about the last five
-
-    def __init__(self) -> None:
-        self.mean: Tensor | None = None  # [*latent] float32
-        self._total: Tensor | None = None
-        self._count = 0
-
-    def add(self, difference: Tensor) -> None:
-        """Add v - v_base [B, ...] of one differentiated forward of this update."""
-        total = difference.double().sum(0)
-        self._total = total if self._total is None else self._total + total
-        self._count += len(difference)
-
-    def update(self, sum_over_ranks: Callable[[list[Tensor]], None]) -> None:
-        """End an update whose forwards were added; `sum_over_ranks` sums tensors in place. Every rank must call it."""
-        if self._total is None:
-            return
-        count = self._total.new_tensor(float(self._count))
-        sum_over_ranks([self._total, count])
-        now = (self._total / count).float()
-        self.mean = (1 - self.decay) * now if self.mean is None else torch.lerp(now, self.mean, self.decay)
-        self.forget()
-
-    def values(self) -> list[float]:
-        """Return the mean's numbers, for a checkpoint; empty before the first update."""
-        return [] if self.mean is None else self.mean.flatten().tolist()
-
-    def restore(self, values: list[float], shape: Sequence[int], device: torch.device) -> None:
-        """Set the mean [*latent] to numbers from `values()`."""
-        self.mean = torch.tensor(values, device=device).view(*shape) if values else None
-
-    def forget(self) -> None:
-        """Drop what was added since the last update."""
-        self._total, self._count = None, 0
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Anchor:
     """The anchor's weights, the base, and what was measured at the differentiated states."""
 
     weight: float  # beta
     mean_weight: float = 0.0  # beta_mean
-    common: CommonDrift = field(default_factory=CommonDrift)
     reference: Callable[[], AbstractContextManager[None]]  # inside, the policy has the base's weights
     batch_size: int  # samples of the whole batch, by which a sample's loss is divided
     nested: bool = True  # also at states that carry a gradient, where it costs one forward and backward more
@@ -86,10 +46,7 @@ class Anchor:
         with torch.no_grad(), self.reference():
             difference = v.detach() - velocity(x.detach(), sigma)
         self.drifts.append(difference.square().flatten(1).mean(1))
-        pull = self.weight * difference
-        if self.mean_weight:
-            self.common.add(difference)
-            pull = pull if self.common.mean is None else pull + self.mean_weight * self.common.mean.to(pull)
+        pull = self.weight * difference + self.mean_weight * difference.mean(0, keepdim=True)
         return pull * (2 * share / (self.batch_size * difference[0].numel()))
 
     def pull(self, again: Velocity, velocity: Velocity, x: Tensor, sigma: Tensor, v: Tensor) -> Tensor:

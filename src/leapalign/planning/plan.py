@@ -71,11 +71,11 @@ class Plan:
 
 def make_plan(run: Run, ranks: int = 1, ranks_per_machine: int = 8) -> Plan:
     """Plan a run on this number of ranks, as rank 0 sees it. Raises UserError with the first problem found."""
-    from leapalign.training.engine import refuse_without_gradient, reward_names
+    from leapalign.training.engine import refuse_a_part_of_the_mean, refuse_without_gradient, reward_names
 
     refuse_without_gradient(run)
     check_names(run, reward_names(run))
-    world_of(run, ranks, ranks_per_machine)
+    refuse_a_part_of_the_mean(run, world_of(run, ranks, ranks_per_machine))
     _check_out(Path(run.out))
     device, notes = planned_device(run.device)
     forwards = count_forwards(run)

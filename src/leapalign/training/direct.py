@@ -45,8 +45,6 @@ def update(engine: Engine, step: int) -> Metrics:
             parts = [micro_batch(engine, micro) for micro in engine.micro_batches(step)]
         else:
             parts = [again(engine, kept) for kept in engine.kept]
-    if engine.anchor:
-        engine.anchor.common.update(engine.world.sum_)
     trained = engine.world.any(any(part.trained for part in parts))
     norm = torch.zeros(())
     if trained:

@@ -89,11 +89,6 @@ class Engine:
         """True if all ranks must score the same number of images."""
         return self.world.size > 1 and bool(self.run.shard_rewards)
 
-    @property
-    def latent_shape(self) -> torch.Size:
-        """Shape of one latent."""
-        return self.model.noise(batches.noise_generators(self.run.seed, 0, [0])).shape[1:]
-
     def micro_batches(self, step: int) -> Iterator[MicroBatch]:
         """Yield this rank's micro-batches of update `step`."""
         return batches.micro_batches(self.run, self.prompts, step, self.world.rank, self.world.size, self.begin)
@@ -144,6 +139,7 @@ def build(run: Run, world: World = ALONE, begin: Start = BEGINNING) -> Engine:
     """Load model, rewards and prompts; encode every prompt that the run reaches; shard if the run asks for it."""
     refuse_without_gradient(run)
     refuse_without_reuse(run)
+    refuse_a_part_of_the_mean(run, world)
     monitors.check_bands(run)
     names, others = reward_names(run), monitors.held_out_names(run)
     check_names(run, names)
@@ -232,11 +228,18 @@ def refuse_without_reuse(run: Run) -> None:
         )
 
 
+def refuse_a_part_of_the_mean(run: Run, world: World) -> None:
+    """Raise UserError if the anchor of the mean would see a part of the batch only (`Run` checks the micro-batch)."""
+    if run.anchor_mean_weight and world.size > 1:
+        raise UserError("anchor_mean_weight takes its mean over the batch, which is on several ranks; use one")
+
+
 def inputs_record(engine: Engine) -> dict[str, Any]:
     """Return the run's inputs as checkpoints record them (leapalign.checkpoint.inputs). Rank 0 reads the files."""
+    noise = engine.model.noise(batches.noise_generators(engine.run.seed, 0, [0]))
     derived = {
         "sigmas": [float(sigma) for sigma in engine.sigmas],
-        "latent_shape": list(engine.latent_shape),
+        "latent_shape": list(noise.shape[1:]),
         "trained_parameters": sum(p.numel() for p in engine.parameters.values()),
     }
     inputs = inputs_of(engine.run, engine.prompts) if engine.world.main else {}

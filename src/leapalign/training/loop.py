@@ -121,8 +121,6 @@ def _load(run: Run, world: World, origin: Origin) -> tuple[Engine, Progress]:
         engine = build(run, world, Start(done.step, done.samples))
         with world.agreed():
             progress = checkpoints.restore(origin.checkpoint, engine.parameters, engine.ema.shadow, engine.optimizer)
-            if engine.anchor:
-                engine.anchor.common.restore(progress.common_drift, engine.latent_shape, engine.sigmas.device)
         if run.self_checks:
             self_checks.at_start(engine)
     return engine, progress

@@ -65,8 +65,6 @@ class Session:
         if self.saver.step < 0 and engine.run.self_checks:
             self_checks.at_first_save(engine)
         self.progress.metrics_bytes = self.tracker.position()
-        if engine.anchor:
-            self.progress.common_drift = engine.anchor.common.values()
         if engine.world.rank in (writers.ranks if writers else (0,)):
             state = (engine.parameters, engine.ema.shadow, engine.optimizer, writers, self.inputs)
             self.saver.save(checkpoints.take(engine.run, self.progress, *state), self.tracker.sync)
@@ -102,8 +100,6 @@ class Session:
             raise beyond
         self.progress.nonfinite_batches += 1
         self.engine.kept.clear()  # the rollouts of a batch that is left out
-        if self.engine.anchor:
-            self.engine.anchor.common.forget()
         self.tracker.note(f"{error}. This batch was left out: {before + 1} of at most {limit}")
         return {"nonfinite_batch": 1, "skipped": 1}
 
