@@ -232,7 +232,8 @@ def _warn_above(tracker: Tracker | Silent, metrics: Metrics) -> None:
         tracker.warned = True
         share = f"{metrics['fraction_above_threshold']:.0%}"
         tracker.note(
-            f"step {metrics['step']}: {share} of the batch lies above the threshold and trains nothing; raise it"
+            f"step {metrics['step']}: {share} of the batch lies above the threshold and has no gradient of the reward; "
+            "a higher threshold would train it"
         )
 
 
