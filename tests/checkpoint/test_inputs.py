@@ -23,6 +23,7 @@ from leapalign.lookup.recipes import read_run
 from leapalign.lookup.sources import find_source
 from leapalign.lookup.user_files import load_file
 from leapalign.models.sd3 import SD3
+from leapalign.monitors import NEVER, NOTHING
 from leapalign.prompts import Prompt, PromptFile
 from leapalign.recipes import shapeworld_leapalign
 from leapalign.rewards.clip import PickScore
@@ -40,7 +41,7 @@ def run(tmp_path):
     for name in ("generator", "reward"):
         shutil.copytree(FOLDER / name, tmp_path / name)
     (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
-    base = shapeworld_leapalign()
+    base = replace(shapeworld_leapalign(), monitors=NOTHING, stop_when=NEVER)  # plain prompts have no monitors
     return replace(
         base,
         **SMALL,
@@ -170,7 +171,7 @@ def test_prompts_count_in_their_order():
 def test_a_record_that_cannot_be_read(tmp_path):
     (tmp_path / "run.json").write_text(dumps(shapeworld_leapalign()))
     (tmp_path / "inputs.json").write_text("{")
-    with pytest.raises(UserError, match=r"inputs.json: not readable"):
+    with pytest.raises(UserError, match=r"inputs.json: cannot be read"):
         read_run(tmp_path / "run.json", {})
     (tmp_path / "inputs.json").unlink()
     assert base_changes(read_run(tmp_path / "run.json", {}), tmp_path) == []

@@ -27,6 +27,7 @@ from leapalign.training import loop
 from leapalign.training.tracking import read_metrics
 
 CASES = Path(__file__).with_name("distributed_cases.py")
+pytestmark = pytest.mark.timeout(900)  # all cases run in one launch: minutes on busy cores
 SOURCES = str(Path(loop.__file__).parents[2])
 LAYOUT = {"replicate": "whole", "full": "sharded", "hybrid": "sharded"}  # of the checkpoints of several ranks
 GRAPHS = ("all", "blocks", "inputs")
@@ -190,7 +191,8 @@ def test_ranks_end_together_and_export_the_best_of_one_process(two, two_folder, 
     summary = loop.train(run).summary
     found = two[f"{way}, ended by its rule"]
     assert 7 < summary["exported"]["step"] < summary["steps"] < 40 and summary["stopped"]
-    assert found == {key: summary[key] for key in found}
+    assert found.keys() >= {"exported", "stopped"}
+    assert found | {"seconds": 0} == {key: summary[key] for key in found} | {"seconds": 0}
     files = [out / "pipeline" / "policy.safetensors" for out in (two_folder / f"run-ended-{way}", tmp_path / "one")]
     ours, theirs = map(load_file, files)
     for name, tensor in theirs.items():
@@ -226,7 +228,7 @@ DAMAGE = {
 def test_a_damaged_part_is_named_and_the_older_checkpoint_offered(two, two_folder, tiny_run, tmp_path, kind):
     shutil.copytree(two_folder / "run-full", tmp_path / "run")
     damaged(tmp_path / "run", kind)
-    with pytest.raises(UserError, match=rf"damaged \({DAMAGE[kind]}.*--checkpoint step-000001` goes on"):
+    with pytest.raises(UserError, match=rf"damaged \({DAMAGE[kind]}.*step-000001 is intact: continue from it"):
         checkpoints.find(tiny_run(out=str(tmp_path / "run")))
 
 
@@ -275,7 +277,6 @@ def test_a_rank_that_cannot_write_its_part_says_so_to_rank_0(tmp_path, monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # on busy cores
 def test_four_ranks_equal_one_and_go_on_with_the_checkpoint_of_two(two, two_folder, tiny_run, tiny_module, tmp_path):
     four = tmp_path / "four"
     four.mkdir()

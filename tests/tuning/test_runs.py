@@ -147,7 +147,7 @@ def test_export_in_bfloat16_halves_and_refuses_what_cannot_be(
     tensors = load_file(f"{there}/pytorch_lora_weights.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
     mistakes = {
-        "nothing is overwritten": ["export", out, "--out", there],
+        "is not overwritten": ["export", out, "--out", there],
         "cannot read the run": ["export", there, "--out", f"{there}-2"],
     }
     for message, argv in mistakes.items():
