@@ -98,6 +98,18 @@ def test_a_batch_that_is_left_out_is_not_used_again(tiny_run, tiny_module):
     assert all(row["skipped"] for row in rows if row.get("nonfinite_batch"))
 
 
+def test_a_run_that_left_a_batch_out_resumes_at_the_same_prompts(tiny_run, tiny_module, tmp_path):
+    term = replace(tiny_run().rewards[0], reward=tiny_module.TinyReward(spoil="red"))
+    same = {"rewards": (term,), "max_nonfinite_batches": 20, "batch_size": 1, "micro_batch_size": 1}
+    same |= {"steps": 20, "anchor_weight": 1.0}
+    whole = loop.train(run_of(tiny_run, **same, out=str(tmp_path / "whole"))).engine.parameters
+    part = run_of(tiny_run, **same, out=str(tmp_path / "part"))
+    loop.train(replace(part, steps=12))
+    assert any(row.get("nonfinite_batch") for row in read_metrics(Path(part.out)))
+    resumed = loop.train(part, resume=True).engine.parameters
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 def test_refusals(tiny_run):
     with pytest.raises(UserError, match="refl differentiates inside its rollout"):
         loop.build(run_of(tiny_run, method=ReFL()))

@@ -30,7 +30,7 @@ from leapalign.storage.atomic import complete_folder, disk_errors, write_text
 from leapalign.storage.lock import run_lock
 from leapalign.training import out_of_memory, self_checks
 from leapalign.training.batches import Start
-from leapalign.training.direct import new_rollouts, update
+from leapalign.training.direct import update
 from leapalign.training.engine import Engine, build, inputs_record
 from leapalign.training.out_of_memory import Setup
 from leapalign.training.preemption import Stop, on_signals
@@ -204,14 +204,14 @@ def _setup(engine: Engine) -> Setup:
 def _step(session: Session) -> Metrics:
     """Take the next update, or skip its batch; then evaluate on the fixed set, if due."""
     engine, progress = session.engine, session.progress
-    fresh = new_rollouts(engine, progress.step)
+    begins = session.between_rollouts
     try:
         metrics = update(engine, progress.step)
     except NotFinite as error:
         metrics = session.leave_out(error)
     engine.optimizer.zero_grad(set_to_none=True)  # frees memory for the evaluation and the save
     progress.step += 1
-    progress.samples += engine.run.batch_size if fresh else 0
+    progress.samples += engine.run.batch_size if begins else 0  # as `Start.place` counts them
     progress.skipped += metrics["skipped"]
     return metrics | (session.evaluate() if _due(engine.run, progress.step, engine.run.evaluate_every) else {})
 
