@@ -140,6 +140,7 @@ def test_the_page_tells_which_step_is_exported_and_why_the_run_ended(html: str) 
     )
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", page))
     assert "marks step 20, whose weights are exported: the highest held_out/judge" in text
+    assert "40 updates of" in text and "with the weights of step 20; evaluated on" in text
     assert "The run stopped after step 40: drift is 0.2" in text
     assert "Distance within a prompt, pixels0.4000.1000.25" in text.replace(" 0", "0")
     assert "Entropy of open colours, bits0.0000.000" in text.replace(" 0", "0") and "Monitors" not in html
