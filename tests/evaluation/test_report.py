@@ -18,6 +18,7 @@ from leapalign.evaluation.statistics import compare
 from leapalign.geneval.rules import Detection
 from leapalign.prompts import Prompt
 from leapalign.report.figures import Curve, curve_svg, running_mean
+from leapalign.report.heat_maps import HeatMap, heat_map_svg, heat_maps
 from leapalign.report.page import Page, monitors, pairs_of, render, spread
 from leapalign.report.pictures import data_uri, draw_verdicts, enlarged, grid
 
@@ -169,6 +170,39 @@ def test_curves_take_their_colors_from_the_page() -> None:
     assert svg.startswith("<svg viewBox") and "width=" not in svg[: svg.index(">")]
     assert "<text" in svg and "http://www.w3.org/1999/xlink" not in svg[: svg.index(">")]
     assert running_mean([0, 3, 6, 9], 3) == [1.5, 3, 6, 7.5]
+
+
+def table(**columns: list[float]) -> dict:
+    measured = ("weight", "d_j", "d_0", "grad_single/k", "grad_nested/k", "grad_single/j")
+    return {"by_steps": dict.fromkeys(measured, [0.0] * len(columns["k"])) | columns}
+
+
+def test_heat_maps_have_the_mean_of_all_samples_of_a_pair() -> None:
+    metrics = [
+        {"step": 0, "evaluation_reward": 0.1},
+        table(k=[3, 4], j=[1, 2], samples=[3, 1], d_j=[0.2, 0.5]),
+        table(k=[3], j=[1], samples=[1], d_j=[0.6]),
+    ]
+    maps = {found.title: found.values for found in heat_maps(metrics)}
+    assert len(maps) == 7 and maps["Samples"] == {(3, 1): 4, (4, 2): 1}
+    assert maps["Distance at j"] == {(3, 1): pytest.approx(0.3), (4, 2): 0.5}
+    assert heat_maps([{"step": 0}, {"by_steps": {"k": [1], "samples": [4]}}]) == []  # one leap: no pairs
+
+
+def test_a_heat_map_shows_its_largest_value_in_full_colour_k_to_the_right_and_j_upwards() -> None:
+    svg = heat_map_svg(HeatMap(title="d", caption="", values={(3, 1): 0.2, (4, 2): 0.8}))
+    cells = re.findall(r'<rect x="([\d.]+)" y="([\d.]+)".*?fill-opacity="([\d.]+)".*?<title>(.*?)</title>', svg)
+    (x, y, paint, words), (other_x, other_y, full, _) = cells
+    assert float(other_x) > float(x) and float(other_y) < float(y) and (paint, full) == ("0.250", "1.000")
+    assert words == "k = 3, j = 1: 0.2" and 'aria-label="d by k and j, at most 0.8"' in svg
+
+
+def test_the_page_shows_heat_maps_only_where_there_are_pairs(html: str) -> None:
+    evaluated = compare(result(3), result(7))
+    metrics = [{"step": 1} | table(k=[2], j=[1], samples=[4])]
+    same = {"comparison": evaluated, "rewards": {}, "pairs": {}, "commands": [], "facts": {}}
+    page = render(Page(title="A run", run={"steps": 1, "batch_size": 4, "seed": 1}, metrics=metrics, **same))
+    assert page.count("by k and j, at most") == 7 and "Pairs of steps" not in html
 
 
 def test_pictures_are_enlarged_pixel_by_pixel() -> None:

@@ -18,6 +18,7 @@ from leapalign.methods.refl import ReFL
 from leapalign.run import RewardTerm
 from leapalign.seeds import generator
 from leapalign.training import batches, direct, fixed_set, loop
+from leapalign.training.metrics import BY_STEPS
 from leapalign.training.tracking import read_metrics
 
 
@@ -44,6 +45,38 @@ def test_accumulation_changes_nothing(tiny_run, tiny_module, tmp_path, method, s
         assert max((whole[n] - other[n]).abs().max().item() for n in whole) < 1e-12
     losses = [[m["loss"] for m in read_metrics(Path(run.out))[1:]] for run in runs]
     assert losses[1] == pytest.approx(losses[0], rel=1e-12) and losses[2] == pytest.approx(losses[0], rel=1e-12)
+    tables = [[m.get(BY_STEPS, {}) for m in read_metrics(Path(run.out))[1:]] for run in runs]
+    for other in tables[1:]:
+        for ours, theirs in zip(tables[0], other):
+            assert ours.keys() == theirs.keys() and bool(ours) == isinstance(method, LeapAlign)
+            assert all(theirs[name] == pytest.approx(column, rel=1e-3) for name, column in ours.items())
+
+
+def test_the_table_by_steps_has_the_means_of_the_samples(tiny_run, tiny_module):
+    """Against the metrics, which are means over all samples, and against the draws."""
+    run = tiny_run(method=PAIRS, batch_size=8, micro_batch_size=2, model=tiny_module.TinyModel(double=True))
+    engine = loop.build(run)
+    drawn = [
+        engine.run.method.draw(
+            run.num_sampling_steps, batches.draw_generator(run, micro), direct._samples(engine, micro)
+        )
+        for micro in engine.micro_batches(0)
+    ]
+    pairs = torch.cat([draws.steps for draws in drawn], dim=2).transpose(1, 2).flatten(0, 1).tolist()  # [2 * 8, 2]
+    metrics = direct.update(engine, 0)
+    table = metrics[BY_STEPS]
+    assert list(table)[:3] == ["k", "j", "samples"]
+    rows = list(zip(table["k"], table["j"], table["samples"]))
+    assert rows == sorted((k, j, pairs.count([k, j])) for k, j in {tuple(pair) for pair in pairs})
+    for name in ("d_j", "d_0", "weight", "grad_single/k", "grad_nested/k", "grad_single/j"):
+        mean = sum(n * value for n, value in zip(table["samples"], table[name])) / sum(table["samples"])
+        assert mean == pytest.approx(metrics[name], rel=1e-3) and mean > 0
+
+
+def test_samples_above_the_threshold_have_no_gradient_by_steps(tiny_run):
+    engine = loop.build(tiny_run(rewards=(replace(tiny_run().rewards[0], threshold=-5.0),)))
+    metrics = direct.update(engine, 0)
+    assert metrics["skipped"] and metrics["weight"] > 0 == metrics["grad_single/k"] == metrics["grad_nested/k"]
 
 
 def test_the_learning_rate_rises_in_a_straight_line_and_stays(tiny_run):

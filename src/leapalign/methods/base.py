@@ -74,6 +74,17 @@ class ReusesRollouts(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class BySteps:
+    """What a method measured for each sample and each of its M sets of steps: [M, B] each, without graph."""
+
+    steps: dict[str, Tensor]  # the steps of a set, by name (k, j)
+    values: dict[str, Tensor]  # distances, weights
+    gradients: Callable[[], dict[str, Tensor]]
+    """Norms of the loss's gradient at the velocities; 0 before `Surrogate.backward`. As for the sample's own loss and
+    one set alone, but for the division by the batch's size."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Surrogate:
     """A method's result for the objective: N = copies * B rows, in blocks of B (row n belongs to sample n % B)."""
 
@@ -82,6 +93,7 @@ class Surrogate:
     copies: int = 1  # DRaFT-LV: 1 + n; the loss sums over the copies
     x_0: Tensor | None = None  # [B, ...] the real rollout's end, without graph; None if the rollout stops early
     metrics: dict[str, Tensor] = field(default_factory=dict)  # 0-dim (draws) or [B] (distances), without graph
+    by_steps: BySteps | None = None  # None: the method measures nothing by steps
 
     @property
     def has_gradient(self) -> bool:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, get_args
 from leapalign.errors import UserError
 from leapalign.flow.leap import connect, per_sample
 from leapalign.flow.rollout import Velocity, check_steps, grid_steps
-from leapalign.methods.base import Samples, Surrogate, check_positive, uniform_integer
+from leapalign.methods.base import BySteps, Samples, Surrogate, check_positive, uniform_integer
 from leapalign.methods.leaps import LeapTrajectory, leap_trajectory, replayed_leaps
 from leapalign.methods.step_sets import as_tensor, stratified, without_replacement
 
@@ -122,12 +122,15 @@ class LeapAlign:
             return self.surrogates(velocity, x, sigmas, [draws])[0]
         steps = draws.steps
         self._check_draws(steps, grid_steps(sigmas, x))
-        x_0, x_hat, distances = leap_trajectory(velocity, x, sigmas, steps, self.nested_scale, self.nested_only)
+        found = leap_trajectory(velocity, x, sigmas, steps, self.nested_scale, self.nested_only)
+        weight = similarity_weight(found.distances, self.distance_floor, self.weighting)
+        indices = [weight.new_full((), t) for t in steps]
         return Surrogate(
-            x_hat=connect(x_hat, x_0) if self.reward_input == "x_0" else x_hat,  # Eq. 7
-            weight=similarity_weight(distances, self.distance_floor, self.weighting),
-            x_0=x_0,
-            metrics=_metrics([distances[0].new_full((), t) for t in steps], distances),
+            x_hat=connect(found.x_hat, found.x_0) if self.reward_input == "x_0" else found.x_hat,  # Eq. 7
+            weight=weight,
+            x_0=found.x_0,
+            metrics=_metrics(indices, found.distances),
+            by_steps=_by_steps([t.expand(1, len(x)) for t in indices], [weight], [found]),
         )
 
     def surrogates(
@@ -155,6 +158,7 @@ class LeapAlign:
             weight=total / len(weights),
             x_0=x_0,
             metrics=_metrics(list(steps.to(x.dtype).mean((0, 2))), distances),
+            by_steps=_by_steps([t.expand(-1, len(x)) for t in steps.unbind(1)], weights, trajectories),
         )
 
     def _range(self, num_steps: int) -> tuple[int, int, int]:
@@ -182,11 +186,33 @@ class LeapAlign:
             raise UserError(f"LeapAlign: got steps {steps}, expected {self.num_leaps} different ones, noisiest first")
 
 
+def step_names(num_leaps: int) -> list[str]:
+    """Name the leaps' steps, noisiest first: k, j; with more leaps k, j1, j2, ...; with one leap k."""
+    return ["k", "j"] if num_leaps == 2 else ["k", *(f"j{i}" for i in range(1, num_leaps))]
+
+
 def _metrics(steps: list[Tensor], distances: list[Tensor]) -> dict[str, Tensor]:
     """Name the steps (0-dim each) and the distances [B]."""
-    landings = ["j"] if len(steps) == 2 else [f"j{i}" for i in range(1, len(steps))]
-    named_steps = dict(zip(["k", *landings], steps))
-    return named_steps | {f"d_{name}": d for name, d in zip([*landings, "0"], distances)}
+    names = step_names(len(steps))
+    return dict(zip(names, steps)) | {f"d_{name}": d for name, d in zip([*names[1:], "0"], distances)}
+
+
+def _by_steps(steps: list[Tensor], weights: list[Tensor], trajectories: list[LeapTrajectory]) -> BySteps:
+    """Name the steps ([M, B] each), distances, weights and gradients of M trajectories."""
+    import torch
+
+    names, sets = step_names(len(steps)), len(trajectories)
+    distances = [torch.stack(each) for each in zip(*(t.distances for t in trajectories))]
+    measured = [t.gradients for t in trajectories]
+
+    def gradients() -> dict[str, Tensor]:  # averaging divides each set's by M
+        single = {name: [each.single[i] for each in measured] for i, name in enumerate(names)}
+        nested = {name: [each.nested[i] for each in measured] for i, name in enumerate(names[:-1])}
+        named = {f"grad_single/{n}": g for n, g in single.items()} | {f"grad_nested/{n}": g for n, g in nested.items()}
+        return {name: sets * torch.stack(norms) for name, norms in named.items()}
+
+    values = {"weight": torch.stack(weights)} | {f"d_{name}": d for name, d in zip([*names[1:], "0"], distances)}
+    return BySteps(steps=dict(zip(names, steps)), values=values, gradients=gradients)
 
 
 def _check_numbers(method: LeapAlign) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from leapalign.flow.leap import connect, discount, leap, mean_distance
 from leapalign.flow.rollout import Velocity, euler_step, grid_steps, without_graph
+from leapalign.methods.leap_gradients import LeapGradients
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +18,7 @@ class LeapTrajectory(NamedTuple):
     x_0: Tensor  # [B, ...] the real rollout's end, without graph
     x_hat: Tensor  # [B, ...] the last leap's prediction, with the graph of all leaps
     distances: list[Tensor]  # [B] per leap, noisiest first; the last is d_0
+    gradients: LeapGradients  # at the leaps' velocities, once the backward pass has run
 
 
 def leap_trajectory(
@@ -24,19 +26,20 @@ def leap_trajectory(
 ) -> LeapTrajectory:
     """Roll out `x` = x_T in T forwards; those at `steps` (noisiest first) keep their graph and are joined by leaps."""
     landing = dict(zip(steps, (*steps[1:], 0)))  # k -> j -> 0
-    x_hat, distances = x, []
+    x_hat, distances, gradients = x, [], LeapGradients(x, len(steps), nested_only)
     for t in range(grid_steps(sigmas, x), 0, -1):
         if t in landing:
             x_t = connect(x_hat, x)  # Eq. 6; before the first leap x_hat is the noise, a constant
             v = velocity(discount(x_t, alpha), sigmas[t])  # Eq. 9
             bare = x_t.detach() if nested_only and t == steps[1] else x_t  # Eq. 14: no single-step term at k
             x_hat = leap(bare, v, sigmas[t], sigmas[landing[t]])  # Eqs. 4, 5
+            gradients.watch(x_hat, sigmas[t] - sigmas[landing[t]])
         else:
             v = without_graph(velocity, x, sigmas[t])
         x = euler_step(x, v.detach(), sigmas[t], sigmas[t - 1])  # the real rollout is a constant (App. G)
         if t - 1 in landing.values():
             distances.append(mean_distance(x, x_hat))  # before the connector makes them equal
-    return LeapTrajectory(x, x_hat, distances)
+    return LeapTrajectory(x, x_hat, distances, gradients)
 
 
 def replayed_leaps(
@@ -62,14 +65,15 @@ def replayed_leaps(
     ends[:, :-1] = starts[:, 1:]
     trajectories = []
     for m in range(len(steps)):
-        x_hat, distances = states[m, 0], []
+        x_hat, distances, gradients = states[m, 0], [], LeapGradients(x, steps.shape[1], nested_only)
         for i, (state, v, start, end) in enumerate(zip(states[m], velocities[m], starts[m], ends[m])):
             start, end = (time.squeeze() if len(time) == 1 else time for time in (start, end))  # 0-dim if shared
             x_t = connect(x_hat, state) if i else state
             v = recomputed(velocity, discount(x_t, alpha) if i else x_t, start, v, share)
             x_hat = leap(x_t.detach() if nested_only and i == 1 else x_t, v, start, end)
+            gradients.watch(x_hat, start - end)
             distances.append(mean_distance(states[m, i + 1] if i + 1 < len(states[m]) else x_0, x_hat))
-        trajectories.append(LeapTrajectory(x_0, x_hat, distances))
+        trajectories.append(LeapTrajectory(x_0, x_hat, distances, gradients))
     return trajectories
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from leapalign.prompts.base import spread
 from leapalign.report.figures import Curve, curve_svg
+from leapalign.report.heat_maps import heat_map_svg, heat_maps
 from leapalign.report.pictures import data_uri
 from leapalign.report.tables import TASK_NAMES
 
@@ -163,6 +164,7 @@ def render(page: Page) -> str:
         page=page,
         figures=figures,
         monitors=[(curve, curve_svg(curve)) for curve in over_time],
+        heat_maps=[(each, heat_map_svg(each)) for each in heat_maps(page.metrics)],
         measures=measures(page.comparison),
         task_names=TASK_NAMES,
         configuration=json.dumps(page.run, indent=2),

@@ -82,7 +82,7 @@ def backward(engine: Engine, velocity: TrainedVelocity, surrogate: Surrogate, re
     trained = surrogate.has_gradient and (result.has_gradient or engine.anchor is not None)
     if engine.world.any(trained) if engine.shards else trained:  # with sharded weights all ranks run backward, or none
         surrogate.backward(result.grad)
-    return part_of(surrogate, result, trained, measured(velocity))
+    return part_of(surrogate, result, trained, measured(velocity), engine.run.batch_size)
 
 
 @voted

@@ -47,7 +47,7 @@ class Tracker:
         self.file.write(json.dumps(metrics) + "\n")
         self.file.flush()
         for name, value in metrics.items():
-            if name != "step":
+            if name != "step" and isinstance(value, (int, float)):  # a table is for the file only
                 self.events.add_scalar(name, value, metrics["step"])
         if "reward" in metrics:
             with suppress(OSError):  # see the top of this file
