@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     from leapalign.flow.graph import inputs_only
     from leapalign.flow.grids import sigma_grid
     from leapalign.flow.rollout import rollout
-    from leapalign.methods import AlignProp, DRaFT, DRaFTLV, DRTune, LeapAlign, ReFL
+    from leapalign.methods import (
+        AlignProp,
+        DRaFT,
+        DRaFTLV,
+        DRTune,
+        FlowBPBridge,
+        FlowBPLagrange,
+        FlowBPSparse,
+        LeapAlign,
+        ReFL,
+    )
     from leapalign.methods.base import Samples
     from leapalign.methods.objective import Hinge, latent_gradient
     from leapalign.models import SD3, Flux, Flux2Klein, QwenImage, ZImage
@@ -56,7 +66,10 @@ _NAMES = {  # module -> the names that it offers; tests/cli/test_public_api.py c
     "flow.graph": ("inputs_only",),
     "flow.grids": ("sigma_grid",),
     "flow.rollout": ("rollout",),
-    "methods": ("AlignProp", "DRTune", "DRaFT", "DRaFTLV", "LeapAlign", "ReFL"),
+    "methods": (
+        *("AlignProp", "DRTune", "DRaFT", "DRaFTLV", "FlowBPBridge", "FlowBPLagrange", "FlowBPSparse"),
+        *("LeapAlign", "ReFL"),
+    ),
     "methods.base": ("Samples",),
     "methods.objective": ("Hinge", "latent_gradient"),
     "models": ("SD3", "Flux", "Flux2Klein", "QwenImage", "ZImage"),
@@ -86,6 +99,9 @@ __all__ = [
     "DRaFT",
     "DRaFTLV",
     "DrawBench",
+    "FlowBPBridge",
+    "FlowBPLagrange",
+    "FlowBPSparse",
     "Flux",
     "Flux2Klein",
     "FullFineTuning",

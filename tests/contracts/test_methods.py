@@ -13,7 +13,17 @@ import pytest
 import torch
 
 import leapalign.methods
-from leapalign.methods import AlignProp, DRaFT, DRaFTLV, DRTune, LeapAlign, ReFL
+from leapalign.methods import (
+    AlignProp,
+    DRaFT,
+    DRaFTLV,
+    DRTune,
+    FlowBPBridge,
+    FlowBPLagrange,
+    FlowBPSparse,
+    LeapAlign,
+    ReFL,
+)
 from small_problem import Net, grid, noise, objective, rng, samples
 
 # one entry a config class: settings and a number of steps under which most draws have a gradient
@@ -24,6 +34,9 @@ FIXTURES = {
     DRaFTLV: DRaFTLV(),
     DRTune: DRTune(),
     AlignProp: AlignProp(),
+    FlowBPSparse: FlowBPSparse(step_draws="per-sample"),
+    FlowBPBridge: FlowBPBridge(),
+    FlowBPLagrange: FlowBPLagrange(),
 }
 T = 6
 

@@ -40,7 +40,17 @@ from leapalign.distributed.tensors import whole
 from leapalign.distributed.world import World
 from leapalign.errors import NotFinite, RunInterrupted, RunStopped, UserError
 from leapalign.lookup.recipes import load_file
-from leapalign.methods import AlignProp, DRaFT, DRaFTLV, DRTune, LeapAlign, ReFL
+from leapalign.methods import (
+    AlignProp,
+    DRaFT,
+    DRaFTLV,
+    DRTune,
+    FlowBPBridge,
+    FlowBPLagrange,
+    FlowBPSparse,
+    LeapAlign,
+    ReFL,
+)
 from leapalign.models.prompt_embeds import store as prompt_store
 from leapalign.models.prompt_embeds.cache import PromptCache
 from leapalign.models.prompt_embeds.store import PromptStore
@@ -66,6 +76,7 @@ MONITORS = Monitors(
 )
 GRAPHS = ("all", "blocks", "inputs")
 METHODS = (LeapAlign(), ReFL(), DRaFT(num_last_steps=2), DRaFTLV(), DRTune(), AlignProp())
+METHODS += (FlowBPSparse(step_draws="per-sample"), FlowBPBridge(num_training_steps=3), FlowBPLagrange())
 
 
 def numbers(engine: loop.Engine, steps: int) -> dict[str, Any]:

@@ -9,11 +9,24 @@ import torch
 
 from leapalign.flow.anchor import Anchor
 from leapalign.flow.graph import with_graph
-from leapalign.methods import AlignProp, DRaFT, DRaFTLV, DRTune, LeapAlign, ReFL
+from leapalign.methods import (
+    AlignProp,
+    DRaFT,
+    DRaFTLV,
+    DRTune,
+    FlowBPBridge,
+    FlowBPLagrange,
+    FlowBPSparse,
+    LeapAlign,
+    ReFL,
+)
 from leapalign.methods.alignprop import AlignPropDraws
 from leapalign.methods.draft import DRaFTDraws
 from leapalign.methods.draft_lv import DRaFTLVDraws
 from leapalign.methods.drtune import DRTuneDraws
+from leapalign.methods.flowbp_bridge import BridgeDraws
+from leapalign.methods.flowbp_lagrange import LagrangeDraws
+from leapalign.methods.flowbp_sparse import SparseDraws, SparseSets
 from leapalign.methods.leapalign import LeapDraws, LeapSets
 from leapalign.methods.refl import ReFLDraws
 from small_problem import Net, grid, noise, objective, train_once
@@ -30,8 +43,13 @@ CASES = [
     (DRaFTLV(), DRaFTLVDraws(EPS), 1),
     (DRTune(), DRTuneDraws(s=2, t_min=2), 1),
     (AlignProp(), AlignPropDraws(5), 1),
+    (FlowBPSparse(), SparseDraws((7, 4, 1)), 1),
+    (FlowBPSparse(), SparseSets(torch.tensor([[8, 6, 3, 2] * 2, [5, 4, 2, 1] * 2])), 1),
+    (FlowBPBridge(nested_scale=1.0), BridgeDraws(j=3, above=(8, 5), below=(2, 1)), 1),
+    (FlowBPLagrange(nested_scale=1.0), LagrangeDraws(k=7, j=3), 1),
 ]
 IDS = ["two leaps", "one leap", "three pairs", "refl", "draft-3", "draft-lv", "drtune", "alignprop"]
+IDS += ["sparse", "sparse, a set a sample", "bridge", "lagrange"]
 
 
 @contextmanager

@@ -7,11 +7,24 @@ import torch
 import torch.utils.checkpoint
 
 from leapalign.flow.graph import inputs_only, own_backward
-from leapalign.methods import AlignProp, DRaFT, DRaFTLV, DRTune, LeapAlign, ReFL
+from leapalign.methods import (
+    AlignProp,
+    DRaFT,
+    DRaFTLV,
+    DRTune,
+    FlowBPBridge,
+    FlowBPLagrange,
+    FlowBPSparse,
+    LeapAlign,
+    ReFL,
+)
 from leapalign.methods.alignprop import AlignPropDraws
 from leapalign.methods.draft import DRaFTDraws
 from leapalign.methods.draft_lv import DRaFTLVDraws
 from leapalign.methods.drtune import DRTuneDraws
+from leapalign.methods.flowbp_bridge import BridgeDraws
+from leapalign.methods.flowbp_lagrange import LagrangeDraws
+from leapalign.methods.flowbp_sparse import SparseDraws
 from leapalign.methods.leapalign import LeapDraws
 from leapalign.methods.refl import ReFLDraws
 from small_problem import Net, grid, noise, train_once
@@ -27,6 +40,9 @@ CASES = [
     (DRaFTLV(), DRaFTLVDraws(EPS)),
     (DRTune(), DRTuneDraws(s=2, t_min=2)),
     (AlignProp(), AlignPropDraws(5)),
+    (FlowBPSparse(), SparseDraws((7, 4, 1))),
+    (FlowBPBridge(nested_scale=0.7), BridgeDraws(j=3, above=(8, 5), below=(2, 1))),
+    (FlowBPLagrange(nested_scale=0.7), LagrangeDraws(k=7, j=3)),
 ]
 
 

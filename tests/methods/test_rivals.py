@@ -1,4 +1,4 @@
-"""ReFL, DRaFT-K, DRaFT-LV, DRTune and AlignProp: forwards, values, empty sets, draws. (Gradients: tests/golden.)"""
+"""LeapAlign's rivals: forwards, values, empty sets, draws. (Gradients: tests/golden.)"""
 
 from __future__ import annotations
 
@@ -10,11 +10,24 @@ import torch
 from leapalign.errors import UserError
 from leapalign.flow.leap import leap
 from leapalign.flow.rollout import rollout
-from leapalign.methods import AlignProp, DRaFT, DRaFTLV, DRTune, LeapAlign, ReFL
+from leapalign.methods import (
+    AlignProp,
+    DRaFT,
+    DRaFTLV,
+    DRTune,
+    FlowBPBridge,
+    FlowBPLagrange,
+    FlowBPSparse,
+    LeapAlign,
+    ReFL,
+)
 from leapalign.methods.alignprop import AlignPropDraws
 from leapalign.methods.draft import DRaFTDraws
 from leapalign.methods.draft_lv import DRaFTLVDraws
 from leapalign.methods.drtune import DRTuneDraws
+from leapalign.methods.flowbp_bridge import BridgeDraws
+from leapalign.methods.flowbp_lagrange import LagrangeDraws
+from leapalign.methods.flowbp_sparse import SparseDraws
 from leapalign.methods.leapalign import LeapDraws
 from leapalign.methods.refl import ReFLDraws
 from small_problem import Net, grid, noise, objective, rng, samples, train_once
@@ -37,6 +50,12 @@ FORWARDS = [
     (DRTune(num_training_steps=1), DRTuneDraws(s=1, t_min=3), [], T - 3 + 1),
     (AlignProp(), AlignPropDraws(2), [2, 1], T),
     (AlignProp(), AlignPropDraws(0), [], T),
+    (FlowBPSparse(), SparseDraws((7, 4, 1)), [7, 4, 1], T),
+    (FlowBPBridge(), BridgeDraws(j=3, above=(8, 5), below=(2, 1)), [8, 5, 3, 2, 1], T),
+    (FlowBPBridge(num_training_steps=2), BridgeDraws(j=1, above=(8,), below=()), [8, 1], T),
+    (FlowBPLagrange(), LagrangeDraws(k=7, j=3), [7, 5, 3, 2], T),  # 6 - 1.5 is rounded half to even
+    (FlowBPLagrange(), LagrangeDraws(k=4, j=3), [4, 3, 2], T),
+    (FlowBPLagrange(num_supports=1), LagrangeDraws(k=8, j=2), [8, 2], T),
 ]
 each_method = pytest.mark.parametrize("method, draws, with_graph, forwards", FORWARDS)
 

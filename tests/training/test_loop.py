@@ -13,6 +13,9 @@ import torch
 from leapalign.errors import RunStopped, UserError
 from leapalign.methods.alignprop import AlignProp, AlignPropDraws
 from leapalign.methods.draft_lv import DRaFTLV
+from leapalign.methods.flowbp_bridge import FlowBPBridge
+from leapalign.methods.flowbp_lagrange import FlowBPLagrange
+from leapalign.methods.flowbp_sparse import FlowBPSparse
 from leapalign.methods.leapalign import LeapAlign
 from leapalign.methods.refl import ReFL
 from leapalign.run import RewardTerm
@@ -29,7 +32,10 @@ def weights_after(run) -> dict[str, torch.Tensor]:
 PAIRS = LeapAlign(pairs_per_rollout=2, step_draws="stratified")
 
 
-@pytest.mark.parametrize("method", [LeapAlign(), PAIRS, DRaFTLV(), ReFL()], ids=lambda m: m.name)
+FLOWBP = [FlowBPSparse(step_draws="per-sample"), FlowBPBridge(), FlowBPLagrange()]
+
+
+@pytest.mark.parametrize("method", [LeapAlign(), PAIRS, DRaFTLV(), ReFL(), *FLOWBP], ids=lambda m: m.name)
 @pytest.mark.parametrize("share", [0, 4])
 @pytest.mark.parametrize("anchor", [0.0, 3.0])
 def test_accumulation_changes_nothing(tiny_run, tiny_module, tmp_path, method, share, anchor):

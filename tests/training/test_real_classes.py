@@ -17,6 +17,9 @@ from leapalign.methods.alignprop import AlignProp
 from leapalign.methods.draft import DRaFT
 from leapalign.methods.draft_lv import DRaFTLV
 from leapalign.methods.drtune import DRTune
+from leapalign.methods.flowbp_bridge import FlowBPBridge
+from leapalign.methods.flowbp_lagrange import FlowBPLagrange
+from leapalign.methods.flowbp_sparse import FlowBPSparse
 from leapalign.methods.leapalign import LeapAlign
 from leapalign.methods.refl import ReFL
 from leapalign.models.flux import Flux
@@ -26,9 +29,11 @@ from leapalign.rewards.clip import PickScore
 from leapalign.run import RewardTerm, Run
 from leapalign.storage.files import sha256
 from leapalign.training import direct, loop
+from leapalign.tuning.lora import LoRA
 from tiny_clip import write_tiny_clip
 
 METHODS = [LeapAlign(), ReFL(), DRaFT(), DRaFTLV(), DRTune(), AlignProp()]
+FLOWBP = [FlowBPSparse(), FlowBPBridge(num_training_steps=3, nested_scale=0.5), FlowBPLagrange()]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +94,7 @@ def test_resume_is_exact(run, tmp_path):
     assert last_state(cut.out) == last_state(run.out)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [*METHODS, *FLOWBP], ids=lambda m: m.name)
 def test_every_method_moves_the_weights(run, method):
     engine = loop.build(replace(run, method=method))
     before = {name: p.detach().clone() for name, p in engine.parameters.items()}
@@ -100,10 +105,29 @@ def test_every_method_moves_the_weights(run, method):
     assert any(not torch.equal(p, before[name]) for name, p in engine.parameters.items())
 
 
-def test_all_graph_settings_give_one_gradient(run):
+@pytest.mark.parametrize("method", FLOWBP, ids=lambda m: m.name)
+def test_a_killed_lora_run_resumes_exactly(run, tmp_path, method):
+    """With true guidance, an average and an anchor; the kill is between two checkpoints."""
+    run = replace(run, method=method, tuning=LoRA(rank=2, init="gaussian"), anchor_weight=2.0, steps=5)
+    run = replace(run, checkpoint_every=2)
+    loop.train(run)
+    cut = replace(run, out=str(tmp_path / "cut"))
+
+    def kill(metrics):
+        if metrics["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(cut, on_step=kill)
+    loop.train(cut, resume=True)
+    assert last_state(cut.out) == last_state(run.out)
+
+
+@pytest.mark.parametrize("method", [LeapAlign(), *FLOWBP], ids=lambda m: m.name)
+def test_all_graph_settings_give_one_gradient(run, method):
     grads = []
     for graph in ("all", "blocks", "inputs"):
-        engine = loop.build(replace(run, graph=graph))
+        engine = loop.build(replace(run, graph=graph, method=method))
         direct.update(engine, 0)
         grads.append({name: p.grad for name, p in engine.parameters.items()})
     for other in grads[1:]:

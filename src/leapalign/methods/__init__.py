@@ -4,7 +4,20 @@ from leapalign.methods.alignprop import AlignProp
 from leapalign.methods.draft import DRaFT
 from leapalign.methods.draft_lv import DRaFTLV
 from leapalign.methods.drtune import DRTune
+from leapalign.methods.flowbp_bridge import FlowBPBridge
+from leapalign.methods.flowbp_lagrange import FlowBPLagrange
+from leapalign.methods.flowbp_sparse import FlowBPSparse
 from leapalign.methods.leapalign import LeapAlign
 from leapalign.methods.refl import ReFL
 
-__all__ = ["AlignProp", "DRTune", "DRaFT", "DRaFTLV", "LeapAlign", "ReFL"]
+__all__ = [
+    "AlignProp",
+    "DRTune",
+    "DRaFT",
+    "DRaFTLV",
+    "FlowBPBridge",
+    "FlowBPLagrange",
+    "FlowBPSparse",
+    "LeapAlign",
+    "ReFL",
+]

@@ -59,7 +59,7 @@ def replayed_leaps(
     """
     from leapalign.flow.graph import recomputed
 
-    x_0, states, velocities = _kept_states(velocity, x, sigmas, steps)
+    x_0, states, velocities = kept_states(velocity, x, sigmas, steps)
     starts = sigmas[steps]  # [M, n, B]
     ends = sigmas.new_zeros(starts.shape)
     ends[:, :-1] = starts[:, 1:]
@@ -77,7 +77,7 @@ def replayed_leaps(
     return trajectories
 
 
-def _kept_states(velocity: Velocity, x: Tensor, sigmas: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def kept_states(velocity: Velocity, x: Tensor, sigmas: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Roll out without graph; return x_0 [B, ...], and states and velocities [M, n, B, ...] at the samples' steps."""
     import torch
 

@@ -40,3 +40,15 @@ def as_tensor(sets: list[tuple[int, ...]]) -> Tensor:
     import torch
 
     return torch.tensor(sets)
+
+
+def weighted(low: int, high: int, count: int, bias: float, rng: torch.Generator) -> tuple[int, ...]:
+    """Draw `count` different integers t of {low..high}, one by one with weight (high - t + 1)^bias; largest first.
+
+    bias 0: every set is equally likely. A larger one prefers small integers, steps at the image end.
+    """
+    import torch
+
+    from_low = torch.arange(high - low + 1, 0, -1, device=rng.device, dtype=torch.float64)
+    chosen = torch.multinomial(from_low**bias, count, generator=rng).tolist()
+    return tuple(sorted((low + i for i in chosen), reverse=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from leapalign.recipes.newer_methods import NEWER
 from leapalign.recipes.paper import PAPER
 from leapalign.recipes.shapeworld import SHAPEWORLD, shapeworld_leapalign
 from leapalign.recipes.small_gpu import SMALL_GPU
@@ -11,4 +12,4 @@ from leapalign.run import Run
 
 __all__ = ["RECIPES", "shapeworld_leapalign"]
 
-RECIPES: dict[str, Callable[[], Run]] = {**SHAPEWORLD, **PAPER, **SMALL_GPU}
+RECIPES: dict[str, Callable[[], Run]] = {**SHAPEWORLD, **PAPER, **NEWER, **SMALL_GPU}

@@ -17,6 +17,9 @@ from leapalign.methods.alignprop import AlignProp
 from leapalign.methods.draft import DRaFT
 from leapalign.methods.draft_lv import DRaFTLV
 from leapalign.methods.drtune import DRTune
+from leapalign.methods.flowbp_bridge import FlowBPBridge
+from leapalign.methods.flowbp_lagrange import FlowBPLagrange
+from leapalign.methods.flowbp_sparse import FlowBPSparse
 from leapalign.methods.leapalign import LeapAlign
 from leapalign.methods.refl import ReFL
 from leapalign.models.sd3 import SD3
@@ -85,6 +88,21 @@ def shapeworld_alignprop() -> Run:
     return shapeworld(AlignProp())
 
 
+def shapeworld_flowbp_sparse() -> Run:
+    """FlowBP Sparse, three random steps with stopped inputs."""
+    return shapeworld(FlowBPSparse())
+
+
+def shapeworld_flowbp_bridge() -> Run:
+    """FlowBP Bridge, five steps on both sides of one that nests the gradient."""
+    return shapeworld(FlowBPBridge())
+
+
+def shapeworld_flowbp_lagrange() -> Run:
+    """FlowBP Lagrange, two leaps by quadrature."""
+    return shapeworld(FlowBPLagrange())
+
+
 SHAPEWORLD: dict[str, Callable[[], Run]] = {
     "shapeworld-leapalign": shapeworld_leapalign,
     "shapeworld-leapalign-lora": shapeworld_leapalign_lora,
@@ -94,6 +112,9 @@ SHAPEWORLD: dict[str, Callable[[], Run]] = {
     "shapeworld-draft-lv": shapeworld_draft_lv,
     "shapeworld-drtune": shapeworld_drtune,
     "shapeworld-alignprop": shapeworld_alignprop,
+    "shapeworld-flowbp-sparse": shapeworld_flowbp_sparse,
+    "shapeworld-flowbp-bridge": shapeworld_flowbp_bridge,
+    "shapeworld-flowbp-lagrange": shapeworld_flowbp_lagrange,
 }
 
 
