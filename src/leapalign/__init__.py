@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from leapalign.flow.grids import sigma_grid
     from leapalign.flow.rollout import rollout
     from leapalign.methods import (
+        RSM,
         AlignProp,
         DRaFT,
         DRaFTLV,
@@ -67,7 +68,7 @@ _NAMES = {  # module -> the names that it offers; tests/cli/test_public_api.py c
     "flow.grids": ("sigma_grid",),
     "flow.rollout": ("rollout",),
     "methods": (
-        *("AlignProp", "DRTune", "DRaFT", "DRaFTLV", "FlowBPBridge", "FlowBPLagrange", "FlowBPSparse"),
+        *("RSM", "AlignProp", "DRTune", "DRaFT", "DRaFTLV", "FlowBPBridge", "FlowBPLagrange", "FlowBPSparse"),
         *("LeapAlign", "ReFL"),
     ),
     "methods.base": ("Samples",),
@@ -89,6 +90,7 @@ _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = [
     "OCR",
     "RECIPES",
+    "RSM",
     "SD3",
     "Aesthetic",
     "AlignProp",

@@ -156,7 +156,7 @@ def test_list_finds_what_is_there(capsys):
     table = json.loads(capsys.readouterr().out)
     names = {kind: {entry["name"] for entry in entries} for kind, entries in table.items()}
     assert {"leapalign", "refl", "draft-k", "draft-lv", "drtune", "alignprop"} <= names["methods"]
-    assert {"flowbp-sparse", "flowbp-bridge", "flowbp-lagrange"} <= names["methods"]
+    assert {"flowbp-sparse", "flowbp-bridge", "flowbp-lagrange", "rsm"} <= names["methods"]
     assert {"sd3", "flux"} <= names["models"] and {"pickscore", "clipscore"} <= names["rewards"]
     assert names["recipes"] == set(RECIPES)
     assert main(["list", "methods"]) == 0

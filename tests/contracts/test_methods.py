@@ -14,6 +14,7 @@ import torch
 
 import leapalign.methods
 from leapalign.methods import (
+    RSM,
     AlignProp,
     DRaFT,
     DRaFTLV,
@@ -37,6 +38,7 @@ FIXTURES = {
     FlowBPSparse: FlowBPSparse(step_draws="per-sample"),
     FlowBPBridge: FlowBPBridge(),
     FlowBPLagrange: FlowBPLagrange(),
+    RSM: RSM(trained_share=0.5),
 }
 T = 6
 

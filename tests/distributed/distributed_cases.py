@@ -41,6 +41,7 @@ from leapalign.distributed.world import World
 from leapalign.errors import NotFinite, RunInterrupted, RunStopped, UserError
 from leapalign.lookup.recipes import load_file
 from leapalign.methods import (
+    RSM,
     AlignProp,
     DRaFT,
     DRaFTLV,
@@ -51,6 +52,7 @@ from leapalign.methods import (
     LeapAlign,
     ReFL,
 )
+from leapalign.methods.base import NeedsAnchor
 from leapalign.models.prompt_embeds import store as prompt_store
 from leapalign.models.prompt_embeds.cache import PromptCache
 from leapalign.models.prompt_embeds.store import PromptStore
@@ -76,7 +78,7 @@ MONITORS = Monitors(
 )
 GRAPHS = ("all", "blocks", "inputs")
 METHODS = (LeapAlign(), ReFL(), DRaFT(num_last_steps=2), DRaFTLV(), DRTune(), AlignProp())
-METHODS += (FlowBPSparse(step_draws="per-sample"), FlowBPBridge(num_training_steps=3), FlowBPLagrange())
+METHODS += (FlowBPSparse(step_draws="per-sample"), FlowBPBridge(num_training_steps=3), FlowBPLagrange(), RSM())
 
 
 def numbers(engine: loop.Engine, steps: int) -> dict[str, Any]:
@@ -164,8 +166,9 @@ def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]
     few = (RewardTerm(reward=TinyReward(), threshold=_between(small)),)
     named: dict[str, Callable[[], dict[str, Any]]] = {}
     for method in METHODS:
-        named[f"replicate {method.name}"] = lambda m=method: compared(replace(small, method=m), world, 3)
-        named[f"full {method.name}"] = lambda m=method: compared(replace(full, method=m), world)
+        held = {"method": method, "anchor_weight": 20.0 if isinstance(method, NeedsAnchor) else 0.0}
+        named[f"replicate {method.name}"] = lambda h=held: compared(replace(small, **h), world, 3)
+        named[f"full {method.name}"] = lambda h=held: compared(replace(full, **h), world)
     apart = replace(small, samples_per_draw=1)
     named["replicate, a draw a sample"] = lambda: compared(replace(apart, method=AlignProp()), world, 3)
     named["replicate, some above the threshold"] = lambda: compared(replace(small, rewards=few), world, 1)

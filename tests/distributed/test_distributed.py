@@ -32,7 +32,7 @@ SOURCES = str(Path(loop.__file__).parents[2])
 LAYOUT = {"replicate": "whole", "full": "sharded", "hybrid": "sharded"}  # of the checkpoints of several ranks
 GRAPHS = ("all", "blocks", "inputs")
 METHODS = ("leapalign", "refl", "draft-k", "draft-lv", "drtune", "alignprop")
-METHODS += ("flowbp-sparse", "flowbp-bridge", "flowbp-lagrange")
+METHODS += ("flowbp-sparse", "flowbp-bridge", "flowbp-lagrange", "rsm")
 
 
 def torchrun(ranks: int, *words: str, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -21,6 +21,7 @@ from leapalign.distributed.rank_rules import check_geometry, unequal_forwards
 from leapalign.distributed.world import World, fingerprint
 from leapalign.errors import UserError
 from leapalign.methods import (
+    RSM,
     AlignProp,
     DRaFT,
     DRaFTLV,
@@ -64,7 +65,7 @@ def test_draws_of_their_own_are_refused_only_where_ranks_would_gather_differentl
     """LeapAlign and DRaFT make the same forwards for every draw; other causes than the method count as well."""
     two = World(size=2)
     fitting = {LeapAlign(): True, DRaFT(): True, DRaFTLV(): True, DRTune(): False, AlignProp(): False}
-    fitting |= {FlowBPSparse(): True, FlowBPBridge(): True, FlowBPLagrange(): False}
+    fitting |= {FlowBPSparse(): True, FlowBPBridge(): True, FlowBPLagrange(): False, RSM(): True}
     for method, fits in fitting.items():
         run = tiny_run(batch_size=4, micro_batch_size=1, samples_per_draw=1, method=method, sharding="full")
         assert bool(unequal_forwards(run, two)) is not fits

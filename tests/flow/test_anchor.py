@@ -10,6 +10,7 @@ import torch
 from leapalign.flow.anchor import Anchor
 from leapalign.flow.graph import with_graph
 from leapalign.methods import (
+    RSM,
     AlignProp,
     DRaFT,
     DRaFTLV,
@@ -29,6 +30,7 @@ from leapalign.methods.flowbp_lagrange import LagrangeDraws
 from leapalign.methods.flowbp_sparse import SparseDraws, SparseSets
 from leapalign.methods.leapalign import LeapDraws, LeapSets
 from leapalign.methods.refl import ReFLDraws
+from leapalign.methods.rsm import RSMDraws
 from small_problem import Net, grid, noise, objective, train_once
 
 BETA, B = 0.7, 8
@@ -47,9 +49,10 @@ CASES = [
     (FlowBPSparse(), SparseSets(torch.tensor([[8, 6, 3, 2] * 2, [5, 4, 2, 1] * 2])), 1),
     (FlowBPBridge(nested_scale=1.0), BridgeDraws(j=3, above=(8, 5), below=(2, 1)), 1),
     (FlowBPLagrange(nested_scale=1.0), LagrangeDraws(k=7, j=3), 1),
+    (RSM(), RSMDraws(torch.tensor([[8, 6, 3, 2] * 2, [5, 4, 2, 1] * 2])), 2),  # a mean over its steps
 ]
 IDS = ["two leaps", "one leap", "three pairs", "refl", "draft-3", "draft-lv", "drtune", "alignprop"]
-IDS += ["sparse", "sparse, a set a sample", "bridge", "lagrange"]
+IDS += ["sparse", "sparse, a set a sample", "bridge", "lagrange", "rsm"]
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import torch.utils.checkpoint
 
 from leapalign.flow.graph import inputs_only, own_backward
 from leapalign.methods import (
+    RSM,
     AlignProp,
     DRaFT,
     DRaFTLV,
@@ -27,6 +28,7 @@ from leapalign.methods.flowbp_lagrange import LagrangeDraws
 from leapalign.methods.flowbp_sparse import SparseDraws
 from leapalign.methods.leapalign import LeapDraws
 from leapalign.methods.refl import ReFLDraws
+from leapalign.methods.rsm import RSMDraws
 from small_problem import Net, grid, noise, train_once
 
 EPS = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -43,6 +45,7 @@ CASES = [
     (FlowBPSparse(), SparseDraws((7, 4, 1))),
     (FlowBPBridge(nested_scale=0.7), BridgeDraws(j=3, above=(8, 5), below=(2, 1))),
     (FlowBPLagrange(nested_scale=0.7), LagrangeDraws(k=7, j=3)),
+    (RSM(), RSMDraws(torch.arange(8, 0, -1)[:, None])),
 ]
 
 

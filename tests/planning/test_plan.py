@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import constants
 
 import tiny_pipelines
@@ -18,6 +19,7 @@ from leapalign.codec import dumps
 from leapalign.errors import UserError
 from leapalign.lookup.recipes import load_file
 from leapalign.methods.leapalign import LeapAlign
+from leapalign.methods.rsm import RSM
 from leapalign.models.z_image import ZImage
 from leapalign.monitors import HeldOut, Monitors, StopWhen
 from leapalign.planning import activations
@@ -99,6 +101,16 @@ def test_the_disk_is_that_of_a_finished_run(run):
     checkpoints = bytes_in(result.out / "checkpoints") / run.keep_checkpoints * (run.keep_checkpoints + 1)
     assert plan.disk["checkpoints"] == pytest.approx(checkpoints, rel=0.25)  # headers weigh much in a tiny file
     assert plan.disk["tuned model"] == pytest.approx(bytes_in(result.pipeline), rel=0.25)
+
+
+def test_micro_batches_that_wait_for_the_whole_batch_are_counted(run):
+    """RSM clips by the batch: states, velocities, x_0 and its gradient of every other micro-batch stay."""
+    run = replace(run, method=RSM(), anchor_weight=1.0, micro_batch_size=2)
+    plans = [make_plan(replace(run, batch_size=size)) for size in (4, 12)]
+    assert plans[0].geometry["forwards"] == 2 * (5 + 5 + 5)  # rollout, trained, the base's
+    (numbers,) = {noise.numel() for noise in loop.build(run).model.noise([torch.Generator()])}
+    for phase in ("rollout", "decode and reward", "backward"):
+        assert plans[1].phases[phase] - plans[0].phases[phase] == 8 * (5 + 5 + 2) * numbers * 4
 
 
 def test_the_geometry_counts_forwards(run):

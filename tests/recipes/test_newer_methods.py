@@ -1,4 +1,4 @@
-"""FlowBP's recipes: its settings for each model from a table of the test's own, and each of them end to end, tiny."""
+"""Recipes of FlowBP and RSM: their settings from a table of the test's own, and each of them end to end, tiny."""
 
 from __future__ import annotations
 
@@ -56,6 +56,13 @@ def test_the_settings_of_flowbp(name):
         base.learning_rate,
         base.steps,
     )
+
+
+def test_the_settings_of_rsm():
+    run = NEWER["sd35m-rsm-hpsv21"]()
+    assert 512 // 8 * 512 // 8 * 16 / (2 * run.anchor_weight) == pytest.approx(1.5e7)  # beta
+    assert (run.num_sampling_steps, run.learning_rate, run.weight_decay) == (20, 5e-4, 1e-2)
+    assert (run.model.guidance_scale, run.model.cfg_grad, run.tuning.rank) == (5.0, "cond", 8)
 
 
 @pytest.mark.parametrize("name", NEWER)

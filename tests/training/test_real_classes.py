@@ -22,6 +22,7 @@ from leapalign.methods.flowbp_lagrange import FlowBPLagrange
 from leapalign.methods.flowbp_sparse import FlowBPSparse
 from leapalign.methods.leapalign import LeapAlign
 from leapalign.methods.refl import ReFL
+from leapalign.methods.rsm import RSM
 from leapalign.models.flux import Flux
 from leapalign.models.sd3 import SD3
 from leapalign.prompts import PromptFile
@@ -34,6 +35,7 @@ from tiny_clip import write_tiny_clip
 
 METHODS = [LeapAlign(), ReFL(), DRaFT(), DRaFTLV(), DRTune(), AlignProp()]
 FLOWBP = [FlowBPSparse(), FlowBPBridge(num_training_steps=3, nested_scale=0.5), FlowBPLagrange()]
+NEWER = [*FLOWBP, RSM()]
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +96,9 @@ def test_resume_is_exact(run, tmp_path):
     assert last_state(cut.out) == last_state(run.out)
 
 
-@pytest.mark.parametrize("method", [*METHODS, *FLOWBP], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [*METHODS, *NEWER], ids=lambda m: m.name)
 def test_every_method_moves_the_weights(run, method):
-    engine = loop.build(replace(run, method=method))
+    engine = loop.build(replace(run, method=method, anchor_weight=0.5 if method in NEWER else 0.0))
     before = {name: p.detach().clone() for name, p in engine.parameters.items()}
     step = 0
     while (metrics := direct.update(engine, step))["skipped"]:  # a draw may leave no gradient
@@ -105,7 +107,7 @@ def test_every_method_moves_the_weights(run, method):
     assert any(not torch.equal(p, before[name]) for name, p in engine.parameters.items())
 
 
-@pytest.mark.parametrize("method", FLOWBP, ids=lambda m: m.name)
+@pytest.mark.parametrize("method", NEWER, ids=lambda m: m.name)
 def test_a_killed_lora_run_resumes_exactly(run, tmp_path, method):
     """With true guidance, an average and an anchor; the kill is between two checkpoints."""
     run = replace(run, method=method, tuning=LoRA(rank=2, init="gaussian"), anchor_weight=2.0, steps=5)
@@ -123,11 +125,11 @@ def test_a_killed_lora_run_resumes_exactly(run, tmp_path, method):
     assert last_state(cut.out) == last_state(run.out)
 
 
-@pytest.mark.parametrize("method", [LeapAlign(), *FLOWBP], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [LeapAlign(), *NEWER], ids=lambda m: m.name)
 def test_all_graph_settings_give_one_gradient(run, method):
     grads = []
     for graph in ("all", "blocks", "inputs"):
-        engine = loop.build(replace(run, graph=graph, method=method))
+        engine = loop.build(replace(run, graph=graph, method=method, anchor_weight=0.5))
         direct.update(engine, 0)
         grads.append({name: p.grad for name, p in engine.parameters.items()})
     for other in grads[1:]:

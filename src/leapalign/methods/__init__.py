@@ -9,8 +9,10 @@ from leapalign.methods.flowbp_lagrange import FlowBPLagrange
 from leapalign.methods.flowbp_sparse import FlowBPSparse
 from leapalign.methods.leapalign import LeapAlign
 from leapalign.methods.refl import ReFL
+from leapalign.methods.rsm import RSM
 
 __all__ = [
+    "RSM",
     "AlignProp",
     "DRTune",
     "DRaFT",

@@ -73,6 +73,24 @@ class ReusesRollouts(Protocol):
         ...
 
 
+@runtime_checkable
+class ClipsGradients(Protocol):
+    """A method that clips the samples' gradients at the latent by those of the whole batch, on all ranks."""
+
+    def ceiling(self, norms: Sequence[float]) -> float:
+        """Return the largest norm that a sample's gradient keeps, from the norms of all samples of the update."""
+        ...
+
+
+@runtime_checkable
+class NeedsAnchor(Protocol):
+    """A method that is not defined without the velocity anchor."""
+
+    def check_anchor(self, weight: float) -> None:
+        """Raise UserError if `Run.anchor_weight` does not suit the method."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BySteps:
     """What a method measured for each sample and each of its M sets of steps: [M, B] each, without graph."""

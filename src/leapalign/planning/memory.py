@@ -10,6 +10,7 @@ from torch import nn
 
 from leapalign.distributed.fsdp_frozen import blocks_of
 from leapalign.distributed.world import BUCKET
+from leapalign.methods.base import ClipsGradients
 from leapalign.models.pipeline import parse_dtype
 from leapalign.planning.activations import Forwards, GraphBytes, latent_bytes
 from leapalign.planning.components import Planned, quantization_of
@@ -102,12 +103,25 @@ def reward_bytes(planned: Planned, forwards: Forwards) -> int:
     ) + max((largest_gathered(blocks) for _, blocks in here), default=0)
 
 
-def phases(planned: Planned, *, graph: GraphBytes, forward: int, reward: int) -> dict[str, int]:
-    """Phase -> peak bytes. `graph`: of one micro-batch; `forward`, `reward`: results of forward_bytes, reward_bytes."""
+def waiting_bytes(planned: Planned, forwards: Forwards) -> int:
+    """Return the bytes of micro-batches that wait for their backward while others are rolled out and scored.
+
+    Only with a method that clips by the whole batch: states, velocities, and x_0 with its gradient.
+    """
+    run = planned.run
+    if not isinstance(run.method, ClipsGradients):
+        return 0
+    numbers = run.micro_batch_size * math.prod(planned.model.latent_shape)
+    others = run.batch_size // (run.micro_batch_size * planned.rank.world.size) - 1
+    return others * (2 * forwards.in_backward + 2) * numbers * FLOAT32
+
+
+def phases(planned: Planned, *, graph: GraphBytes, forward: int, reward: int, waiting: int) -> dict[str, int]:
+    """Phase -> peak bytes. `graph`: of one micro-batch; the others: results of the functions NAME_bytes."""
     run, rank, policy, memory = planned.run, planned.rank, planned.model.policy, always(planned)
     fixed, trained = sum(memory.values()), trained_bytes(planned, rank)
     accumulated = run.batch_size > run.micro_batch_size * rank.world.size
-    held = trained if accumulated else 0  # gradients of earlier micro-batches
+    held = waiting + (trained if accumulated else 0)  # gradients of earlier micro-batches
     in_forward, in_backward = rank.gathered(policy)
     in_rollout = max(in_forward, policy_bytes(planned)) if rank.sharded and run.gather_in_rollout else in_forward
     largest = rank.largest(policy)
@@ -116,7 +130,7 @@ def phases(planned: Planned, *, graph: GraphBytes, forward: int, reward: int) ->
         "encoding prompts": memory["transformer"] + memory["VAE (float32)"] + _text_bytes(planned),
         "rollout": fixed + held + in_rollout + graph.rollout,
         "decode and reward": fixed + held + graph.kept + reward,
-        "backward": fixed + trained + in_backward + graph.backward,
+        "backward": fixed + waiting + trained + in_backward + graph.backward,
         "optimiser step": fixed + trained + max(2 * largest, exchanged),  # AdamW's temporaries, one weight at a time
         "scoring the average": fixed + in_rollout + forward,
     }

@@ -26,7 +26,7 @@ from leapalign.models.prompt_embeds.store import WORTHWHILE
 from leapalign.planning.activations import GRAPHS, Forwards, GraphBytes, count_forwards, forward_bytes, graph_bytes
 from leapalign.planning.components import Planned, family_of, plan_components, quantization_of
 from leapalign.planning.downloads import Download, hub_file, pipeline_components
-from leapalign.planning.memory import always, phases, policy_bytes, reward_bytes, trained_bytes
+from leapalign.planning.memory import always, phases, policy_bytes, reward_bytes, trained_bytes, waiting_bytes
 from leapalign.planning.prompts import PlannedPrompts, plan_prompts, planned_shape
 from leapalign.planning.sharding import first_rank, world_of
 from leapalign.planning.sources import locate
@@ -71,9 +71,15 @@ class Plan:
 
 def make_plan(run: Run, ranks: int = 1, ranks_per_machine: int = 8) -> Plan:
     """Plan a run on this number of ranks, as rank 0 sees it. Raises UserError with the first problem found."""
-    from leapalign.training.engine import refuse_a_part_of_the_mean, refuse_without_gradient, reward_names
+    from leapalign.training.engine import (
+        refuse_a_part_of_the_mean,
+        refuse_without_anchor,
+        refuse_without_gradient,
+        reward_names,
+    )
 
     refuse_without_gradient(run)
+    refuse_without_anchor(run)
     check_names(run, reward_names(run))
     refuse_a_part_of_the_mean(run, world_of(run, ranks, ranks_per_machine))
     _check_out(Path(run.out))
@@ -117,11 +123,11 @@ def _assemble(planned: Planned, device: str, forwards: Forwards, prompts: Planne
     negative = shape.empty(1, dtype, planned.mode) if model.guidance.active else None
     conditioning = Conditioning(shape.empty(run.micro_batch_size, dtype, planned.mode), negative)
     forward = forward_bytes(run, model, conditioning, planned.mode)
-    reward = reward_bytes(planned, forwards)
+    reward, waiting = reward_bytes(planned, forwards), waiting_bytes(planned, forwards)
 
     def with_graph(graph: str) -> tuple[GraphBytes, dict[str, int]]:
         found = graph_bytes(run, model, conditioning, planned.mode, graph, forwards.seed)
-        return found, phases(planned, graph=found, forward=forward, reward=reward)
+        return found, phases(planned, graph=found, forward=forward, reward=reward, waiting=waiting)
 
     graph, in_phases = with_graph(run.graph)
     each = shape.bytes(dtype)

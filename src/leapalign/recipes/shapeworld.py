@@ -22,6 +22,7 @@ from leapalign.methods.flowbp_lagrange import FlowBPLagrange
 from leapalign.methods.flowbp_sparse import FlowBPSparse
 from leapalign.methods.leapalign import LeapAlign
 from leapalign.methods.refl import ReFL
+from leapalign.methods.rsm import RSM
 from leapalign.models.sd3 import SD3
 from leapalign.monitors import Band, HeldOut, Monitors, StopWhen
 from leapalign.prompts import ShapeWorldPrompts
@@ -103,6 +104,11 @@ def shapeworld_flowbp_lagrange() -> Run:
     return shapeworld(FlowBPLagrange())
 
 
+def shapeworld_rsm() -> Run:
+    """RSM, every step towards the base's velocity moved by the reward's gradient; the anchor is part of it."""
+    return shapeworld(RSM())
+
+
 SHAPEWORLD: dict[str, Callable[[], Run]] = {
     "shapeworld-leapalign": shapeworld_leapalign,
     "shapeworld-leapalign-lora": shapeworld_leapalign_lora,
@@ -115,6 +121,7 @@ SHAPEWORLD: dict[str, Callable[[], Run]] = {
     "shapeworld-flowbp-sparse": shapeworld_flowbp_sparse,
     "shapeworld-flowbp-bridge": shapeworld_flowbp_bridge,
     "shapeworld-flowbp-lagrange": shapeworld_flowbp_lagrange,
+    "shapeworld-rsm": shapeworld_rsm,
 }
 
 

@@ -3,6 +3,9 @@
 Micro-batches are whole: noise, rollout, the reward's gradient at the latent, backward, then the next one. The loss is
 divided by the whole batch, so that 1 x 8 = 2 x 4 = 8 x 1.
 
+A method may clip the gradients at the latent by those of the whole batch (RSM). All micro-batches are then rolled out
+and scored before the first backward.
+
 Our choices, where the paper states none:
 - an update without gradient (every sample above its threshold, or a draw without differentiated step) changes nothing:
   no AdamW, weight decay or EMA; it counts as a step and in `skipped`;
@@ -12,7 +15,9 @@ Our choices, where the paper states none:
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +25,8 @@ from torch.distributed.tensor import DTensor
 
 from leapalign.distributed.world import sum_gradients
 from leapalign.flow.graph import TrainedVelocity
-from leapalign.methods.base import ReusesRollouts, Samples, Surrogate
+from leapalign.flow.leap import per_sample
+from leapalign.methods.base import ClipsGradients, ReusesRollouts, Samples, Surrogate
 from leapalign.methods.objective import LatentGradient, latent_gradient, reweighted
 from leapalign.run import Run
 from leapalign.training import batches
@@ -42,7 +48,7 @@ def update(engine: Engine, step: int) -> Metrics:
     with engine.run.tuning.in_update(engine.model.policy, engine.run.seed, step):
         if new_rollouts(engine, step):
             engine.kept.clear()
-            parts = [micro_batch(engine, micro) for micro in engine.micro_batches(step)]
+            parts = on_new_rollouts(engine, step)
         else:
             parts = [again(engine, kept) for kept in engine.kept]
     trained = engine.world.any(any(part.trained for part in parts))
@@ -56,15 +62,54 @@ def update(engine: Engine, step: int) -> Metrics:
     return batch_metrics(of_all_ranks(engine.world, parts)) | {"grad_norm": float(norm), "skipped": int(not trained)}
 
 
-def micro_batch(engine: Engine, micro: MicroBatch) -> Part:
-    """Add the gradient of a micro-batch to the weights' .grad.
+class Scored(NamedTuple):
+    """A micro-batch before its backward."""
 
-    The surrogate is freed on return, so that its graph never outlives the call, even if the rewards leave no gradient;
-    but those of later updates on the same rollouts are kept, which hold states only.
+    velocity: TrainedVelocity
+    surrogate: Surrogate
+    later: list[Surrogate]  # of later updates on the same rollout, which hold states only
+    result: LatentGradient
+
+
+def on_new_rollouts(engine: Engine, step: int) -> list[Part]:
+    """Roll out every micro-batch of this rank and add its gradient to the weights' .grad.
+
+    A surrogate is freed before the next rollout, so that there is never more than one graph, even if the rewards leave
+    no gradient. Methods that clip by the batch hold states only.
     """
+    micros, method = engine.micro_batches(step), engine.run.method
+    if not isinstance(method, ClipsGradients):
+        return [train(engine, scored(engine, micro)) for micro in micros]
+    waiting, parts = clipped(engine, method, [scored(engine, micro) for micro in micros]), []
+    while waiting:
+        parts.append(train(engine, waiting.pop(0)))
+    return parts
+
+
+def scored(engine: Engine, micro: MicroBatch) -> Scored:
+    """Roll out a micro-batch and score it."""
     velocity = engine.velocity(micro.prompts)
     surrogate, *later = roll_out(engine, micro, velocity)
-    result = gradient_at_latent(engine, micro, surrogate)
+    return Scored(velocity, surrogate, later, gradient_at_latent(engine, micro, surrogate))
+
+
+def clipped(engine: Engine, method: ClipsGradients, batch: list[Scored]) -> list[Scored]:
+    """Scale the samples' gradients at the latent down to the method's ceiling; metric: the share of them, [N]."""
+    norms = [each.result.grad.flatten(1).norm(dim=1) for each in batch]
+    every = engine.world.gather(torch.cat(norms).tolist())
+    ceiling = method.ceiling([norm for of_rank in every for norm in of_rank])
+    found = []
+    for each, norm in zip(batch, norms):
+        factor = ceiling / norm.clamp(min=ceiling) if ceiling else torch.ones_like(norm)
+        metrics = each.surrogate.metrics | {"gradient_clipped": (norm > ceiling).to(norm.dtype)}
+        result = replace(each.result, grad=each.result.grad * per_sample(factor, each.result.grad))
+        found.append(each._replace(surrogate=replace(each.surrogate, metrics=metrics), result=result))
+    return found
+
+
+def train(engine: Engine, each: Scored) -> Part:
+    """Add the gradient of a micro-batch to the weights' .grad; keep what later updates need."""
+    velocity, surrogate, later, result = each
     if later:
         engine.kept.append(Kept(velocity=velocity, later=later, weight=surrogate.weight, result=result))
     return backward(engine, velocity, surrogate, result)

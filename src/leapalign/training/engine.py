@@ -29,7 +29,7 @@ from leapalign.errors import UserError
 from leapalign.evaluation.diversity import Features
 from leapalign.flow.anchor import Anchor
 from leapalign.flow.graph import TrainedVelocity, checkpoint_blocks, with_graph
-from leapalign.methods.base import ReusesRollouts, Surrogate
+from leapalign.methods.base import NeedsAnchor, ReusesRollouts, Surrogate
 from leapalign.methods.objective import Hinge, LatentGradient
 from leapalign.models.base import Model
 from leapalign.models.decode import with_pixel_gradient
@@ -139,6 +139,7 @@ def build(run: Run, world: World = ALONE, begin: Start = BEGINNING) -> Engine:
     """Load model, rewards and prompts; encode every prompt that the run reaches; shard if the run asks for it."""
     refuse_without_gradient(run)
     refuse_without_reuse(run)
+    refuse_without_anchor(run)
     refuse_a_part_of_the_mean(run, world)
     monitors.check_bands(run)
     names, others = reward_names(run), monitors.held_out_names(run)
@@ -226,6 +227,12 @@ def refuse_without_reuse(run: Run) -> None:
             f"updates_per_rollout {run.updates_per_rollout}: {run.method.name} differentiates inside its rollout, "
             "which serves one update; use updates_per_rollout 1, or the method leapalign"
         )
+
+
+def refuse_without_anchor(run: Run) -> None:
+    """Raise UserError if the method needs an anchor to the base that the run does not have."""
+    if isinstance(run.method, NeedsAnchor):
+        run.method.check_anchor(run.anchor_weight)
 
 
 def refuse_a_part_of_the_mean(run: Run, world: World) -> None:
