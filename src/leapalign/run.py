@@ -79,6 +79,9 @@ class Run:
     samples_per_draw: int = 0  # neighbours that share a draw (k, j, ...); a multiple of micro_batch_size; 0 = all
     num_sampling_steps: int = 25  # T of the training rollout
     updates_per_rollout: int = 1  # E: updates on the same rollouts and gradients of the reward (not in the paper)
+    skip_satisfied: bool = (
+        False  # no differentiated forward for samples without gradient there; same numbers, less time
+    )
     learning_rate: float = 1e-5
     warmup_steps: int = 0  # updates of linear learning-rate warm-up; 0 = none
     decay_steps: int = 0  # updates of cosine decay to a tenth after the warm-up; 0 = constant

@@ -190,6 +190,9 @@ def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]
         named[f"{name}, anchored pairs"] = lambda r=run, n=steps: compared(replace(r, **held), world, n)
     reused = replace(full, updates_per_rollout=2, **held)
     named["full, rollouts used again"] = lambda: compared(reused, world, 4)
+    for name, run in (("replicate", small), ("full", full)):
+        skipping = replace(run, rewards=few, skip_satisfied=True, **held)
+        named[f"{name}, satisfied samples skipped"] = lambda r=skipping: compared(r, world, 2)
     held_lora = replace(lora, sharding="full", **held)
     named["full, lora, anchored pairs"] = lambda: compared(held_lora, world)
     for graph in GRAPHS:

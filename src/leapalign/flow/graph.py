@@ -25,6 +25,7 @@ from leapalign.flow.anchor import Anchor, apart
 from leapalign.flow.rollout import Velocity
 
 Around: TypeAlias = "Callable[[], AbstractContextManager[None]]"
+Part: TypeAlias = "Callable[[list[int]], Velocity]"  # the velocity of some of a micro-batch's samples, by their places
 
 
 @runtime_checkable
@@ -82,6 +83,7 @@ class TrainedVelocity:
     anchor: Anchor | None = None
     before: Callable[[], None] = lambda: None  # called before each forward of the rollout
     staleness: list[Tensor] | None = None  # gets mean |v - v of the rollout| [B] of each recomputed forward
+    part: Part | None = None  # leaves samples whose gradient is zero out of recomputed forwards; None: takes all
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         self.before()
@@ -108,6 +110,7 @@ def with_graph(
     anchor: Anchor | None = None,
     before: Callable[[], None] = lambda: None,
     staleness: list[Tensor] | None = None,
+    part: Part | None = None,
 ) -> TrainedVelocity:
     """Return the velocity for training with this setting of `graph`; the other arguments: see `TrainedVelocity`."""
     return TrainedVelocity(
@@ -117,6 +120,7 @@ def with_graph(
         anchor=anchor,
         before=before,
         staleness=staleness,
+        part=part,
     )
 
 
@@ -213,16 +217,44 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        trained, share, nested, x, sigma, known = ctx.constants
-        x = x.requires_grad_()
-        with torch.enable_grad():
-            v = trained.again(x, sigma)
-        if trained.staleness is not None:
-            trained.staleness.append((v.detach() - known).abs().flatten(1).mean(1))
-        anchor, pull = trained.anchor, None
-        if anchor and (anchor.nested or not nested):
-            pull = anchor.gradient(trained.velocity, x, sigma, v, share)
-        torch.autograd.backward(v, grad if pull is None or nested else grad + pull)
-        if pull is not None and nested:
-            apart(trained.again, x, sigma, pull)
-        return None, None, None, x.grad, None, None
+        trained, share, nested, *constants = ctx.constants
+        pulled = trained.anchor is not None and (
+            trained.anchor.nested or not nested
+        )  # then all samples have a gradient
+        replay = _replay if trained.part is None or pulled else _replay_part
+        return None, None, None, replay(trained, share, nested, *constants, grad), None, None
+
+
+def _replay(
+    trained: TrainedVelocity, share: float, nested: bool, x: Tensor, sigma: Tensor, known: Tensor, grad: Tensor
+) -> Tensor | None:
+    """Run the forward at (x, sigma) and backpropagate `grad`, with the anchor's, into .grad; return that at x."""
+    x = x.requires_grad_()
+    with torch.enable_grad():
+        v = trained.again(x, sigma)
+    if trained.staleness is not None:
+        trained.staleness.append((v.detach() - known).abs().flatten(1).mean(1))
+    anchor, pull = trained.anchor, None
+    if anchor and (anchor.nested or not nested):
+        pull = anchor.gradient(trained.velocity, x, sigma, v, share)
+    torch.autograd.backward(v, grad if pull is None or nested else grad + pull)
+    if pull is not None and nested:
+        apart(trained.again, x, sigma, pull)
+    return x.grad
+
+
+def _replay_part(
+    trained: TrainedVelocity, share: float, nested: bool, x: Tensor, sigma: Tensor, known: Tensor, grad: Tensor
+) -> Tensor:
+    """`_replay`, without anchor, of the samples whose `grad` is not zero; the others' staleness is 0.
+
+    If none has, one sample runs all the same, because ranks with sharded weights run their forwards together.
+    """
+    assert trained.part is not None
+    rows = grad.flatten(1).any(1).nonzero().flatten()
+    rows = rows if len(rows) else rows.new_zeros(1)
+    few = with_graph(trained.part(rows.tolist()), "all", trained.recomputation, staleness=trained.staleness)
+    at_x = _replay(few, share, nested, x[rows], sigma[rows] if sigma.ndim else sigma, known[rows], grad[rows])
+    if few.staleness:
+        few.staleness[-1] = few.staleness[-1].new_zeros(len(x)).index_copy(0, rows, few.staleness[-1])
+    return torch.zeros_like(x) if at_x is None else torch.zeros_like(x).index_copy(0, rows, at_x)

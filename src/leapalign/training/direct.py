@@ -139,7 +139,7 @@ def roll_out(engine: Engine, micro: MicroBatch, velocity: TrainedVelocity) -> li
     draws = [method.draw(run.num_sampling_steps, rng, samples) for _ in range(updates)]
     noise = engine.noise(micro)
     with engine.rollout():
-        if isinstance(method, ReusesRollouts) and run.updates_per_rollout > 1:
+        if isinstance(method, ReusesRollouts) and (run.updates_per_rollout > 1 or run.skip_satisfied):
             surrogates = method.surrogates(velocity, noise, engine.sigmas, draws)
         else:
             surrogates = [method(velocity, noise, engine.sigmas, draws[0])]
@@ -165,10 +165,13 @@ def new_rollouts(engine: Engine, step: int) -> bool:
 
 
 def measured(velocity: TrainedVelocity) -> dict[str, Tensor]:
-    """Return what a micro-batch's backward measured at its differentiated states, [B] each, and forget it."""
+    """Return what a micro-batch's backward measured at its differentiated states, and forget it.
+
+    [B] each, or a 0-dim 0 if there was no backward.
+    """
     found = {"anchor": velocity.anchor.measured()} if velocity.anchor else {}
-    if velocity.staleness:
-        found["staleness"] = torch.stack(velocity.staleness).mean(0)
+    if velocity.staleness is not None:
+        found["staleness"] = torch.stack(velocity.staleness).mean(0) if velocity.staleness else torch.zeros(())
         velocity.staleness.clear()
     return found
 

@@ -99,8 +99,11 @@ class Engine:
 
     def velocity(self, prompts: Sequence[str]) -> TrainedVelocity:
         """Return the policy's velocity for these prompts, with activations kept as `Run.graph` says."""
-        velocity = self.model.velocity(self.model.encode(list(prompts)))
+        texts = list(prompts)
+        velocity = self.model.velocity(self.model.encode(texts))
         settings: dict[str, Any] = {"graph": self.run.graph, "anchor": self.anchor}
+        if self.run.skip_satisfied:
+            settings["part"] = lambda rows: self.model.velocity(self.model.encode([texts[row] for row in rows]))
         settings["staleness"] = [] if self.run.updates_per_rollout > 1 else None
         if self.shards:
             settings |= {"recomputation": self.shards.recomputation, "before": self.shards.before_forward}
@@ -221,7 +224,12 @@ def refuse_without_gradient(run: Run) -> None:
 
 
 def refuse_without_reuse(run: Run) -> None:
-    """Raise UserError if the run uses rollouts again, and its method cannot."""
+    """Raise UserError if the run needs forwards in the backward pass, and its method runs them in its rollout."""
+    if run.skip_satisfied and not isinstance(run.method, ReusesRollouts):
+        raise UserError(
+            f"skip_satisfied: {run.method.name} differentiates inside its rollout, before the reward is known; use "
+            "skip_satisfied false, or the method leapalign"
+        )
     if run.updates_per_rollout > 1 and not isinstance(run.method, ReusesRollouts):
         raise UserError(
             f"updates_per_rollout {run.updates_per_rollout}: {run.method.name} differentiates inside its rollout, "
