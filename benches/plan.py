@@ -28,8 +28,12 @@ from torch import Tensor
 from leapalign.flow.graph import checkpoint_blocks, with_graph
 from leapalign.methods.draft_lv import DRaFTLV
 from leapalign.methods.drtune import DRTune
+from leapalign.methods.flowbp_bridge import FlowBPBridge
+from leapalign.methods.flowbp_lagrange import FlowBPLagrange
+from leapalign.methods.flowbp_sparse import FlowBPSparse
 from leapalign.methods.leapalign import LeapAlign
 from leapalign.methods.refl import ReFL
+from leapalign.methods.rsm import RSM
 from leapalign.models import flux, flux2, qwen_image, z_image
 from leapalign.models.base import Conditioning, TextShape
 from leapalign.models.decode import Decoder
@@ -52,8 +56,9 @@ from leapalign.storage.pipeline_folder import PipelineFolder
 
 BOUND = 0.1  # relative
 METHODS: dict[str, Any] = {"leapalign": LeapAlign(), "refl": ReFL(), "draft-lv": DRaFTLV(), "drtune": DRTune()}
+METHODS |= {m.name: m for m in (FlowBPSparse(), FlowBPBridge(), FlowBPLagrange(), RSM())}
 METHODS["pairs"] = LeapAlign(pairs_per_rollout=3, step_draws="stratified")
-ANCHORED = {"leapalign, anchored": "leapalign", "pairs, anchored": "pairs"}
+ANCHORED = {"leapalign, anchored": "leapalign", "pairs, anchored": "pairs", "rsm, anchored": "rsm"}
 METHODS |= {name: METHODS[method] for name, method in ANCHORED.items()}
 
 

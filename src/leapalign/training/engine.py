@@ -233,7 +233,7 @@ def refuse_without_reuse(run: Run) -> None:
     if run.updates_per_rollout > 1 and not isinstance(run.method, ReusesRollouts):
         raise UserError(
             f"updates_per_rollout {run.updates_per_rollout}: {run.method.name} differentiates inside its rollout, "
-            "which serves one update; use updates_per_rollout 1, or the method leapalign"
+            "which serves one update; use updates_per_rollout 1, or the method leapalign, flowbp-sparse or rsm"
         )
 
 
