@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from leapalign.errors import UserError
-from leapalign.methods import LeapAlign, ReFL
+from leapalign.methods import FlowBPSparse, LeapAlign, ReFL
 from leapalign.run import RewardTerm
 from leapalign.training import direct, loop
 from leapalign.training.tracking import read_metrics
@@ -16,6 +16,7 @@ from leapalign.training.tracking import read_metrics
 METHODS = {
     "one shared pair": LeapAlign(),
     "pairs": LeapAlign(nested_scale=0.7, pairs_per_rollout=2, step_draws="stratified"),
+    "sparse": FlowBPSparse(),
 }
 
 
@@ -38,12 +39,16 @@ def gradients(run) -> dict[str, torch.Tensor]:
     """.grad after the first micro-batch, without clipping and step."""
     engine = loop.build(run)
     (micro,) = engine.micro_batches(0)
-    direct.micro_batch(engine, micro)
+    direct.train(engine, direct.scored(engine, micro))
     return {name: p.grad.clone() for name, p in engine.parameters.items()}
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
-def test_the_gradient_is_the_same_and_fewer_rows_are_run(tiny_run, tiny_module, tmp_path, method, monkeypatch):
+REPLAYED = {"one shared pair": 2, "pairs": 2 * 2, "sparse": 3}  # differentiated forwards
+
+
+@pytest.mark.parametrize("name", REPLAYED)
+def test_the_gradient_is_the_same_and_fewer_rows_are_run(tiny_run, tiny_module, tmp_path, name, monkeypatch):
+    method = METHODS[name]
     threshold = threshold_between(tiny_run, tiny_module, tmp_path)
     rows: list[int] = []
     encode = tiny_module.Tiny.encode
@@ -55,7 +60,7 @@ def test_the_gradient_is_the_same_and_fewer_rows_are_run(tiny_run, tiny_module, 
         )
         rows.clear()
         found[skip] = gradients(run)
-    assert set(rows) == {8, 3} and rows.count(3) == 2 * method.pairs_per_rollout
+    assert set(rows) == {8, 3} and rows.count(3) == REPLAYED[name]
     for name, gradient in found[False].items():
         torch.testing.assert_close(found[True][name], gradient, rtol=1e-11, atol=1e-15)
         assert gradient.abs().max() > 0

@@ -228,7 +228,7 @@ def refuse_without_reuse(run: Run) -> None:
     if run.skip_satisfied and not isinstance(run.method, ReusesRollouts):
         raise UserError(
             f"skip_satisfied: {run.method.name} differentiates inside its rollout, before the reward is known; use "
-            "skip_satisfied false, or the method leapalign"
+            "skip_satisfied false, or the method leapalign, flowbp-sparse or rsm"
         )
     if run.updates_per_rollout > 1 and not isinstance(run.method, ReusesRollouts):
         raise UserError(
