@@ -26,6 +26,7 @@ from leapalign.rewards.custom import Custom
 from leapalign.rewards.hpsv2 import HPSv2
 from leapalign.rewards.hpsv3 import HPSv3
 from leapalign.rewards.imagereward import ImageReward
+from leapalign.rewards.jpeg import JPEGSize
 from leapalign.rewards.ocr import OCR
 from leapalign.rewards.unified import UnifiedReward
 from leapalign.verification.rewards import check_reward
@@ -74,6 +75,7 @@ CASES = {
     ),
     "custom": Case(lambda folder: custom(folder), 1e-5, weightless=True),
     "hpsv3": Case(lambda folder: HPSv3(path=str(write_tiny_hpsv3(folder)), processor=str(folder)), 0.04),
+    "jpeg": Case(lambda folder: JPEGSize(), 0.0, weightless=True),
     "unified alignment": Case(lambda folder: unified(folder, "alignment"), 0.0),
     "unified quality": Case(lambda folder: unified(folder, "quality"), 0.0),
 }

@@ -17,12 +17,13 @@ class PluginKind:
 
     folder: str  # in leapalign
     calls: Mapping[str, int]  # method -> number of positional arguments
+    also: tuple[str, ...] = ()  # other folders with classes of this kind
 
 
 KINDS = {  # by field name
     "model": PluginKind("models", {"load": 4}),  # device, dtype, tuning, loading
     "method": PluginKind("methods", {"draw": 3, "__call__": 4}),
-    "reward": PluginKind("rewards", {"load": 2}),  # device, dtype
+    "reward": PluginKind("rewards", {"load": 2}, ("shapeworld",)),  # device, dtype
     "prompts": PluginKind("prompts", {"load": 0}),
     "tuning": PluginKind("tuning", {"load_policy": 4, "initialise": 2, "in_update": 3, "save": 2, "load_tuned": 5}),
 }

@@ -203,8 +203,10 @@ def _check_home(cls: type, where: Where) -> None:
 
 def _check_folder(module: str, name: str, where: Where) -> None:
     """Raise UserError for a module outside the field's folder: a file must not choose what is imported."""
-    homes = [f"leapalign.{kind.folder}" for kind in ([where.kind] if where.kind else KINDS.values())]
-    if not any(module == home or module.startswith(home + ".") for home in homes):
+    kinds = [where.kind] if where.kind else KINDS.values()
+    homes = [f"leapalign.{kind.folder}" for kind in kinds]
+    inside = [*homes, *(f"leapalign.{folder}" for kind in kinds for folder in kind.also)]
+    if not any(module == home or module.startswith(home + ".") for home in inside):
         raise UserError(f"{where}: {name} is not a class of {' or '.join(homes)}; see `leapalign list`")
 
 

@@ -10,6 +10,7 @@ from leapalign.rewards.custom import Custom
 from leapalign.rewards.hpsv2 import HPSv2
 from leapalign.rewards.hpsv3 import HPSv3
 from leapalign.rewards.imagereward import ImageReward
+from leapalign.rewards.jpeg import JPEGSize
 from leapalign.rewards.ocr import OCR
 from leapalign.rewards.unified import UnifiedReward
 
@@ -21,6 +22,7 @@ BUILT_IN: tuple[type[DescribedReward], ...] = (
     ImageReward,
     Aesthetic,
     OCR,
+    JPEGSize,
     UnifiedReward,
     Custom,
 )
@@ -34,6 +36,7 @@ __all__ = [
     "HPSv2",
     "HPSv3",
     "ImageReward",
+    "JPEGSize",
     "PickScore",
     "UnifiedReward",
 ]
