@@ -241,7 +241,7 @@ def decode(bench: Bench) -> dict[str, int]:
     with torch.device(META):
         empty = model_of(bench, "flux", "float32")
     fake(empty.decoder.vae, mode)
-    guess = latent_bytes(empty, mode, bench.micro_batch_size, lambda images: [images])
+    guess = latent_bytes(empty, mode, bench.micro_batch_size, lambda images: [images], gradient=True)
     model = model_of(bench, "flux", "float32")
     latents = torch.randn(bench.micro_batch_size, *model.latent_shape, requires_grad=True)
     with LiveBytes() as live:

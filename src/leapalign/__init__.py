@@ -17,15 +17,21 @@ if TYPE_CHECKING:
     from leapalign.flow.grids import sigma_grid
     from leapalign.flow.rollout import rollout
     from leapalign.methods import (
+        AWM,
         RSM,
         AlignProp,
+        DanceGRPO,
+        DiffusionNFT,
         DRaFT,
         DRaFTLV,
         DRTune,
         FlowBPBridge,
         FlowBPLagrange,
         FlowBPSparse,
+        FlowDPPO,
+        FlowGRPO,
         LeapAlign,
+        MixGRPO,
         ReFL,
     )
     from leapalign.methods.base import Samples
@@ -50,6 +56,7 @@ if TYPE_CHECKING:
         HPSv2,
         HPSv3,
         ImageReward,
+        JPEGSize,
         PickScore,
         UnifiedReward,
     )
@@ -69,7 +76,7 @@ _NAMES = {  # module -> the names that it offers; tests/cli/test_public_api.py c
     "flow.rollout": ("rollout",),
     "methods": (
         *("RSM", "AlignProp", "DRTune", "DRaFT", "DRaFTLV", "FlowBPBridge", "FlowBPLagrange", "FlowBPSparse"),
-        *("LeapAlign", "ReFL"),
+        *("AWM", "DanceGRPO", "DiffusionNFT", "FlowDPPO", "FlowGRPO", "LeapAlign", "MixGRPO", "ReFL"),
     ),
     "methods.base": ("Samples",),
     "methods.objective": ("Hinge", "latent_gradient"),
@@ -79,7 +86,7 @@ _NAMES = {  # module -> the names that it offers; tests/cli/test_public_api.py c
     "recipes": ("RECIPES", "shapeworld_leapalign"),
     "rewards": (
         *("OCR", "Aesthetic", "CLIPScore", "Custom", "HPSv2", "HPSv3", "ImageReward", "PickScore"),
-        "UnifiedReward",
+        *("JPEGSize", "UnifiedReward"),
     ),
     "run": ("RewardTerm", "Run"),
     "training.loop": ("train",),
@@ -88,6 +95,7 @@ _NAMES = {  # module -> the names that it offers; tests/cli/test_public_api.py c
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "AWM",
     "OCR",
     "RECIPES",
     "RSM",
@@ -100,10 +108,14 @@ __all__ = [
     "DRTune",
     "DRaFT",
     "DRaFTLV",
+    "DanceGRPO",
+    "DiffusionNFT",
     "DrawBench",
     "FlowBPBridge",
     "FlowBPLagrange",
     "FlowBPSparse",
+    "FlowDPPO",
+    "FlowGRPO",
     "Flux",
     "Flux2Klein",
     "FullFineTuning",
@@ -114,9 +126,11 @@ __all__ = [
     "HeldOut",
     "Hinge",
     "ImageReward",
+    "JPEGSize",
     "LeapAlign",
     "LoRA",
     "MJHQ30k",
+    "MixGRPO",
     "Monitors",
     "PickScore",
     "Prompt",

@@ -21,12 +21,13 @@ from leapalign.tuning.full import FULL
 
 if TYPE_CHECKING:
     from leapalign.methods.base import Method
+    from leapalign.methods.policy_gradient import PolicyGradient
     from leapalign.models.base import ModelConfig
     from leapalign.prompts.base import Prompts
     from leapalign.rewards.base import RewardConfig
     from leapalign.tuning.base import Tuning
 
-    AnyMethod = Method[Any]
+    AnyMethod = Method[Any] | PolicyGradient[Any]
 else:  # the types that the codec and the command line see
     AnyMethod = ModelConfig = Prompts = RewardConfig = Tuning = Any
 
@@ -36,10 +37,10 @@ R = TypeVar("R", bound="Run")
 
 @dataclass(frozen=True, kw_only=True)
 class RewardTerm:
-    """One reward in the loss: weight * max(0, threshold - r)."""
+    """One reward in the loss: weight * max(0, threshold - r); for policy gradients weight * its advantage."""
 
     reward: RewardConfig  # a dataclass of leapalign.rewards
-    threshold: float  # lambda, Eq. 11: samples above it have no gradient
+    threshold: float  # lambda, Eq. 11: samples above it have no gradient; policy gradients use it in evaluations only
     weight: float = 1.0
     unit_gradient: bool = False  # scale its gradient at each sample's latent to norm 1, before the weight
     device: str = ""  # device of the reward; empty = the model's
@@ -76,9 +77,10 @@ class Run:
     steps: int = 300  # updates
     batch_size: int = 64  # samples per update
     micro_batch_size: int = 1  # samples at a time; divides batch_size, changes no result
+    samples_per_prompt: int = 1  # neighbours that share a prompt: the group of a policy-gradient method
     samples_per_draw: int = 0  # neighbours that share a draw (k, j, ...); a multiple of micro_batch_size; 0 = all
     num_sampling_steps: int = 25  # T of the training rollout
-    updates_per_rollout: int = 1  # E: updates on the same rollouts and gradients of the reward (not in the paper)
+    updates_per_rollout: int = 1  # E: updates on the same rollouts (not in the paper); policy gradients: on 1 / E each
     skip_satisfied: bool = (
         False  # no differentiated forward for samples without gradient there; same numbers, less time
     )
@@ -161,6 +163,7 @@ MOST = 10**9  # upper limit of all counts, to catch typing errors and corrupt fi
 _LEAST = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "num_sampling_steps": 1, "checkpoint_every": 1}
 _LEAST |= {"keep_checkpoints": 1, "evaluation_size": 1, "samples_per_draw": 0, "reward_chunk": 0, "evaluate_every": 0}
 _LEAST |= {"updates_per_rollout": 1, "warmup_steps": 0, "decay_steps": 0, "max_nonfinite_batches": 0, "shard_ranks": 0}
+_LEAST |= {"samples_per_prompt": 1}
 
 
 def _check_counts(run: Run) -> None:
@@ -198,6 +201,11 @@ def _check_geometry(run: Run) -> None:
         raise UserError(
             f"samples_per_draw {share} is not a multiple of micro_batch_size {micro}; "
             f"use samples_per_draw {nearest_multiples(share, micro)}, or 0 for the whole batch"
+        )
+    if batch % run.samples_per_prompt:
+        raise UserError(
+            f"batch_size {batch} is not a multiple of samples_per_prompt {run.samples_per_prompt}, so a group would "
+            f"not be whole; use batch_size {nearest_multiples(batch, run.samples_per_prompt)}"
         )
 
 

@@ -41,15 +41,21 @@ from leapalign.distributed.world import World
 from leapalign.errors import NotFinite, RunInterrupted, RunStopped, UserError
 from leapalign.lookup.recipes import load_file
 from leapalign.methods import (
+    AWM,
     RSM,
     AlignProp,
+    DanceGRPO,
+    DiffusionNFT,
     DRaFT,
     DRaFTLV,
     DRTune,
     FlowBPBridge,
     FlowBPLagrange,
     FlowBPSparse,
+    FlowDPPO,
+    FlowGRPO,
     LeapAlign,
+    MixGRPO,
     ReFL,
 )
 from leapalign.methods.base import NeedsAnchor
@@ -62,6 +68,7 @@ from leapalign.run import RewardTerm, Run
 from leapalign.storage.pipeline_folder import FROM_FILES
 from leapalign.training import batches, direct, fixed_set, loop
 from leapalign.training.metrics import BY_STEPS
+from leapalign.training.update import update
 from leapalign.tuning.full import FULL
 from leapalign.tuning.lora import LoRA
 
@@ -77,13 +84,15 @@ MONITORS = Monitors(
     drift_samples=3,
 )
 GRAPHS = ("all", "blocks", "inputs")
+POLICY_GRADIENTS = (FlowGRPO(), DanceGRPO(), MixGRPO(window=2, shift_every=1, tail_share=0.5), FlowDPPO())
+POLICY_GRADIENTS += (DiffusionNFT(most_decay=0.5, decay_growth=0.2), AWM(num_times=2))
 METHODS = (LeapAlign(), ReFL(), DRaFT(num_last_steps=2), DRaFTLV(), DRTune(), AlignProp())
 METHODS += (FlowBPSparse(step_draws="per-sample"), FlowBPBridge(num_training_steps=3), FlowBPLagrange(), RSM())
 
 
 def numbers(engine: loop.Engine, steps: int) -> dict[str, Any]:
     """After some updates: metrics, and the last gradients, weights and averages, whole."""
-    metrics = [direct.update(engine, step) for step in range(steps)]
+    metrics = [update(engine, step) for step in range(steps)]
     metrics.append(fixed_set.evaluate(engine))
     tensors = {}
     for name, p in engine.parameters.items():
@@ -169,6 +178,16 @@ def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]
         held = {"method": method, "anchor_weight": 20.0 if isinstance(method, NeedsAnchor) else 0.0}
         named[f"replicate {method.name}"] = lambda h=held: compared(replace(small, **h), world, 3)
         named[f"full {method.name}"] = lambda h=held: compared(replace(full, **h), world)
+    for method in POLICY_GRADIENTS:
+        grouped: dict[str, Any] = {"method": method, "samples_per_prompt": 4}
+        in_parts = {"updates_per_rollout": 2, "checkpoint_every": 2}
+        if isinstance(method, DiffusionNFT):
+            grouped, in_parts = grouped | {"ema_decay": 0.0}, {}
+        named[f"replicate {method.name}"] = lambda g=grouped | in_parts: compared(replace(small, **g), world, 3)
+        named[f"full {method.name}"] = lambda g=grouped: compared(replace(full, **g), world)
+    named["full, lora, flow-grpo"] = lambda: compared(
+        replace(lora, sharding="full", method=FlowGRPO(guard=True), samples_per_prompt=2), world
+    )
     apart = replace(small, samples_per_draw=1)
     named["replicate, a draw a sample"] = lambda: compared(replace(apart, method=AlignProp()), world, 3)
     named["replicate, some above the threshold"] = lambda: compared(replace(small, rewards=few), world, 1)

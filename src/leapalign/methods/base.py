@@ -34,6 +34,7 @@ class Samples:
     noise: Noise = _no_noise  # noise(n) -> standard normal [n, B, ...], a function of each sample
     first: int = 0  # place of the first one among the samples that share `rng`
     sharing: int = 0  # number of samples that share `rng`; 0 = these alone
+    rollouts: int = 0  # rollouts of the run before this one, for methods that have a schedule
 
     @property
     def rows(self) -> slice:

@@ -64,8 +64,6 @@ class PolicyGradient(Protocol[Draws]):
     same_forwards: ClassVar[bool]
     """True if every draw runs the same number of forwards, with and without graph; as for `Method`."""
     normalisation: ClassVar[Normalisation]
-    samples_from_average: ClassVar[bool]
-    """True if rollouts use the averaged weights, whose decay is then `average_decay`; one update a rollout."""
 
     @property
     def same_noise(self) -> bool:
@@ -82,10 +80,6 @@ class PolicyGradient(Protocol[Draws]):
         """Largest absolute advantage; larger ones are clamped."""
         ...
 
-    def average_decay(self, rollouts: int) -> float:
-        """Return the decay of the averaged weights after this many rollouts, if `samples_from_average`."""
-        ...
-
     def draw(self, num_steps: int, rng: torch.Generator, samples: Samples) -> Any:
         """Make every random choice of one rollout; as for `Method.draw`."""
         ...
@@ -96,6 +90,15 @@ class PolicyGradient(Protocol[Draws]):
 
     def loss(self, velocity: Velocity, base: Velocity, step: Any, advantages: Tensor) -> Term:
         """Return the loss of a kept step. `base`: the base's velocity, without graph; `advantages`: [B]."""
+        ...
+
+
+@runtime_checkable
+class SamplesFromAverage(Protocol):
+    """A policy-gradient method that rolls out with the averaged weights, and averages them its own way."""
+
+    def average_decay(self, rollouts: int) -> float:
+        """Return the decay of the average after this many rollouts, which are one update each."""
         ...
 
 
@@ -122,6 +125,13 @@ def advantages(
 def clipped(advantages: Tensor, ratio: Tensor, clip_range: float) -> Tensor:
     """Return PPO's max(-A rho, -A clip(rho, 1 - c, 1 + c)) (arXiv 1707.06347): [B], with rho's graph."""
     return (-advantages * ratio).maximum(-advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
+
+
+def check_positive_reals(owner: str, **values: float) -> None:
+    """Raise UserError for a setting that is not positive."""
+    for name, value in values.items():
+        if not value > 0:
+            raise UserError(f"{owner}: got {name}={value}, expected a positive number")
 
 
 def check_at_least(owner: str, least: float, **values: float) -> None:

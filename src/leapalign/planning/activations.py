@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from leapalign.flow.anchor import Anchor
 from leapalign.flow.graph import TrainedVelocity, checkpoint_blocks, with_graph
-from leapalign.methods.base import Samples
+from leapalign.flow.rollout import Velocity
+from leapalign.methods.base import Method, Samples
+from leapalign.methods.policy_gradient import PolicyGradient, Trajectory
 from leapalign.models.base import Conditioning
 from leapalign.planning.tensor_bytes import LiveBytes, Saved
 from leapalign.run import Run
@@ -26,6 +28,7 @@ from leapalign.seeds import generator
 
 GRAPHS = ("all", "blocks", "inputs")
 TRIALS = 64  # draws tried to find the largest graph and the mean number of forwards
+MANY = 10**9  # more than any rollout has
 ENOUGH = 1  # blocks of each kind in the first measurement
 
 
@@ -39,6 +42,7 @@ class Forwards:
     in_backward: int  # of these, calls that run in the backward pass only
     seed: int  # of a draw with `most_with_graph` calls
     copies: int  # copies of the batch that the reward scores
+    updates: int = 1  # updates over which these forwards are spread: those of one rollout, for policy gradients
 
     def of_anchor(self, states: str) -> tuple[int, int]:
         """Return the forwards that the velocity anchor adds at these states of the run, and the backwards."""
@@ -78,6 +82,7 @@ def count_forwards(run: Run) -> Forwards:
         in_backward=counts.in_backward,
         seed=seed,
         copies=copies,
+        updates=run.updates_per_rollout if isinstance(run.method, PolicyGradient) else 1,
     )
 
 
@@ -106,8 +111,29 @@ def _trial(run: Run, seed: int) -> tuple[Counting, int]:
     """Return the calls of one micro-batch of this draw, and the number of copies that the reward scores."""
     velocity, sigmas = Counting(), torch.linspace(0, 1, run.num_sampling_steps + 1)
     rows = run.micro_batch_size
-    surrogate = run.method(velocity, torch.zeros(rows, 1), sigmas, draw(run, seed, lambda n: torch.zeros(n, rows, 1)))
+    draws = draw(run, seed, lambda n: torch.zeros(n, rows, 1))
+    if isinstance(run.method, PolicyGradient):
+        train_kept(run.method, velocity, rolled_out(run.method, velocity, torch.zeros(rows, 1), sigmas, draws))
+        return velocity, 1
+    surrogate = cast("Method[Any]", run.method)(velocity, torch.zeros(rows, 1), sigmas, draws)
     return velocity, surrogate.copies
+
+
+@torch.no_grad()
+def rolled_out(method: PolicyGradient, velocity: Velocity, x: Tensor, sigmas: Tensor, draws: Any) -> Trajectory:
+    """Roll out as training does."""
+    return method.roll_out(velocity, x, sigmas, draws)
+
+
+def train_kept(method: PolicyGradient, velocity: Velocity, trajectory: Trajectory, steps: int = MANY) -> None:
+    """Run forwards and backwards of the first `steps` kept steps; their losses' values do not matter."""
+
+    @torch.no_grad()
+    def base(x: Tensor, sigma: Tensor) -> Tensor:
+        return velocity(x, sigma)
+
+    for kept in trajectory.steps[:steps]:
+        method.loss(velocity, base, kept, torch.ones(len(trajectory.x_0))).loss.sum().backward()
 
 
 def draw(run: Run, seed: int, noise: Callable[[int], Tensor]) -> Any:
@@ -179,12 +205,14 @@ def _measure(
     draws = draw(run, seed, lambda n: x.new_zeros(n, *shape))
     sigmas = torch.linspace(0, 1, run.num_sampling_steps + 1)
     parameters = list(model.policy.parameters())
+    if isinstance(run.method, PolicyGradient):
+        return _measure_policy_gradient(run, velocity, x, sigmas, draws, parameters)
     saved = Saved([*parameters, *model.policy.buffers()])
     with LiveBytes() as live:
         live.begin("rollout")
         skipping = Skipping(velocity, sigmas[1])
         with saved.hooks:
-            surrogate = run.method(skipping, x, sigmas, draws)
+            surrogate = cast("Method[Any]", run.method)(skipping, x, sigmas, draws)
         kept = saved.bytes()
         live.begin("backward")
         if surrogate.has_gradient:
@@ -193,6 +221,25 @@ def _measure(
     peaks = live.peaks(without=gradients)
     model.policy.zero_grad(set_to_none=True)
     return GraphBytes(kept=kept, rollout=peaks["rollout"], backward=peaks["backward"])
+
+
+def _measure_policy_gradient(
+    run: Run, velocity: TrainedVelocity, x: Tensor, sigmas: Tensor, draws: Any, parameters: list[Any]
+) -> GraphBytes:
+    """Measure one rollout and one trained step. `kept`: states of all micro-batches of a batch, for its updates."""
+    method = cast("PolicyGradient", run.method)
+    with LiveBytes() as live:
+        live.begin("rollout")
+        trajectory = rolled_out(method, Skipping(velocity, sigmas[1]), x, sigmas, draws)
+        live.begin("backward")
+        train_kept(method, velocity, trajectory, 1)
+    peaks = live.peaks(without=[p.grad for p in parameters if p.grad is not None])
+    for p in parameters:
+        p.grad = None
+    tensors = {id(t): t for step in trajectory.steps for t in step if isinstance(t, Tensor)}
+    one = sum(t.numel() * t.element_size() for t in tensors.values())
+    others = one * (run.batch_size // run.micro_batch_size - 1)
+    return GraphBytes(kept=one + others, rollout=peaks["rollout"] + others, backward=peaks["backward"] + others)
 
 
 def anchor_of(run: Run) -> Anchor | None:
@@ -213,7 +260,7 @@ class Skipping:
         self.velocity, self.last = velocity, float(last)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or float(sigma) == self.last:
+        if torch.is_grad_enabled() or float(sigma.flatten()[0]) == self.last:
             return self.velocity(x, sigma)
         return torch.zeros_like(x)
 
@@ -221,14 +268,17 @@ class Skipping:
         return self.velocity.recomputed(x, sigma, v, share)
 
 
-def latent_bytes(model: Any, mode: FakeTensorMode, rows: int, score: Callable[[Tensor], Sequence[Tensor]]) -> int:
-    """Return the peak bytes of decoding and scoring `rows` latents and of the gradient with respect to them."""
+def latent_bytes(
+    model: Any, mode: FakeTensorMode, rows: int, score: Callable[[Tensor], Sequence[Tensor]], *, gradient: bool
+) -> int:
+    """Return the peak bytes of decoding and scoring `rows` latents and, with `gradient`, of its gradient at them."""
     with mode:
-        latents = torch.zeros(rows, *model.latent_shape).requires_grad_()
-    with LiveBytes() as live:
+        latents = torch.zeros(rows, *model.latent_shape).requires_grad_(gradient)
+    with LiveBytes() as live, torch.set_grad_enabled(gradient):
         live.begin("reward")
         total = sum(each.float().sum() for each in score(model.decode(latents)))
-        torch.autograd.grad(total, latents)  # pyright: ignore  # `score` returns at least one tensor
+        if gradient:
+            torch.autograd.grad(total, latents)  # pyright: ignore  # `score` returns at least one tensor
     return live.peaks()["reward"]
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from leapalign.distributed.fsdp_frozen import blocks_of
 from leapalign.distributed.world import BUCKET
 from leapalign.methods.base import ClipsGradients
+from leapalign.methods.policy_gradient import PolicyGradient
 from leapalign.models.pipeline import parse_dtype
 from leapalign.planning.activations import Forwards, GraphBytes, latent_bytes
 from leapalign.planning.components import Planned, quantization_of
@@ -36,8 +37,9 @@ def always(planned: Planned) -> dict[str, int]:
 
 
 def _has_base(planned: Planned) -> bool:
-    run = planned.run
-    return run.anchored or bool(run.monitors.drift_samples)
+    from leapalign.training.engine import needs_base
+
+    return needs_base(planned.run)
 
 
 def _held_out(planned: Planned) -> dict[str, int]:
@@ -100,6 +102,7 @@ def reward_bytes(planned: Planned, forwards: Forwards) -> int:
         planned.mode,
         min(run.reward_chunk or rows, rows),
         lambda images: [images, *(score(images) for score in scores)],
+        gradient=not isinstance(run.method, PolicyGradient),
     ) + max((largest_gathered(blocks) for _, blocks in here), default=0)
 
 
@@ -121,7 +124,8 @@ def phases(planned: Planned, *, graph: GraphBytes, forward: int, reward: int, wa
     run, rank, policy, memory = planned.run, planned.rank, planned.model.policy, always(planned)
     fixed, trained = sum(memory.values()), trained_bytes(planned, rank)
     accumulated = run.batch_size > run.micro_batch_size * rank.world.size
-    held = waiting + (trained if accumulated else 0)  # gradients of earlier micro-batches
+    gradients = accumulated and not isinstance(run.method, PolicyGradient)  # of earlier micro-batches, in a rollout
+    held = waiting + (trained if gradients else 0)
     in_forward, in_backward = rank.gathered(policy)
     in_rollout = max(in_forward, policy_bytes(planned)) if rank.sharded and run.gather_in_rollout else in_forward
     largest = rank.largest(policy)

@@ -71,15 +71,9 @@ class Plan:
 
 def make_plan(run: Run, ranks: int = 1, ranks_per_machine: int = 8) -> Plan:
     """Plan a run on this number of ranks, as rank 0 sees it. Raises UserError with the first problem found."""
-    from leapalign.training.engine import (
-        refuse_a_part_of_the_mean,
-        refuse_without_anchor,
-        refuse_without_gradient,
-        reward_names,
-    )
+    from leapalign.training.engine import check_method, refuse_a_part_of_the_mean, reward_names
 
-    refuse_without_gradient(run)
-    refuse_without_anchor(run)
+    check_method(run)
     check_names(run, reward_names(run))
     refuse_a_part_of_the_mean(run, world_of(run, ranks, ranks_per_machine))
     _check_out(Path(run.out))
@@ -162,7 +156,7 @@ def _traffic(planned: Planned, forwards: Forwards) -> list[str]:
     run, rank = planned.run, planned.rank
     if not rank.sharded or run.gather_in_rollout:
         return []
-    micros = run.batch_size // (run.micro_batch_size * rank.world.size) * planned.branches
+    micros = run.batch_size // (run.micro_batch_size * rank.world.size) * planned.branches // forwards.updates
     more, apart = forwards.of_anchor(run.anchor_states) if run.anchored else (0, 0)
     backwards = micros * (forwards.most_with_graph + apart)
     kept = forwards.most_with_graph - forwards.in_backward
@@ -207,12 +201,13 @@ def _geometry(planned: Planned, forwards: Forwards) -> dict[str, int | float]:
         "batch_size": run.batch_size,
         "micro_batch_size": run.micro_batch_size,
         "accumulations": accumulations,
+        **({"samples_per_prompt": run.samples_per_prompt} if run.samples_per_prompt > 1 else {}),
         "samples_per_draw": run.samples_per_draw or run.batch_size,
         "sampling_steps": run.num_sampling_steps,
         "branches": branches,
-        "forwards": round(accumulations * (forwards.mean + anchor) * branches, 1),
-        "forwards_with_graph_at_most": accumulations * forwards.most_with_graph * branches,
-        "images_scored": run.batch_size * forwards.copies,
+        "forwards": round(accumulations * (forwards.mean + anchor) * branches / forwards.updates, 1),
+        "forwards_with_graph_at_most": accumulations * forwards.most_with_graph * branches // forwards.updates,
+        "images_scored": run.batch_size * forwards.copies // forwards.updates,
     }
 
 

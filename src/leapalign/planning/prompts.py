@@ -30,7 +30,7 @@ def plan_prompts(run: Run) -> PlannedPrompts:
         source = run.prompts.source
         downloads = (hub_file(source.repo, source.file, source.bytes, "dataset"),)
     if not all(download.cached for download in downloads):
-        most = run.steps * run.batch_size + run.evaluation_size
+        most = run.steps * run.batch_size // run.samples_per_prompt + run.evaluation_size
         note = "the prompts are not here yet: their number is the most that the run can reach"
         return PlannedPrompts(number=most, downloads=downloads, notes=(note,))
     texts = tuple(prompts_used(run, run.prompts.load()))

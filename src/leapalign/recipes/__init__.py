@@ -7,9 +7,16 @@ from collections.abc import Callable
 from leapalign.recipes.newer_methods import NEWER
 from leapalign.recipes.paper import PAPER
 from leapalign.recipes.shapeworld import SHAPEWORLD, shapeworld_leapalign
+from leapalign.recipes.shapeworld_policy_gradients import SHAPEWORLD_POLICY_GRADIENTS
 from leapalign.recipes.small_gpu import SMALL_GPU
 from leapalign.run import Run
 
 __all__ = ["RECIPES", "shapeworld_leapalign"]
 
-RECIPES: dict[str, Callable[[], Run]] = {**SHAPEWORLD, **PAPER, **NEWER, **SMALL_GPU}
+RECIPES: dict[str, Callable[[], Run]] = {
+    **SHAPEWORLD,
+    **SHAPEWORLD_POLICY_GRADIENTS,
+    **PAPER,
+    **NEWER,
+    **SMALL_GPU,
+}

@@ -19,7 +19,7 @@ from leapalign.seeds import generator
 
 
 class Start(NamedTuple):
-    """Start of this process in the prompts: after `step` updates, which have read `samples` prompts."""
+    """Start of this process in the prompts: after `step` updates, which have read `samples` prompts (not repeated)."""
 
     step: int = 0
     samples: int = 0
@@ -27,7 +27,7 @@ class Start(NamedTuple):
     def place(self, step: int, run: Run) -> int:
         """Return the index of update `step`'s first prompt in the endless sequence of prompts."""
         rollouts = step // run.updates_per_rollout - self.step // run.updates_per_rollout
-        return self.samples + rollouts * run.batch_size
+        return self.samples + rollouts * prompts_per_batch(run)
 
 
 BEGINNING = Start()
@@ -52,9 +52,14 @@ def micro_batches(
     """Yield this rank's micro-batches of one update; neighbouring micro-batches go to neighbouring ranks."""
     for start in range(rank * run.micro_batch_size, run.batch_size, ranks * run.micro_batch_size):
         samples = range(start, start + run.micro_batch_size)
-        places = [begin.place(step, run) + sample for sample in samples]
+        places = [begin.place(step, run) + sample // run.samples_per_prompt for sample in samples]
         texts = tuple(prompts[prompt_index(run.seed, place, len(prompts))].text for place in places)
         yield MicroBatch(step, samples, texts)
+
+
+def prompts_per_batch(run: Run) -> int:
+    """Return the number of prompts that a batch reads."""
+    return run.batch_size // run.samples_per_prompt
 
 
 def prompt_index(seed: int, place: int, count: int, purpose: str = "prompt order") -> int:
@@ -76,12 +81,18 @@ def prompts_used(
     end = max(begin.step, run.steps) + run.updates_per_rollout - 1  # the last rollout may serve fewer updates
     first, last = begin.place(begin.step, run), begin.place(end, run)
     for place in range(first, last):
-        if (place - first) % run.batch_size // run.micro_batch_size % ranks == rank:
+        if rank in _ranks_of(run, (place - first) % prompts_per_batch(run), ranks):
             training[prompt_index(run.seed, place, len(prompts))] = None
         if len(training) == len(prompts):
             break
     texts = (prompts[index].text for index in training)
     return list(dict.fromkeys([*texts, *(prompt.text for prompt in evaluation_set(run, prompts))]))
+
+
+def _ranks_of(run: Run, prompt: int, ranks: int) -> set[int]:
+    """Return the ranks that have samples of the batch's prompt of this index."""
+    samples = range(prompt * run.samples_per_prompt, (prompt + 1) * run.samples_per_prompt)
+    return {sample // run.micro_batch_size % ranks for sample in samples}
 
 
 def evaluation_set(run: Run, prompts: Sequence[Prompt]) -> list[Prompt]:

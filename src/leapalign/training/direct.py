@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from leapalign.distributed.world import sum_gradients
 from leapalign.flow.graph import TrainedVelocity
 from leapalign.flow.leap import per_sample
-from leapalign.methods.base import ClipsGradients, ReusesRollouts, Samples, Surrogate
+from leapalign.methods.base import ClipsGradients, Method, ReusesRollouts, Samples, Surrogate
 from leapalign.methods.objective import LatentGradient, latent_gradient, reweighted
 from leapalign.run import Run
 from leapalign.training import batches
@@ -54,12 +54,18 @@ def update(engine: Engine, step: int) -> Metrics:
     trained = engine.world.any(any(part.trained for part in parts))
     norm = torch.zeros(())
     if trained:
-        norm = whole_gradient(engine, step)
-        clip_gradients(engine.parameters, norm, engine.run.max_grad_norm)
-        set_learning_rate(engine, step)
-        engine.optimizer.step()
-        engine.ema.update()
+        norm = take_step(engine, step)
     return batch_metrics(of_all_ranks(engine.world, parts)) | {"grad_norm": float(norm), "skipped": int(not trained)}
+
+
+def take_step(engine: Engine, step: int) -> Tensor:
+    """Clip the gradients and update weights and average; return the norm before clipping. Raises NotFinite."""
+    norm = whole_gradient(engine, step)
+    clip_gradients(engine.parameters, norm, engine.run.max_grad_norm)
+    set_learning_rate(engine, step)
+    engine.optimizer.step()
+    engine.ema.update()
+    return norm
 
 
 class Scored(NamedTuple):
@@ -133,8 +139,8 @@ def backward(engine: Engine, velocity: TrainedVelocity, surrogate: Surrogate, re
 @voted
 def roll_out(engine: Engine, micro: MicroBatch, velocity: TrainedVelocity) -> list[Surrogate]:
     """Roll out from noise to image: a surrogate for each update until the next rollouts. Raises NotFinite."""
-    run, method = engine.run, engine.run.method
-    rng, samples = batches.draw_generator(run, micro), _samples(engine, micro)
+    run, method = engine.run, cast("Method[Any]", engine.run.method)
+    rng, samples = batches.draw_generator(run, micro), samples_of(engine, micro)
     updates = run.updates_per_rollout - micro.step % run.updates_per_rollout
     draws = [method.draw(run.num_sampling_steps, rng, samples) for _ in range(updates)]
     noise = engine.noise(micro)
@@ -203,7 +209,7 @@ def learning_rate(run: Run, step: int) -> float:
     return run.learning_rate * (0.1 + 0.9 * (1 + math.cos(math.pi * passed)) / 2)
 
 
-def _samples(engine: Engine, micro: MicroBatch) -> Samples:
+def samples_of(engine: Engine, micro: MicroBatch) -> Samples:
     """Describe the micro-batch to the method; noise that the method draws itself is seeded per sample."""
     generators = micro.generators(engine.run.seed, "method noise")
     sharing = engine.run.samples_per_draw or engine.run.batch_size
@@ -212,4 +218,5 @@ def _samples(engine: Engine, micro: MicroBatch) -> Samples:
         noise=lambda n: torch.stack([engine.model.noise(generators) for _ in range(n)]),
         first=micro.samples.start % sharing,
         sharing=sharing,
+        rollouts=micro.step // engine.run.updates_per_rollout,
     )

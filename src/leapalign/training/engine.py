@@ -29,8 +29,10 @@ from leapalign.errors import UserError
 from leapalign.evaluation.diversity import Features
 from leapalign.flow.anchor import Anchor
 from leapalign.flow.graph import TrainedVelocity, checkpoint_blocks, with_graph
+from leapalign.flow.rollout import Velocity
 from leapalign.methods.base import NeedsAnchor, ReusesRollouts, Surrogate
 from leapalign.methods.objective import Hinge, LatentGradient
+from leapalign.methods.policy_gradient import PolicyGradient, SamplesFromAverage
 from leapalign.models.base import Model
 from leapalign.models.decode import with_pixel_gradient
 from leapalign.models.pipeline import tell_longer_prompts
@@ -39,7 +41,7 @@ from leapalign.prompts import Prompt
 from leapalign.prompts.base import ImageMonitor
 from leapalign.rewards import adapt
 from leapalign.rewards.base import Reward
-from leapalign.run import RewardTerm, Run
+from leapalign.run import RewardTerm, Run, nearest_multiples
 from leapalign.training import batches, monitors
 from leapalign.training.batches import BEGINNING, MicroBatch, Start
 from leapalign.training.reference import Reference
@@ -60,6 +62,17 @@ class Kept:
     result: LatentGradient  # the reward's gradient at the latent
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RolledOut:
+    """A micro-batch that was rolled out and scored, for a policy-gradient method."""
+
+    micro: MicroBatch
+    velocity: Velocity
+    steps: Sequence[Any]  # what the method keeps of each trained step
+    advantages: Tensor  # [b] of this micro-batch, on the CPU
+    rewards: dict[str, Tensor]  # [B] of the whole batch, on the CPU
+
+
 @dataclass(frozen=True, kw_only=True)
 class Engine:
     """A loaded run with everything that an update needs."""
@@ -78,6 +91,7 @@ class Engine:
     shards: Shards | None  # None: every rank has the whole policy
     anchor: Anchor | None = None  # None: no pull towards the base
     kept: list[Kept] = field(default_factory=list)  # this rank's micro-batches of the last rollouts, if used again
+    rolled_out: list[RolledOut] = field(default_factory=list)  # the same, for policy-gradient methods
     held_out: dict[str, Reward] = field(default_factory=dict)  # measured in evaluations, never trained on
     features: Features | None = None  # space of the diversity that evaluations measure; None: they do not
     own_monitor: ImageMonitor | None = None  # the prompts' own
@@ -113,6 +127,10 @@ class Engine:
         """Context for the forwards of a rollout."""
         return self.shards.rollout() if self.shards else nullcontext()
 
+    def sampling_weights(self) -> AbstractContextManager[None]:
+        """Context in which the policy has the weights that the method rolls out with."""
+        return self.ema.applied() if isinstance(self.run.method, SamplesFromAverage) else nullcontext()
+
     def images(self, latents: Tensor) -> Tensor:
         """Decode latents [n, ...] to images [n, 3, H, W] in [0, 1], differentiable."""
         return with_pixel_gradient(self.model.decode(latents), self.run.pixel_gradient)
@@ -140,9 +158,7 @@ class Engine:
 
 def build(run: Run, world: World = ALONE, begin: Start = BEGINNING) -> Engine:
     """Load model, rewards and prompts; encode every prompt that the run reaches; shard if the run asks for it."""
-    refuse_without_gradient(run)
-    refuse_without_reuse(run)
-    refuse_without_anchor(run)
+    check_method(run)
     refuse_a_part_of_the_mean(run, world)
     monitors.check_bands(run)
     names, others = reward_names(run), monitors.held_out_names(run)
@@ -174,7 +190,7 @@ def build(run: Run, world: World = ALONE, begin: Start = BEGINNING) -> Engine:
     rewards = shard_rewards(run, rewards, world, device)
     parameters = trained_parameters(model.policy)
     base = None
-    if run.anchored or run.monitors.drift_samples:
+    if needs_base(run):
         base = Reference(model.policy, parameters, bfloat16=run.dtype == "bfloat16", shards=shards).applied
     return Engine(
         run=run,
@@ -211,6 +227,47 @@ def load_reward(term: RewardTerm | HeldOut, device: str, dtype: str) -> Reward:
 def reward_names(run: Run) -> list[str]:
     """Return each reward's name; repeated names get a number."""
     return adapt.numbered_names([term.reward for term in run.rewards])
+
+
+def needs_base(run: Run) -> bool:
+    """True if the run keeps the base's values of the trained weights."""
+    of_method = isinstance(run.method, PolicyGradient) and run.method.needs_base
+    return run.anchored or bool(run.monitors.drift_samples) or of_method
+
+
+def check_method(run: Run) -> None:
+    """Raise UserError if the run's method cannot train with its other settings."""
+    if isinstance(run.method, PolicyGradient):
+        check_policy_gradient(run)
+    else:
+        refuse_without_gradient(run)
+        refuse_without_reuse(run)
+        refuse_without_anchor(run)
+
+
+def check_policy_gradient(run: Run) -> None:
+    """Raise UserError for settings that a policy-gradient method cannot have."""
+    name, uses, unit = run.method.name, run.updates_per_rollout, run.updates_per_rollout * run.micro_batch_size
+    if run.samples_per_prompt < 2:
+        raise UserError(
+            f"{name} compares samples of one prompt, and samples_per_prompt is {run.samples_per_prompt}; use 2 or more"
+        )
+    if run.batch_size % unit:
+        raise UserError(
+            f"batch_size {run.batch_size} cannot be divided into {uses} updates of whole micro-batches of "
+            f"{run.micro_batch_size}; use batch_size {nearest_multiples(run.batch_size, unit)}"
+        )
+    if run.anchored:
+        raise UserError(f"anchor_weight is for direct-gradient methods; {name} has a kl_weight of its own, if any")
+    if run.skip_satisfied:
+        raise UserError(f"skip_satisfied: {name} has no threshold above which a sample is satisfied; leave it out")
+    if any(term.unit_gradient for term in run.rewards):
+        raise UserError(f"unit_gradient: {name} uses no gradient of the reward; leave it out")
+    if isinstance(run.method, SamplesFromAverage) and (run.ema_decay or uses > 1):
+        raise UserError(
+            f"{name} averages the weights its own way and takes one update a rollout; use ema_decay 0 and "
+            "updates_per_rollout 1"
+        )
 
 
 def refuse_without_gradient(run: Run) -> None:

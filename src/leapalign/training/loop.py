@@ -1,4 +1,4 @@
-"""The training loop: load, restore, update by update (direct.py), evaluate on the fixed set, save.
+"""The training loop: load, restore, update by update (update.py), evaluate on the fixed set, save.
 
 A batch with NaN or infinity stops the run, or is skipped and counted, up to `max_nonfinite_batches`.
 """
@@ -28,15 +28,15 @@ from leapalign.flow.graph import CheckpointsBlocks
 from leapalign.run import Run
 from leapalign.storage.atomic import complete_folder, disk_errors, write_text
 from leapalign.storage.lock import run_lock
-from leapalign.training import out_of_memory, self_checks
+from leapalign.training import batches, out_of_memory, self_checks
 from leapalign.training.batches import Start
-from leapalign.training.direct import update
 from leapalign.training.engine import Engine, build, inputs_record
 from leapalign.training.out_of_memory import Setup
 from leapalign.training.preemption import Stop, on_signals
 from leapalign.training.session import Session, open_folder, tell, tell_short_average
 from leapalign.training.summary import summarize
 from leapalign.training.tracking import Metrics, Silent, Tracker, kept_metrics
+from leapalign.training.update import update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +211,7 @@ def _step(session: Session) -> Metrics:
         metrics = session.leave_out(error)
     engine.optimizer.zero_grad(set_to_none=True)  # frees memory for the evaluation and the save
     progress.step += 1
-    progress.samples += engine.run.batch_size if begins else 0  # as `Start.place` counts them
+    progress.samples += batches.prompts_per_batch(engine.run) if begins else 0  # as `Start.place` counts them
     progress.skipped += metrics["skipped"]
     return metrics | (session.evaluate() if _due(engine.run, progress.step, engine.run.evaluate_every) else {})
 

@@ -1,8 +1,8 @@
 """Self-checks of a run before it spends hours; each takes a few forwards of one sample (Run.self_checks).
 
 At start-up: the sampler agrees with diffusers' pipeline on the first prompt and noise, over a few steps; each reward
-has a finite, non-zero gradient at the sampled image. At the first save: the reloaded model has the same velocity. The
-checks change no weight, gradient or random state of the run.
+has a finite, non-zero gradient at the sampled image (for policy gradients: a finite score). At the first save: the
+reloaded model has the same velocity. The checks change no weight, gradient or random state of the run.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from leapalign.errors import UserError
 from leapalign.flow.rollout import rollout
+from leapalign.methods.policy_gradient import PolicyGradient
 from leapalign.models.base import Conditioning
 from leapalign.models.diffusers_reference import pipeline_latents
 from leapalign.models.pipeline import PipelineModel
@@ -47,7 +48,8 @@ def at_start(engine: Engine) -> None:
     with torch.no_grad():
         images = engine.model.decode(latents)
     for name, reward in engine.rewards.items():
-        _check_reward(name, reward, images, prompts)
+        check = _check_score if isinstance(engine.run.method, PolicyGradient) else _check_reward
+        check(name, reward, images, prompts)
 
 
 def at_first_save(engine: Engine) -> None:
@@ -82,17 +84,24 @@ def _check_reward(name: str, reward: Callable[[Tensor, list[str]], Tensor], imag
         if not score.requires_grad:
             raise UserError(f"reward {name}: it carries no gradient; direct-gradient methods need a differentiable one")
         (gradient,) = torch.autograd.grad(score.sum(), leaf)
-    for what, tensor in (("score", score.detach()), ("gradient", gradient)):
-        if not bool(torch.isfinite(tensor).all()):
-            bad = float(tensor[~torch.isfinite(tensor)].flatten()[0])
-            raise UserError(
-                f"self-check: the {what} of the reward {name} is {bad} at the first image ({prompts}); {OFF}"
-            )
+    _check_finite(name, "score", score.detach(), prompts)
+    _check_finite(name, "gradient", gradient, prompts)
     if not bool(gradient.any()):
         raise UserError(
             f"self-check: the gradient of the reward {name} is zero at the first image ({prompts}), so it cannot "
             f"train; is it constant, rounded, or cut off by detach() or no_grad()? {OFF}"
         )
+
+
+@torch.no_grad()
+def _check_score(name: str, reward: Callable[[Tensor, list[str]], Tensor], images: Tensor, prompts: list[str]) -> None:
+    _check_finite(name, "score", reward(images, prompts), prompts)
+
+
+def _check_finite(name: str, what: str, tensor: Tensor, prompts: list[str]) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        bad = float(tensor[~torch.isfinite(tensor)].flatten()[0])
+        raise UserError(f"self-check: the {what} of the reward {name} is {bad} at the first image ({prompts}); {OFF}")
 
 
 def _compare(engine: Engine, ours: Tensor, expected: Tensor, problem: str) -> None:
