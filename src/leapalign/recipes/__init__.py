@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from leapalign.recipes.newer_methods import NEWER
 from leapalign.recipes.paper import PAPER
+from leapalign.recipes.policy_gradients import PAPER_POLICY_GRADIENTS
 from leapalign.recipes.shapeworld import SHAPEWORLD, shapeworld_leapalign
 from leapalign.recipes.shapeworld_policy_gradients import SHAPEWORLD_POLICY_GRADIENTS
 from leapalign.recipes.small_gpu import SMALL_GPU
@@ -18,5 +19,6 @@ RECIPES: dict[str, Callable[[], Run]] = {
     **SHAPEWORLD_POLICY_GRADIENTS,
     **PAPER,
     **NEWER,
+    **PAPER_POLICY_GRADIENTS,
     **SMALL_GPU,
 }
