@@ -42,11 +42,11 @@ from leapalign.planning.activations import (
     GRAPHS,
     GraphBytes,
     anchor_of,
-    count_forwards,
     draw,
     graph_bytes,
     latent_bytes,
 )
+from leapalign.planning.forwards import count_forwards
 from leapalign.planning.meta_models import META, fake, fake_mode
 from leapalign.planning.tensor_bytes import LiveBytes, Saved
 from leapalign.prompts import PromptFile

@@ -8,7 +8,7 @@ import pytest
 
 from leapalign.errors import UserError
 from leapalign.methods import DanceGRPO, FlowGRPO, MixGRPO
-from leapalign.planning.activations import count_forwards
+from leapalign.planning.forwards import count_forwards
 from leapalign.planning.plan import make_plan
 from leapalign.recipes import RECIPES
 from leapalign.training import loop, policy_gradient

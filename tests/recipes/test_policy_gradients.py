@@ -14,7 +14,7 @@ from leapalign.recipes.policy_gradients import PAPER_POLICY_GRADIENTS
 from leapalign.recipes.shapeworld_policy_gradients import SHAPEWORLD_POLICY_GRADIENTS
 from leapalign.run import Run
 from leapalign.training import loop
-from leapalign.training.engine import check_method
+from leapalign.training.refusals import check_method
 from leapalign.tuning.lora import LoRA
 from tiny_recipes import tiny, write_folders
 

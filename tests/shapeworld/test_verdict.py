@@ -14,7 +14,7 @@ from leapalign.recipes import shapeworld_leapalign
 from leapalign.shapeworld.captions import near_misses, scene_of, train_prompts
 from leapalign.shapeworld.verdict import ShapeWorldVerdict
 from leapalign.shapeworld.world import render
-from leapalign.training.engine import check_method
+from leapalign.training.refusals import check_method
 
 
 def pictures(captions) -> torch.Tensor:

@@ -13,8 +13,9 @@ from leapalign.distributed.world import BUCKET
 from leapalign.methods.base import ClipsGradients
 from leapalign.methods.policy_gradient import PolicyGradient
 from leapalign.models.pipeline import parse_dtype
-from leapalign.planning.activations import Forwards, GraphBytes, latent_bytes
+from leapalign.planning.activations import GraphBytes, latent_bytes
 from leapalign.planning.components import Planned, quantization_of
+from leapalign.planning.forwards import Forwards
 from leapalign.planning.rewards import RewardPlan
 from leapalign.planning.sharding import ALONE, Rank, bytes_of, largest_gathered
 from leapalign.training.reference import CAST

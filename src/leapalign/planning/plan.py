@@ -23,9 +23,10 @@ from leapalign.models.base import Conditioning
 from leapalign.models.pipeline import parse_dtype
 from leapalign.models.prompt_embeds.location import cache_plan, limit
 from leapalign.models.prompt_embeds.store import WORTHWHILE
-from leapalign.planning.activations import GRAPHS, Forwards, GraphBytes, count_forwards, forward_bytes, graph_bytes
+from leapalign.planning.activations import GRAPHS, GraphBytes, forward_bytes, graph_bytes
 from leapalign.planning.components import Planned, family_of, plan_components, quantization_of
 from leapalign.planning.downloads import Download, hub_file, pipeline_components
+from leapalign.planning.forwards import Forwards, count_forwards
 from leapalign.planning.memory import always, phases, policy_bytes, reward_bytes, trained_bytes, waiting_bytes
 from leapalign.planning.prompts import PlannedPrompts, plan_prompts, planned_shape
 from leapalign.planning.sharding import first_rank, world_of
@@ -71,7 +72,8 @@ class Plan:
 
 def make_plan(run: Run, ranks: int = 1, ranks_per_machine: int = 8) -> Plan:
     """Plan a run on this number of ranks, as rank 0 sees it. Raises UserError with the first problem found."""
-    from leapalign.training.engine import check_method, refuse_a_part_of_the_mean, reward_names
+    from leapalign.training.engine import reward_names
+    from leapalign.training.refusals import check_method, refuse_a_part_of_the_mean
 
     check_method(run)
     check_names(run, reward_names(run))

@@ -25,12 +25,11 @@ from leapalign.distributed.process_group import resolve_device, world_device
 from leapalign.distributed.prompts import prepare
 from leapalign.distributed.tensors import Named
 from leapalign.distributed.world import World
-from leapalign.errors import UserError
 from leapalign.evaluation.diversity import Features
 from leapalign.flow.anchor import Anchor
 from leapalign.flow.graph import TrainedVelocity, checkpoint_blocks, with_graph
 from leapalign.flow.rollout import Velocity
-from leapalign.methods.base import NeedsAnchor, ReusesRollouts, Surrogate
+from leapalign.methods.base import Surrogate
 from leapalign.methods.objective import Hinge, LatentGradient
 from leapalign.methods.policy_gradient import PolicyGradient, SamplesFromAverage
 from leapalign.models.base import Model
@@ -41,10 +40,11 @@ from leapalign.prompts import Prompt
 from leapalign.prompts.base import ImageMonitor
 from leapalign.rewards import adapt
 from leapalign.rewards.base import Reward
-from leapalign.run import RewardTerm, Run, nearest_multiples
+from leapalign.run import RewardTerm, Run
 from leapalign.training import batches, monitors
 from leapalign.training.batches import BEGINNING, MicroBatch, Start
 from leapalign.training.reference import Reference
+from leapalign.training.refusals import check_method, refuse_a_part_of_the_mean
 from leapalign.training.weights import EMA, trained_parameters
 from leapalign.tuning.quantization import base_note
 
@@ -233,77 +233,6 @@ def needs_base(run: Run) -> bool:
     """True if the run keeps the base's values of the trained weights."""
     of_method = isinstance(run.method, PolicyGradient) and run.method.needs_base
     return run.anchored or bool(run.monitors.drift_samples) or of_method
-
-
-def check_method(run: Run) -> None:
-    """Raise UserError if the run's method cannot train with its other settings."""
-    if isinstance(run.method, PolicyGradient):
-        check_policy_gradient(run)
-    else:
-        refuse_without_gradient(run)
-        refuse_without_reuse(run)
-        refuse_without_anchor(run)
-
-
-def check_policy_gradient(run: Run) -> None:
-    """Raise UserError for settings that a policy-gradient method cannot have."""
-    name, uses, unit = run.method.name, run.updates_per_rollout, run.updates_per_rollout * run.micro_batch_size
-    if run.samples_per_prompt < 2:
-        raise UserError(
-            f"{name} compares samples of one prompt, and samples_per_prompt is {run.samples_per_prompt}; use 2 or more"
-        )
-    if run.batch_size % unit:
-        raise UserError(
-            f"batch_size {run.batch_size} cannot be divided into {uses} updates of whole micro-batches of "
-            f"{run.micro_batch_size}; use batch_size {nearest_multiples(run.batch_size, unit)}"
-        )
-    if run.anchored:
-        raise UserError(f"anchor_weight is for direct-gradient methods; {name} has a kl_weight of its own, if any")
-    if run.skip_satisfied:
-        raise UserError(f"skip_satisfied: {name} has no threshold above which a sample is satisfied; leave it out")
-    if any(term.unit_gradient for term in run.rewards):
-        raise UserError(f"unit_gradient: {name} uses no gradient of the reward; leave it out")
-    if isinstance(run.method, SamplesFromAverage) and (run.ema_decay or uses > 1):
-        raise UserError(
-            f"{name} averages the weights its own way and takes one update a rollout; use ema_decay 0 and "
-            "updates_per_rollout 1"
-        )
-
-
-def refuse_without_gradient(run: Run) -> None:
-    """Raise UserError for a reward without gradient; user-defined rewards count as differentiable by default."""
-    for name, term in zip(reward_names(run), run.rewards):
-        if not adapt.described(term.reward).differentiable:
-            raise UserError(
-                f"the reward {name} has no gradient, and {run.method.name} trains by the reward's gradient; use it in "
-                f"evaluation (leapalign evaluate --reward {name}), and train with a differentiable one (leapalign list)"
-            )
-
-
-def refuse_without_reuse(run: Run) -> None:
-    """Raise UserError if the run needs forwards in the backward pass, and its method runs them in its rollout."""
-    if run.skip_satisfied and not isinstance(run.method, ReusesRollouts):
-        raise UserError(
-            f"skip_satisfied: {run.method.name} differentiates inside its rollout, before the reward is known; use "
-            "skip_satisfied false, or the method leapalign, flowbp-sparse or rsm"
-        )
-    if run.updates_per_rollout > 1 and not isinstance(run.method, ReusesRollouts):
-        raise UserError(
-            f"updates_per_rollout {run.updates_per_rollout}: {run.method.name} differentiates inside its rollout, "
-            "which serves one update; use updates_per_rollout 1, or the method leapalign, flowbp-sparse or rsm"
-        )
-
-
-def refuse_without_anchor(run: Run) -> None:
-    """Raise UserError if the method needs an anchor to the base that the run does not have."""
-    if isinstance(run.method, NeedsAnchor):
-        run.method.check_anchor(run.anchor_weight)
-
-
-def refuse_a_part_of_the_mean(run: Run, world: World) -> None:
-    """Raise UserError if the anchor of the mean would see a part of the batch only (`Run` checks the micro-batch)."""
-    if run.anchor_mean_weight and world.size > 1:
-        raise UserError("anchor_mean_weight takes its mean over the batch, which is on several ranks; use one")
 
 
 def inputs_record(engine: Engine) -> dict[str, Any]:
