@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from leapalign.errors import NotFinite, RunStopped, UserError
 from leapalign.flow.sde import FlowSDE
 from leapalign.methods import AWM, DanceGRPO, DiffusionNFT, FlowDPPO, FlowGRPO, LeapAlign, MixGRPO
+from leapalign.methods.policy_gradient import Normalisation, Term
 from leapalign.rewards import JPEGSize
 from leapalign.run import RewardTerm
 from leapalign.training import batches, loop, policy_gradient
@@ -248,3 +250,30 @@ def test_refusals(tiny_run, tiny_module):
         FlowGRPO(guard=True, sampler="cps")
     with pytest.raises(UserError, match="a window of 4 steps does not fit"):
         policy_gradient.update(built(method=FlowGRPO(window=4)), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mine:
+    """A user's own method of this kind, by composition."""
+
+    name: ClassVar[str] = "mine"
+    same_forwards: ClassVar[bool] = True
+    normalisation: ClassVar[Normalisation] = Normalisation()
+    same_noise: ClassVar[bool] = False
+    needs_base: ClassVar[bool] = False
+    advantage_limit: ClassVar[float] = 5.0
+
+    def draw(self, num_steps, rng, samples):
+        return AWM(num_times=2).draw(num_steps, rng, samples)
+
+    def roll_out(self, velocity, x, sigmas, draws):
+        return AWM(num_times=2).roll_out(velocity, x, sigmas, draws)
+
+    def loss(self, velocity, base, step, advantages):
+        error = (velocity(step.x, step.sigma) - step.target).square().flatten(1).mean(1)
+        return Term(loss=advantages.clamp(min=0).to(error) * error)  # matches good samples only
+
+
+def test_a_method_of_the_users_own(tiny_run, tiny_module):
+    metrics = policy_gradient.update(loop.build(run_of(tiny_run, tiny_module, method=Mine())), 0)
+    assert metrics["skipped"] == 0 and metrics["grad_norm"] > 0 and "ratio_deviation" not in metrics

@@ -7,7 +7,7 @@ import difflib
 import json
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -18,11 +18,14 @@ class PluginKind:
     folder: str  # in leapalign
     calls: Mapping[str, int]  # method -> number of positional arguments
     also: tuple[str, ...] = ()  # other folders with classes of this kind
+    instead: Mapping[str, int] = field(default_factory=dict)  # calls of a second protocol of this kind, if there is one
 
 
 KINDS = {  # by field name
     "model": PluginKind("models", {"load": 4}),  # device, dtype, tuning, loading
-    "method": PluginKind("methods", {"draw": 3, "__call__": 4}),
+    "method": PluginKind(
+        "methods", {"draw": 3, "__call__": 4}, instead={"draw": 3, "roll_out": 4, "loss": 4}
+    ),  # direct gradients, or policy gradients
     "reward": PluginKind("rewards", {"load": 2}, ("shapeworld",)),  # device, dtype
     "prompts": PluginKind("prompts", {"load": 0}),
     "tuning": PluginKind("tuning", {"load_policy": 4, "initialise": 2, "in_update": 3, "save": 2, "load_tuned": 5}),

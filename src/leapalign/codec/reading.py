@@ -192,7 +192,9 @@ def _check_home(cls: type, where: Where) -> None:
         return
     if where.kind is None:
         return
-    for method, number in where.kind.calls.items():
+    kind = where.kind
+    second = bool(kind.instead) and all(callable(getattr(cls, name, None)) for name in kind.instead)
+    for method, number in (kind.instead if second else kind.calls).items():
         function = getattr(cls, method, None)
         if not callable(function) or not _takes(function, 1 + number):
             raise UserError(
