@@ -110,7 +110,7 @@ def _measure(
     sigmas = torch.linspace(0, 1, run.num_sampling_steps + 1)
     parameters = list(model.policy.parameters())
     if isinstance(run.method, PolicyGradient):
-        return _measure_policy_gradient(run, velocity, x, sigmas, draws, parameters)
+        return _measure_policy_gradient(run.method, velocity, x, sigmas, draws, parameters)
     saved = Saved([*parameters, *model.policy.buffers()])
     with LiveBytes() as live:
         live.begin("rollout")
@@ -128,10 +128,9 @@ def _measure(
 
 
 def _measure_policy_gradient(
-    run: Run, velocity: TrainedVelocity, x: Tensor, sigmas: Tensor, draws: Any, parameters: list[Any]
+    method: PolicyGradient, velocity: TrainedVelocity, x: Tensor, sigmas: Tensor, draws: Any, parameters: list[Any]
 ) -> GraphBytes:
-    """Measure one rollout and one trained step. `kept`: states of all micro-batches of a batch, for its updates."""
-    method = cast("PolicyGradient", run.method)
+    """Measure one rollout and one trained step. `kept`: the states that are trained, until their update."""
     with LiveBytes() as live:
         live.begin("rollout")
         trajectory = rolled_out(method, Skipping(velocity, sigmas[1]), x, sigmas, draws)
@@ -141,9 +140,8 @@ def _measure_policy_gradient(
     for p in parameters:
         p.grad = None
     tensors = {id(t): t for step in trajectory.steps for t in step if isinstance(t, Tensor)}
-    one = sum(t.numel() * t.element_size() for t in tensors.values())
-    others = one * (run.batch_size // run.micro_batch_size - 1)
-    return GraphBytes(kept=one + others, rollout=peaks["rollout"] + others, backward=peaks["backward"] + others)
+    kept = sum(t.numel() * t.element_size() for t in tensors.values())
+    return GraphBytes(kept=kept, rollout=peaks["rollout"], backward=peaks["backward"])
 
 
 def anchor_of(run: Run) -> Anchor | None:

@@ -125,8 +125,10 @@ def phases(planned: Planned, *, graph: GraphBytes, forward: int, reward: int, wa
     run, rank, policy, memory = planned.run, planned.rank, planned.model.policy, always(planned)
     fixed, trained = sum(memory.values()), trained_bytes(planned, rank)
     accumulated = run.batch_size > run.micro_batch_size * rank.world.size
-    gradients = accumulated and not isinstance(run.method, PolicyGradient)  # of earlier micro-batches, in a rollout
-    held = waiting + (trained if gradients else 0)
+    if isinstance(run.method, PolicyGradient):  # a batch is rolled out before any of it is trained
+        held = waiting = graph.kept * (run.batch_size // (run.micro_batch_size * rank.world.size) - 1)
+    else:
+        held = waiting + (trained if accumulated else 0)  # gradients of earlier micro-batches
     in_forward, in_backward = rank.gathered(policy)
     in_rollout = max(in_forward, policy_bytes(planned)) if rank.sharded and run.gather_in_rollout else in_forward
     largest = rank.largest(policy)
