@@ -34,7 +34,7 @@ WATCHED = Monitors(
     held_out=(HeldOut(reward=PickScore(path="embedded:judge")),),
     diversity_prompts=8,
     images_per_prompt=4,
-    features="clip-image",
+    features="pixels",  # clip-image distances fall where images become right (LOG.md)
     image_statistics=True,
     prompt_monitors=True,
     drift_samples=8,
@@ -42,7 +42,7 @@ WATCHED = Monitors(
 # The bands are wider than what the demo asks for at its end (0.90, 0.85): an evaluation has few images.
 HACKED = StopWhen(
     evaluations=2,
-    bands=(Band(monitor="open_color_entropy", least=0.8), Band(monitor="diversity/clip-image", least=0.7)),
+    bands=(Band(monitor="open_color_entropy", least=0.8), Band(monitor="diversity/pixels", least=0.75)),
 )
 
 
