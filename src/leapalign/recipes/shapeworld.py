@@ -39,10 +39,10 @@ WATCHED = Monitors(
     prompt_monitors=True,
     drift_samples=8,
 )
-# The bands are wider than what the demo asks for at its end (0.90, 0.85): an evaluation has few images.
+# What the demo asks for at its end; distances have a wider band, for an evaluation has few prompts of several images.
 HACKED = StopWhen(
     evaluations=2,
-    bands=(Band(monitor="open_color_entropy", least=0.8), Band(monitor="diversity/pixels", least=0.75)),
+    bands=(Band(monitor="open_color_entropy", least=0.9), Band(monitor="diversity/pixels", least=0.75)),
 )
 
 
