@@ -168,7 +168,7 @@ def test_a_run_json_never_runs_the_file_by_itself(monkeypatch):
 
 
 def test_a_function_may_take_images_alone_and_its_answer_is_checked(tmp_path):
-    file = tmp_path / "mine.py"
+    file = tmp_path / "alone.py"
     file.write_text(
         "def bright(images):\n    return images.mean((1, 2, 3))\n"
         "def one(images, prompts):\n    return images.mean()\n"
@@ -176,15 +176,15 @@ def test_a_function_may_take_images_alone_and_its_answer_is_checked(tmp_path):
     )
     load_file(str(file))
     images = torch.rand(2, 3, 8, 8)
-    torch.testing.assert_close(Custom(function="mine.py:bright").load()(images, ["a", "b"]), images.mean((1, 2, 3)))
-    with pytest.raises(UserError, match=r"mine.py:one gave \[\] for 2 images"):
-        Custom(function="mine.py:one").load()(images, ["a", "b"])
+    torch.testing.assert_close(Custom(function="alone.py:bright").load()(images, ["a", "b"]), images.mean((1, 2, 3)))
+    with pytest.raises(UserError, match=r"alone.py:one gave \[\] for 2 images"):
+        Custom(function="alone.py:one").load()(images, ["a", "b"])
     with pytest.raises(UserError, match="takes 3 arguments"):
-        Custom(function="mine.py:many").load()
+        Custom(function="alone.py:many").load()
     with pytest.raises(UserError, match="has no function 'none'"):
-        Custom(function="mine.py:none").load()
+        Custom(function="alone.py:none").load()
     with pytest.raises(UserError, match=r"expected file.py:name"):
-        Custom(function="mine:bright")
+        Custom(function="alone:bright")
 
 
 def test_a_path_is_for_rewards_that_have_one():

@@ -89,6 +89,12 @@ POLICY_GRADIENTS += (DiffusionNFT(most_decay=0.5, decay_growth=0.2), AWM(num_tim
 METHODS = (LeapAlign(), ReFL(), DRaFT(num_last_steps=2), DRaFTLV(), DRTune(), AlignProp())
 METHODS += (FlowBPSparse(step_draws="per-sample"), FlowBPBridge(num_training_steps=3), FlowBPLagrange(), RSM())
 
+# Sharded, these go where other cases go: LeapAlign, FlowBP Sparse, Flow-GRPO, DiffusionNFT, and one graph.
+SLOW = {f"full {m.name}" for m in METHODS if not isinstance(m, (LeapAlign, FlowBPSparse))}
+SLOW |= {f"full {m.name}" for m in POLICY_GRADIENTS if not isinstance(m, (FlowGRPO, DiffusionNFT))}
+SLOW |= {f"full, {what}, {graph}" for what in ("own draws", "anchored, gathered") for graph in ("all", "blocks")}
+SLOW |= {"full, own draws, draft-k", "full, own draws, draft-lv", "full, lora, flow-grpo", "full, blocks"}
+
 
 def numbers(engine: loop.Engine, steps: int) -> dict[str, Any]:
     """After some updates: metrics, and the last gradients, weights and averages, whole."""
@@ -577,6 +583,7 @@ def _between(run: Run) -> float:
 
 
 def main(folder: Path, only: str) -> None:
+    """The cases whose names contain `only`; "": all of them; "quick": all but the slow ones, which are then listed."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -584,9 +591,11 @@ def main(folder: Path, only: str) -> None:
         (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     dist.barrier()
     with joined(tiny_for(dist.get_world_size())) as world:
-        answers = {}
-        for name, case in cases(folder, world).items():
-            if only and only not in name:
+        named, left = cases(folder, world), SLOW if only == "quick" else set()
+        assert left <= named.keys()
+        answers: dict[str, Any] = {"left to the slow tests": sorted(left)}
+        for name, case in named.items():
+            if name in left or (only != "quick" and only not in name):
                 continue
             begun = time.monotonic()
             answers[name] = case() | {"seconds": time.monotonic() - begun}

@@ -64,7 +64,7 @@ def test_the_table_by_steps_has_the_means_of_the_samples(tiny_run, tiny_module):
     engine = loop.build(run)
     drawn = [
         engine.run.method.draw(
-            run.num_sampling_steps, batches.draw_generator(run, micro), direct._samples(engine, micro)
+            run.num_sampling_steps, batches.draw_generator(run, micro), direct.samples_of(engine, micro)
         )
         for micro in engine.micro_batches(0)
     ]

@@ -12,10 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from leapalign.errors import UserError
-from leapalign.geneval.rules import judge
-from leapalign.geneval.wording import TASKS
 from leapalign.rewards.base import DescribedReward, Reward, check_inputs
-from leapalign.shapeworld.captions import all_captions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -51,6 +48,7 @@ class VerdictReward(Reward):
         """
         import torch
 
+        from leapalign.geneval.rules import judge
         from leapalign.shapeworld.detector import detect
 
         check_inputs("shapeworld-verdict", images, prompts)
@@ -78,5 +76,8 @@ def claims_of(prompt: str) -> dict[str, Any]:
 
 @cache
 def _captions() -> dict[str, dict[str, Any]]:
+    from leapalign.geneval.wording import TASKS
+    from leapalign.shapeworld.captions import all_captions
+
     every = (record for tag in TASKS for wordings in all_captions(tag) for record in wordings)
     return {record["prompt"]: record for record in every}
