@@ -7,7 +7,7 @@ PROCESSES ?= 2
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help venv test test-slow test-ocr test-quantization test-versions losses lint format demo wheel clean
+.PHONY: help venv test test-slow test-ocr test-quantization test-versions losses lint format demo docs wheel clean
 
 help:
 	@echo "make venv               .venv with leapalign (editable), the exact versions of constraints.txt, and the tools"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-versions      test with the lowest versions of pyproject.toml, then with the newest, in new environments"
 	@echo "make losses             compare short runs of the embedded recipes with their stored losses: 2 minutes"
 	@echo "make lint               ruff, pyright and the import contracts; make format: let ruff rewrite"
+	@echo "make docs               install leapalign[docs] (60 MB); build the documentation site, in site/"
 	@echo "make wheel              build the wheel, in dist/"
 
 venv: $(INSTALLED)
@@ -61,9 +62,13 @@ format: venv
 demo: venv
 	$(BIN)/leapalign demo
 
+docs: venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 wheel: venv
 	rm -rf build dist
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site src/*.egg-info .pytest_cache .ruff_cache .hypothesis
