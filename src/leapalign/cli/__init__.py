@@ -21,6 +21,7 @@ from pathlib import Path
 
 from leapalign.cli.cache import cache_command
 from leapalign.cli.demo import demo_command
+from leapalign.cli.diagnose import diagnose_command
 from leapalign.cli.evaluate import evaluate_command
 from leapalign.cli.export import export_command
 from leapalign.cli.listing import list_command
@@ -41,6 +42,7 @@ USAGE = """usage: leapalign COMMAND ...
   resume RUN               continue an interrupted run from its last checkpoint
   sample WHAT              images from a run, a pipeline folder or an embedded model
   evaluate WHAT            GenEval tasks and rewards of a run or a pipeline folder
+  diagnose KIND WHAT       which sampling steps decide an image (swap), and in which a run's gain sits (exchange)
   score IMAGES             rewards of image files
   export RUN               a run's weights for other programs: pipeline or LoRA file
   verify WHAT              check the files of a model or a reward, and its output
@@ -142,6 +144,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "resume": resume_command,
     "sample": sample_command,
     "evaluate": evaluate_command,
+    "diagnose": diagnose_command,
     "score": score_command,
     "export": export_command,
     "verify": verify_command,

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from leapalign.checkpoint.inputs import base_changes
 from leapalign.codec import encode
@@ -22,7 +22,11 @@ from leapalign.run import Run
 from leapalign.tuning.full import FULL
 from leapalign.tuning.strength import check_strength
 
+if TYPE_CHECKING:
+    from leapalign.evaluation.exchange import Ends
+
 STEPS = 25  # sampling steps of a model that no run trained
+OTHER_BASE = "the base is not the one that this run was trained on"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,16 @@ class Source:
     def load(self, device: str, dtype: str) -> Any:
         """The tuned model."""
         return self.tuning.load_tuned(self.model, self.saved, device, dtype, self.strength)
+
+    def load_with_base(self, device: str, dtype: str) -> Ends:
+        """The tuned model and its base: an adapter is one model, which is switched off; weights are loaded twice."""
+        from leapalign.evaluation.exchange import Ends
+        from leapalign.models.pipeline import PipelineModel
+
+        tuned = self.load(device, dtype)
+        if self.tuning.output != FULL.output and isinstance(tuned, PipelineModel):
+            return Ends(base=tuned, tuned=tuned, as_base=tuned.reference)
+        return Ends(base=replace(self, strength=0.0).load(device, dtype), tuned=tuned)
 
     def record(self) -> dict[str, Any]:
         """Return everything that determines this model's images, except sampling settings, as JSON values.
@@ -100,13 +114,29 @@ def check_base(folder: Path, run: Run, strength: float) -> None:
     in_place = run.tuning.output == FULL.output
     if (in_place and strength == 1) or not (changes := base_changes(run, folder)):
         return
-    told = f"{folder}: the base is not the one that this run was trained on"
+    told = f"{folder}: {OTHER_BASE}"
     if in_place:
         raise UserError(
             f"{told}, and a strength of {strength:g} mixes the tuned weights with it: {'; '.join(changes)}. Put it "
             f"back at {run.model.path} (fetch a hub id: `hf download`), or use a strength of 1"
         )
     warnings.warn(f"{told}, and its images are not the trained model's: {'; '.join(changes)}", stacklevel=3)
+
+
+def find_tuned(word: str, plugins: dict[str, ModuleType]) -> Source:
+    """Return the tuned model of a finished run's folder, whose base is there. Raises UserError for anything else."""
+    check_run_folder(word)
+    folder = Path(word)
+    if not (folder / "run.json").is_file():
+        raise UserError(f"{word}: expected the folder of a finished run, which has a base and a tuned model")
+    run = read_run(folder / "run.json", plugins)
+    source = run_source(folder, run)
+    if run.tuning.output == FULL.output and (changes := base_changes(run, folder)):
+        raise UserError(
+            f"{folder}: {OTHER_BASE}, and the tuned model is compared with it: {'; '.join(changes)}. Put it back at "
+            f"{run.model.path} (fetch a hub id: `hf download`)"
+        )
+    return source
 
 
 def families(plugins: Mapping[str, ModuleType]) -> dict[str, Any]:

@@ -154,4 +154,16 @@ def near_misses(caption: Metadata) -> list[Metadata]:
     return [bound(a, d, b, c)] * 4 + recolored + reshaped
 
 
+def contrast(caption: Metadata, index: int) -> Metadata:
+    """Return a caption of the same task that differs in the task's own claim alone; `index` cycles through several.
+
+    Another shape (single object), second shape, number, colour or relation; for attribute binding the colours change
+    places. It is one of the first `near_misses`, and false for every `scene_of(caption)`.
+    """
+    others = len(SHAPES) - len(caption["include"])
+    same_kind = {"counting": len(NUMBERS) - 1, "colors": len(COLORS) - 1, "position": len(RELATIONS) - 1}
+    count = same_kind | {"single_object": others, "two_object": others, "color_attr": 1}
+    return near_misses(caption)[index % count[caption["tag"]]]
+
+
 assert max(NUMBERS) <= MAX_OBJECTS
