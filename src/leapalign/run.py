@@ -92,6 +92,7 @@ class Run:
     weight_decay: float = 1e-4
     decay_biases_and_norms: bool = True  # False: no weight decay for 1-D weights (not in the paper)
     max_grad_norm: float = 1.0  # 0 = no clipping (not in the paper; public code clips at 1)
+    clip_quantile: float = 0.0  # clip at this quantile of the last gradient norms too; 0 = off (ours)
     ema_decay: float = 0.995  # of the averaged weights, which are saved and evaluated; 0 = no averaging
     anchor_weight: float = 0.0  # beta of the velocity anchor, which pulls towards the base; 0 = none (not in the paper)
     anchor_mean_weight: float = 0.0  # of the part of v - v_base that all samples share, as a common tone (ours)
@@ -179,7 +180,8 @@ def _check_reals(run: Run) -> None:
     for name, value in reals.items():
         if not (math.isfinite(value) and value >= 0):
             raise UserError(f"{name} is {value}; it must be finite and not negative")
-    shares = {"ema_decay": run.ema_decay, "betas[0]": run.betas[0], "betas[1]": run.betas[1]}
+    shares = {"ema_decay": run.ema_decay, "clip_quantile": run.clip_quantile}
+    shares |= {"betas[0]": run.betas[0], "betas[1]": run.betas[1]}
     for name, value in shares.items():
         if not 0 <= value < 1:
             raise UserError(f"{name} is {value}; it must lie in [0, 1)")

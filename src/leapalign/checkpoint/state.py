@@ -31,6 +31,7 @@ class Progress:
     metrics_bytes: int = 0  # length of metrics.jsonl after these steps
     changes: list[dict[str, Any]] = field(default_factory=list)  # {"step", "changes"}: settings changed on resuming
     evaluations: list[dict[str, float]] = field(default_factory=list)  # what Run.stop_when reads of each; else empty
+    grad_norms: list[float] = field(default_factory=list)  # of the last updates, with Run.clip_quantile
     best_step: int = 0  # step of the best of them, whose averaged weights are kept (best.py)
 
 
@@ -87,8 +88,8 @@ def digest(state: dict[str, Any]) -> str:
 
 
 def _completed(state: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """Add what older versions did not write: evaluations, samples, non-finite batches under their present name."""
-    state = {"evaluations": [], "best_step": 0} | state
+    """Add what older versions did not write: evaluations, norms, samples, and non-finite batches by their new name."""
+    state = {"evaluations": [], "best_step": 0, "grad_norms": []} | state
     if "samples" in state:
         return state
     former = {"samples": state["step"] * record["batch_size"], "nonfinite_batches": state.get("bad_batches", 0)}

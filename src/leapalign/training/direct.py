@@ -36,7 +36,7 @@ from leapalign.training.finite import check_finite, not_finite
 from leapalign.training.metrics import Part, batch_metrics, of_all_ranks, part_of
 from leapalign.training.stages import voted
 from leapalign.training.tracking import Metrics
-from leapalign.training.weights import clip_gradients, gradient_norm
+from leapalign.training.weights import clip_gradients, clipping_norm, gradient_norm
 
 
 def update(engine: Engine, step: int) -> Metrics:
@@ -52,20 +52,25 @@ def update(engine: Engine, step: int) -> Metrics:
         else:
             parts = [again(engine, kept) for kept in engine.kept]
     trained = engine.world.any(any(part.trained for part in parts))
-    norm = torch.zeros(())
-    if trained:
-        norm = take_step(engine, step)
-    return batch_metrics(of_all_ranks(engine.world, parts)) | {"grad_norm": float(norm), "skipped": int(not trained)}
+    taken = take_step(engine, step) if trained else NO_STEP
+    return batch_metrics(of_all_ranks(engine.world, parts)) | taken | {"skipped": int(not trained)}
 
 
-def take_step(engine: Engine, step: int) -> Tensor:
-    """Clip the gradients and update weights and average; return the norm before clipping. Raises NotFinite."""
+def take_step(engine: Engine, step: int) -> Metrics:
+    """Clip the gradients and update weights and average; return the norm before clipping, and whether it was clipped.
+
+    Raises NotFinite.
+    """
     norm = whole_gradient(engine, step)
-    clip_gradients(engine.parameters, norm, engine.run.max_grad_norm)
+    ceiling = clipping_norm(engine.run, engine.norms, float(norm))
+    clip_gradients(engine.parameters, norm, ceiling)
     set_learning_rate(engine, step)
     engine.optimizer.step()
     engine.ema.update()
-    return norm
+    return {"grad_norm": float(norm), "clipped": int(0 < ceiling < float(norm))}
+
+
+NO_STEP: Metrics = {"grad_norm": 0.0, "clipped": 0}
 
 
 class Scored(NamedTuple):

@@ -92,6 +92,7 @@ class Engine:
     anchor: Anchor | None = None  # None: no pull towards the base
     kept: list[Kept] = field(default_factory=list)  # this rank's micro-batches of the last rollouts, if used again
     rolled_out: list[RolledOut] = field(default_factory=list)  # the same, for policy-gradient methods
+    norms: list[float] = field(default_factory=list)  # gradient norms of the last updates, for Run.clip_quantile
     held_out: dict[str, Reward] = field(default_factory=dict)  # measured in evaluations, never trained on
     features: Features | None = None  # space of the diversity that evaluations measure; None: they do not
     own_monitor: ImageMonitor | None = None  # the prompts' own

@@ -121,6 +121,7 @@ def _load(run: Run, world: World, origin: Origin) -> tuple[Engine, Progress]:
         engine = build(run, world, Start(done.step, done.samples))
         with world.agreed():
             progress = checkpoints.restore(origin.checkpoint, engine.parameters, engine.ema.shadow, engine.optimizer)
+            engine.norms.extend(progress.grad_norms)
         if run.self_checks:
             self_checks.at_start(engine)
     return engine, progress

@@ -26,7 +26,7 @@ from leapalign.flow.rollout import Velocity
 from leapalign.methods.policy_gradient import PolicyGradient, SamplesFromAverage, Term, Trajectory, advantages
 from leapalign.training import batches
 from leapalign.training.batches import MicroBatch
-from leapalign.training.direct import samples_of, take_step
+from leapalign.training.direct import NO_STEP, samples_of, take_step
 from leapalign.training.engine import Engine, RolledOut
 from leapalign.training.finite import check_finite
 from leapalign.training.tracking import Metrics
@@ -50,12 +50,12 @@ def update(engine: Engine, step: int) -> Metrics:
         part = part_of(engine.rolled_out, run.updates_per_rollout, step)
         trained = engine.world.any(method_of(engine).needs_base or any(bool(r.advantages.any()) for r in part))
         found = [train(engine, rolled_out, step, first=begins) for rolled_out in part] if trained else []
-    norm = torch.zeros(())
+    taken = NO_STEP
     if trained:
         if isinstance(run.method, SamplesFromAverage):
             engine.ema.decay = run.method.average_decay(step + 1)
-        norm = take_step(engine, step)
-    metrics = batch_metrics(engine, found) | {"grad_norm": float(norm), "skipped": int(not trained)}
+        taken = take_step(engine, step)
+    metrics = batch_metrics(engine, found) | taken | {"skipped": int(not trained)}
     if (step + 1) % run.updates_per_rollout == 0:
         engine.rolled_out.clear()
     return metrics

@@ -65,6 +65,7 @@ class Session:
         if self.saver.step < 0 and engine.run.self_checks:
             self_checks.at_first_save(engine)
         self.progress.metrics_bytes = self.tracker.position()
+        self.progress.grad_norms = list(engine.norms)
         if engine.world.rank in (writers.ranks if writers else (0,)):
             state = (engine.parameters, engine.ema.shadow, engine.optimizer, writers, self.inputs)
             self.saver.save(checkpoints.take(engine.run, self.progress, *state), self.tracker.sync)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from leapalign.distributed.tensors import Named, whole
 from leapalign.errors import UserError
+from leapalign.run import Run
 
 
 def trained_parameters(policy: nn.Module) -> Named:
@@ -28,6 +29,24 @@ def gradient_norm(parameters: Named) -> Tensor:
     """Return the gradient norm (Euclidean, over all gradients and all shards): 0-dim, at least float32."""
     grads = [p.grad for p in parameters.values() if p.grad is not None]
     return whole(torch.nn.utils.get_total_norm(grads)) if grads else torch.zeros(())
+
+
+CLIP_WINDOW = 50  # updates, whose gradient norms Run.clip_quantile looks at
+
+
+def clipping_norm(run: Run, norms: list[float], norm: float) -> float:
+    """Return the norm to clip this update's gradients at; 0 = no clipping. Adds `norm` to the last `norms`.
+
+    With `clip_quantile` q it is the q-quantile of the norms of the last 50 updates, this one included, or
+    `max_grad_norm`, whichever is less. Of any method's updates the share 1 - q is then clipped, whatever its loss's
+    scale is, where a fixed ceiling clips half of one method's and none of another's.
+    """
+    if not run.clip_quantile:
+        return run.max_grad_norm
+    norms.append(norm)
+    del norms[:-CLIP_WINDOW]
+    quantile = float(torch.tensor(norms, dtype=torch.float64).quantile(run.clip_quantile))
+    return min(quantile, run.max_grad_norm) if run.max_grad_norm else quantile
 
 
 def clip_gradients(parameters: Named, norm: Tensor, max_norm: float) -> None:
