@@ -61,6 +61,10 @@ LINES: dict[str, tuple[tuple[str, ...], ...]] = {  # that end with 0 as they are
         ("verify", "sd3", "--prompt", "a red circle", *DRAWN, "--seed", "2"),
         ("verify", "pickscore=clip", "--hashes", "SHA256SUMS", "--json"),
     ),
+    "compare": (
+        ("compare", "run", "lora", "--markdown", "new.md", "--latex", "new.tex", "--overwrite"),
+        ("compare", "run", "--csv", "new.csv", "--page", "new.html", "--json"),
+    ),
     "cache": (("cache", "--json"), ("cache", "--clear")),
     "list": (("list", "rewards", "--json"), ("list",)),
     "demo": (("demo", "--quick", "--seed", "1"),),

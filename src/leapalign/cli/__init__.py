@@ -20,6 +20,7 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from leapalign.cli.cache import cache_command
+from leapalign.cli.compare import compare_command
 from leapalign.cli.demo import demo_command
 from leapalign.cli.diagnose import diagnose_command
 from leapalign.cli.evaluate import evaluate_command
@@ -43,6 +44,7 @@ USAGE = """usage: leapalign COMMAND ...
   sample WHAT              images from a run, a pipeline folder or an embedded model
   evaluate WHAT            GenEval tasks and rewards of a run or a pipeline folder
   diagnose KIND WHAT       which sampling steps decide an image (swap), and in which a run's gain sits (exchange)
+  compare RUN RUN ...      one table of runs and stored evaluations; Markdown, CSV, LaTeX, HTML
   score IMAGES             rewards of image files
   export RUN               a run's weights for other programs: pipeline or LoRA file
   verify WHAT              check the files of a model or a reward, and its output
@@ -145,6 +147,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "sample": sample_command,
     "evaluate": evaluate_command,
     "diagnose": diagnose_command,
+    "compare": compare_command,
     "score": score_command,
     "export": export_command,
     "verify": verify_command,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from leapalign.prompts import Prompt, ShapeWorldPrompts
 from leapalign.report.tables import evaluation_table
 from leapalign.rewards.adapt import load_reward, tell_longer
 from leapalign.rewards.base import Reward
-from leapalign.storage.atomic import disk_errors
+from leapalign.storage.atomic import disk_errors, write_text
 
 if TYPE_CHECKING:
     from leapalign.evaluation.diversity import Diverse
@@ -62,7 +63,8 @@ class EvaluateFlags:
     """Images at a time; changes memory and time only."""
     seed: int = 0
     out: str = ""
-    """Folder for the images, from which an interrupted evaluation continues; empty = images are not kept."""
+    """Folder for the images, from which an interrupted evaluation continues, and for evaluation.json, which `leapalign
+    compare` reads; empty = neither is kept."""
     overwrite: bool = False
     """Sample images again that are already in the folder."""
     device: str = "auto"
@@ -96,6 +98,8 @@ def _evaluate(flags: EvaluateFlags) -> dict[str, Any]:
     tell_longer(rewards, [prompt.text for prompt in prompts])
     after, *before = [_draw_and_judge(subject, prompts, rewards, device, flags) for subject in subjects]
     result = compare(before[0], after) if before else report(after)
+    for subject, evaluation in zip(subjects, (after, *before)):
+        _record(subject, report(evaluation), flags.seed)
     words = {"source": flags.source, "strength": flags.strength, "against": flags.against, "seed": flags.seed}
     return words | result
 
@@ -104,6 +108,7 @@ def _evaluate(flags: EvaluateFlags) -> dict[str, Any]:
 class _Subject:
     """A model to evaluate, not loaded yet, and the prepared folder for its images."""
 
+    word: str  # as the user named it
     source: Source
     sampling: Sampling
     folder: Path | None  # None: the images are not kept
@@ -131,7 +136,8 @@ def _subject(
         seed=flags.seed,
     )
     several = diverse(prompts, images_per_prompt=flags.diversity) if flags.diversity else None
-    subject = _Subject(source=source, sampling=sampling, folder=Path(folder) if folder else None, diversity=several)
+    place = Path(folder) if folder else None
+    subject = _Subject(word=word, source=source, sampling=sampling, folder=place, diversity=several)
     if subject.folder:
         paths = image_paths(subject.folder, len(prompts), flags.num)
         if kept := _prepare(subject, subject.folder, prompts, paths, flags):
@@ -181,6 +187,16 @@ def _draw_and_judge(
             raise
         kept = f"interrupted; the images in {subject.folder} are kept, and the same command continues"
         raise RunInterrupted(kept, 130) from None
+
+
+def _record(subject: _Subject, found: dict[str, Any], seed: int) -> None:
+    """Write one model's numbers beside its images, for `leapalign compare`."""
+    if subject.folder:
+        from leapalign.evaluation.statistics import EVALUATION_FILE
+
+        words = {"source": subject.word, "strength": subject.source.strength, "seed": seed}
+        with disk_errors(subject.folder, "give another --out"):
+            write_text(subject.folder / EVALUATION_FILE, json.dumps(words | found, indent=2) + "\n")
 
 
 def _progress(num: int) -> Callable[[int], None]:

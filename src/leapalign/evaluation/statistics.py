@@ -20,6 +20,8 @@ from leapalign.prompts import Prompt
 if TYPE_CHECKING:
     from torch import Tensor
 
+EVALUATION_FILE = "evaluation.json"  # what `report` or `compare` returned, in the folder of the images
+
 
 class Images(Protocol):
     """N images, in memory (a tensor [N, 3, H, W]) or on disk."""

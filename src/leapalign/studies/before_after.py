@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from leapalign.prompts import Prompt
     from leapalign.report.page import Page
 from leapalign.run import Run
+from leapalign.storage.atomic import write_text
 from leapalign.storage.lock import is_empty
 
 PER_TASK = 60  # images a task in each evaluation: standard error of overall about 0.025
@@ -104,11 +105,23 @@ def conduct(study: Study) -> dict[str, Any]:
     seconds = time.monotonic() - begun
     summary = summarize(result.summary, comparison, times, seconds) | {run.tuning.output: str(result.saved)}
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_evaluation(out, comparison)
     return summary
 
 
-def evaluate_model(study: Study, load: Callable[[str, str], Any], words: str) -> Evaluation:
-    """Evaluate a model, with rewards named as in summary.json; print progress on stderr."""
+def write_evaluation(out: Path, comparison: dict[str, Any]) -> None:
+    """Write the result of `evaluation.statistics.compare` where `leapalign compare` reads it."""
+    from leapalign.report.records import EVALUATION, EVALUATION_FILE
+
+    (out / EVALUATION).mkdir(exist_ok=True)
+    write_text(out / EVALUATION / EVALUATION_FILE, json.dumps(comparison, indent=2) + "\n")
+
+
+def evaluate_model(study: Study, load: Callable[[str, str], Any], words: str, folder: Path | None = None) -> Evaluation:
+    """Evaluate a model, with rewards named as in summary.json; print progress on stderr.
+
+    `folder` keeps the images, of which those that are there are not drawn again.
+    """
     from leapalign.distributed.process_group import resolve_device
     from leapalign.evaluation.evaluate import evaluate
     from leapalign.evaluation.sampling import Sampling
@@ -122,7 +135,7 @@ def evaluate_model(study: Study, load: Callable[[str, str], Any], words: str) ->
     sampling = Sampling(num_steps=run.num_sampling_steps, batch_size=study.batch_size, seed=study.evaluation_seed)
     loaded = load(device, run.dtype)
     settings = {"sampling": sampling, "rewards": rewards, "detector": study.detector, "diversity": study.diversity}
-    result = evaluate(loaded, study.prompts, **settings)
+    result = evaluate(loaded, study.prompts, **settings, folder=folder)
     _say(f"  {time.monotonic() - begun:.0f} s")
     return result
 
