@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 
+from leapalign.cli.arena import arena_command
 from leapalign.cli.cache import cache_command
 from leapalign.cli.compare import compare_command
 from leapalign.cli.demo import demo_command
@@ -45,6 +46,7 @@ USAGE = """usage: leapalign COMMAND ...
   evaluate WHAT            GenEval tasks and rewards of a run or a pipeline folder
   diagnose KIND WHAT       which sampling steps decide an image (swap), and in which a run's gain sits (exchange)
   compare RUN RUN ...      one table of runs and stored evaluations; Markdown, CSV, LaTeX, HTML
+  arena STUDY              methods and seeds at equal updates and equal compute, in one table and page
   score IMAGES             rewards of image files
   export RUN               a run's weights for other programs: pipeline or LoRA file
   verify WHAT              check the files of a model or a reward, and its output
@@ -148,6 +150,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "evaluate": evaluate_command,
     "diagnose": diagnose_command,
     "compare": compare_command,
+    "arena": arena_command,
     "score": score_command,
     "export": export_command,
     "verify": verify_command,

@@ -12,7 +12,8 @@ import sys
 from contextlib import suppress
 from typing import Any, TextIO
 
-PRINTS_ITS_RESULT = {"list", "score", "evaluate", "verify", "cache", "export", "sample"}  # a lost stdout is an error
+# A lost stdout is an error.
+PRINTS_ITS_RESULT = {"list", "score", "evaluate", "verify", "cache", "export", "sample", "compare"}
 
 
 def prepare_streams(command: str) -> None:

@@ -10,7 +10,7 @@ from types import ModuleType
 from leapalign.checkpoint.inputs import anchored, recorded
 from leapalign.codec import loads, suggestion
 from leapalign.errors import UserError
-from leapalign.lookup.user_files import load_file, load_plugins, refuse_twin, run_user_code
+from leapalign.lookup.user_files import load_file, load_plugins, refuse_twin, value_in
 from leapalign.run import Run
 
 
@@ -21,7 +21,7 @@ def load_recipe(word: str, plugins: dict[str, ModuleType]) -> Run:
     if ".py:" in word:
         file, _, name = word.rpartition(":")
         refuse_twin(file, plugins)
-        return _recipe_in(load_file(file), Path(file), name, word)
+        return value_in(load_file(file), name, word, Run, "a recipe is a function that returns a leapalign Run")
     from leapalign.recipes import RECIPES
 
     if word not in RECIPES:
@@ -51,15 +51,3 @@ def plugins_in(argv: Sequence[str]) -> dict[str, ModuleType]:
     after = argv[list(argv).index("--plugin") + 1 :]
     end = next((i for i, word in enumerate(after) if word.startswith("-")), len(after))
     return load_plugins(after[:end])
-
-
-def _recipe_in(module: ModuleType, file: Path, name: str, word: str) -> Run:
-    found = getattr(module, name, None)
-    if found is None:
-        raise UserError(f"{word}: the file defines no {name!r}{suggestion(name, vars(module))}")
-    run = run_user_code(found, word, file) if callable(found) else found
-    if type(run) is not Run:
-        raise UserError(
-            f"{word}: {name} is a {type(run).__name__}; a recipe is a function that returns a leapalign Run"
-        )
-    return run

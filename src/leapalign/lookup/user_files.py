@@ -13,7 +13,7 @@ from traceback import walk_tb
 from types import FrameType, ModuleType
 from typing import Any, TypeVar
 
-from leapalign.codec import check_fields
+from leapalign.codec import check_fields, suggestion
 from leapalign.errors import UserError
 
 PREFIX = "leapalign_user_"  # prefix of module names
@@ -108,6 +108,20 @@ def run_user_code(function: Callable[[], T], word: str, file: Path) -> T:
         line = _line_in(error, file)
         place = f"{word}, line {line}" if line else word
         raise UserError(f"{place}: {_said(error)}") from error
+
+
+def value_in(module: ModuleType, name: str, word: str, kind: type[T], expected: str) -> T:
+    """Return the module's `name`, called if it is a function. Raises UserError unless it is a `kind`.
+
+    `word` is the user's text FILE:NAME; `expected` says what it should name.
+    """
+    found = getattr(module, name, None)
+    if found is None:
+        raise UserError(f"{word}: the file defines no {name!r}{suggestion(name, vars(module))}")
+    value = run_user_code(found, word, Path(str(module.__file__))) if callable(found) else found
+    if type(value) is not kind:
+        raise UserError(f"{word}: {name} is a {type(value).__name__}; {expected}")
+    return value
 
 
 def _said(error: Exception) -> str:

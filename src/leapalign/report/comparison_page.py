@@ -53,6 +53,7 @@ def render_comparison(page: ComparisonPage) -> str:
         legend=[(row.name, i % len(SERIES)) for i, row in enumerate(rows) if row.curves],
         scatters=[(s.title, scatter_svg(s.title, s.points, s.x, s.y)) for s in page.scatters],
         settings=differing_settings(rows),
+        settings_of=[row.name for row in rows if row.settings],
     )
 
 
@@ -78,10 +79,8 @@ def title_of(metric: str) -> str:
 
 
 def differing_settings(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """Return place in run.json -> each row's value, for settings in which the rows differ."""
-    runs = [row.settings for row in rows]
-    if not all(runs):
-        return {}
+    """Return place in run.json -> the value of each row that has settings, where they differ."""
+    runs = [row.settings for row in rows if row.settings]
     places = dict.fromkeys(place for settings in runs for place in settings if place not in NOT_SETTINGS)
     values = {place: [settings.get(place, "") for settings in runs] for place in places}
     return {place: each for place, each in values.items() if len(set(each)) > 1}
