@@ -184,6 +184,9 @@ def test_a_killed_study_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.Monk
     assert one == two
 
     assert [row.numbers["runs"].value for row in found.equal_compute.rows[1:]] == [2, 2]
+    counted = found.costs.rows[0].numbers  # LeapAlign at three steps: three forwards, two of them with a backward
+    assert counted["forwards"].value == 3 and counted["backwards"].value == pytest.approx(2, abs=0.1)
+    assert counted["scoring"].value > 0
     record = read_object(study_file(study, "arena.json"))
     assert [row["name"] for row in record["updates"]["rows"]] == ["base", "leapalign", "refl"]
     numbers = record["updates"]["rows"][1]["numbers"]

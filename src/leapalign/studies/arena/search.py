@@ -71,6 +71,8 @@ def _score(judge: Judge, run: Run) -> float:
 def widen(grid: Sequence[Axis], score: Callable[[Point], float], widenings: int, name: str) -> Found:
     """Score every point; widen axes whose best value is at their edge, at most `widenings` times. Warns of edges."""
     axes, scores = list(grid), {}
+    best: Point = ()
+    edges: list[str] = []
     for left in range(widenings, -1, -1):
         for point in product(*(axis.values for axis in axes)):
             if point not in scores:

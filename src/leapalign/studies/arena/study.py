@@ -135,13 +135,14 @@ class Study:
 
 def with_setting(run: Run, setting: str, value: float) -> Run:
     """Return the run with one number replaced: a field of it, or method.FIELD. Raises UserError for another word."""
-    owner = run.method if setting.startswith("method.") else run
+    in_method = setting.startswith("method.")
+    owner: Any = run.method if in_method else run
     field = setting.removeprefix("method.")
     numbers = {f.name: v for f in fields(owner) if type(v := getattr(owner, f.name)) in (int, float)}
     if field not in numbers:
         raise UserError(f"{setting} is no number of {type(owner).__name__}; it has {', '.join(numbers)}")
     changed = replace(owner, **{field: type(numbers[field])(value)})
-    return replace(run, method=changed) if owner is run.method else changed
+    return replace(run, method=changed) if in_method else changed
 
 
 def _shared(run: Run) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from filelock import FileLock
 
@@ -66,13 +66,13 @@ class Judge:
         return self.held["base"]
 
     def _settings(self, run: Run) -> before_after.Study:
-        judging = self.judging
+        judging, model = self.judging, cast("Any", run.model)
         prompts = judging.prompts.load()
         return before_after.Study(
             run=run,
             held_out=judging.held_out.reward,
             prompts=prompts,
-            detector=find_detector(prompts, run.model.height, run.model.width),
+            detector=find_detector(prompts, model.height, model.width),
             diversity=diverse(prompts, judging.diversity_prompts, judging.images_per_prompt),
             command="leapalign arena",
             batch_size=judging.batch_size,
