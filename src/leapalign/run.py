@@ -97,6 +97,7 @@ class Run:
     anchor_weight: float = 0.0  # beta of the velocity anchor, which pulls towards the base; 0 = none (not in the paper)
     anchor_mean_weight: float = 0.0  # of the part of v - v_base that all samples share, as a common tone (ours)
     anchor_states: Literal["all", "first"] = "all"  # first: only states without nested gradient, which costs less
+    base_copy: Literal["device", "cpu"] = "device"  # memory of the base's weights, for anchors, drift and KL terms
     graph: Literal["all", "blocks", "inputs"] = "all"  # activations kept for the backward pass (flow/graph.py)
     reward_chunk: int = 0  # samples decoded and scored at a time; 0 = the micro-batch
     pixel_gradient: Literal["straight-through", "clamp"] = (
@@ -136,7 +137,6 @@ class Run:
         _check_reals(self)
         _check_geometry(self)
         _check_reuse(self)
-        _check_mean(self)
         _check_stopping(self)
         if self.gather_dtype == "bfloat16" and self.dtype == "float32":
             raise UserError(
@@ -153,12 +153,21 @@ class Run:
         """True if some anchor to the base is on."""
         return bool(self.anchor_weight or self.anchor_mean_weight)
 
+    @property
+    def mean_across(self) -> bool:
+        """True if the anchor of the mean takes it over several micro-batches."""
+        return bool(self.anchor_mean_weight) and self.batch_size > self.micro_batch_size
+
+    def waits_for_mean(self, ranks: int) -> bool:
+        """Return whether several micro-batches of one of so many ranks wait for that mean before their backward."""
+        return self.mean_across and self.batch_size > self.micro_batch_size * ranks
+
 
 # Settings that may change on resuming: none changes a step that both runs take.
 FREE_FIELDS = frozenset(
     {"name", "out", "steps", "checkpoint_every", "keep_checkpoints", "async_checkpoints"}
     | {"max_hours", "max_nonfinite_batches", "self_checks", "sharding", "shard_ranks", "gather_in_rollout"}
-    | {"shard_rewards", "shard_text_encoders", "stop_when"}
+    | {"shard_rewards", "shard_text_encoders", "stop_when", "base_copy"}
 )
 MOST = 10**9  # upper limit of all counts, to catch typing errors and corrupt files
 _LEAST = {"steps": 1, "batch_size": 1, "micro_batch_size": 1, "num_sampling_steps": 1, "checkpoint_every": 1}
@@ -208,14 +217,6 @@ def _check_geometry(run: Run) -> None:
         raise UserError(
             f"batch_size {batch} is not a multiple of samples_per_prompt {run.samples_per_prompt}, so a group would "
             f"not be whole; use batch_size {nearest_multiples(batch, run.samples_per_prompt)}"
-        )
-
-
-def _check_mean(run: Run) -> None:
-    if run.anchor_mean_weight and run.batch_size != run.micro_batch_size:
-        raise UserError(
-            f"anchor_mean_weight takes its mean over the batch, but a micro-batch has {run.micro_batch_size} of "
-            f"{run.batch_size} samples; set micro_batch_size to {run.batch_size}, or use anchor_weight alone"
         )
 
 

@@ -220,6 +220,10 @@ def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]
         named[f"{name}, satisfied samples skipped"] = lambda r=skipping: compared(r, world, 2)
     held_lora = replace(lora, sharding="full", **held)
     named["full, lora, anchored pairs"] = lambda: compared(held_lora, world)
+    means = {"anchor_weight": 20.0, "anchor_mean_weight": 60.0}
+    named["replicate, mean of the batch"] = lambda: compared(replace(small, method=AlignProp(), **means), world, 3)
+    several = replace(full, method=pairs, updates_per_rollout=2, **means)
+    named["full, mean of the batch"] = lambda: compared(several, world, 3)
     for graph in GRAPHS:
         anchored = replace(full, anchor_weight=20.0, gather_in_rollout=True, graph=graph)
         named[f"full, anchored, gathered, {graph}"] = lambda r=anchored: compared(r, world, 3)

@@ -16,6 +16,7 @@ import tiny_pipelines
 from hub_cache import lay_out
 from leapalign.cli import main
 from leapalign.codec import dumps
+from leapalign.distributed.fsdp import repeated_blocks
 from leapalign.errors import UserError
 from leapalign.lookup.recipes import load_file
 from leapalign.methods.leapalign import LeapAlign
@@ -111,6 +112,33 @@ def test_micro_batches_that_wait_for_the_whole_batch_are_counted(run):
     (numbers,) = {noise.numel() for noise in loop.build(run).model.noise([torch.Generator()])}
     for phase in ("rollout", "decode and reward", "backward"):
         assert plans[1].phases[phase] - plans[0].phases[phase] == 8 * (5 + 5 + 2) * numbers * 4
+
+
+def test_micro_batches_that_wait_for_the_mean_are_counted(run):
+    """Two leaps: 2 of v and 2 of the base for each micro-batch, one for the nested pull, 2 for the inputs alone."""
+    run = replace(run, method=LeapAlign(), anchor_mean_weight=1.0, graph="all")
+    alone, few, many = (make_plan(replace(run, batch_size=size * run.micro_batch_size)) for size in (1, 2, 6))
+    assert [plan.geometry["forwards"] for plan in (alone, few)] == [5 + 3, 2 * (5 + 3 + 2)]
+    assert few.graphs["all"].kept < alone.graphs["all"].kept / 2
+    (numbers,) = {noise.numel() for noise in loop.build(run).model.noise([torch.Generator()])}
+    each = few.graphs["all"].kept + (2 + 2) * numbers * run.micro_batch_size * 4  # x_0, its gradient, two differences
+    assert many.phases["rollout"] - few.phases["rollout"] == 4 * each
+
+
+def test_a_base_in_cpu_memory_is_on_the_device_block_by_block(run):
+    run = replace(run, anchor_weight=1.0)
+    plans = {}
+    for where in ("device", "cpu"):
+        plans[where] = make_plan(replace(run, base_copy=where))
+        assert "base of anchor and drift" in plans[where].memory  # the device is the CPU
+    blocks = [tensor_bytes(block.parameters()) for block in repeated_blocks(loop.build(run).model.policy)]
+    more = plans["cpu"].phases["rollout"] - plans["device"].phases["rollout"]
+    assert max(blocks) <= more < plans["cpu"].memory["base of anchor and drift"]
+    assert any("of CPU memory, and" in note for note in plans["cpu"].notes)
+    away = make_plan(replace(run, base_copy="cpu", device="cuda"))
+    assert "base of anchor and drift" not in away.memory
+    with pytest.raises(UserError, match="base_copy cpu with sharded weights"):
+        make_plan(replace(run, base_copy="cpu", sharding="full"), ranks=2)
 
 
 def test_the_geometry_counts_forwards(run):

@@ -8,15 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from leapalign.distributed.world import World
+from leapalign.distributed.fsdp import repeated_blocks
 from leapalign.errors import UserError
 from leapalign.flow.leap import per_sample
-from leapalign.methods import LeapAlign, ReFL
+from leapalign.methods import RSM, AlignProp, DRaFT, DRaFTLV, LeapAlign, ReFL
+from leapalign.monitors import Monitors
 from leapalign.run import RewardTerm, Run
-from leapalign.training import direct, loop
+from leapalign.training import direct, fixed_set, loop
 from leapalign.training.reference import Reference
+from leapalign.training.refusals import refuse_sharded_base
 from leapalign.training.tracking import read_metrics
 from leapalign.tuning.lora import LoRA
+
+PAIRS = LeapAlign(pairs_per_rollout=2, step_draws="stratified")
 
 
 def embedded(**changes) -> Run:
@@ -43,12 +47,13 @@ def test_a_stronger_anchor_drifts_less(tiny_run, tmp_path, method):
     assert 0 < held[-1] < 0.3 * free[-1]
 
 
-def test_a_resumed_run_is_held_to_the_same_base(tiny_run, tmp_path):
+@pytest.mark.parametrize("micro", [4, 2])
+def test_a_resumed_run_is_held_to_the_same_base(tiny_run, tmp_path, micro):
     same = {
         "steps": 6,
         "anchor_weight": 50.0,
         "anchor_mean_weight": 90.0,
-        "micro_batch_size": 4,
+        "micro_batch_size": micro,
         "method": LeapAlign(pairs_per_rollout=2, step_draws="per-sample"),
     }
     whole = loop.train(tiny_run(**same, out=str(tmp_path / "whole")))
@@ -104,6 +109,87 @@ def test_the_reference_is_the_base_bit_for_bit_and_is_taken_off_again(dtype):
     assert all(torch.equal(p, own[name]) and p.dtype == own[name].dtype for name, p in engine.parameters.items())
 
 
+@pytest.mark.parametrize("tuning", [None, LoRA(rank=2, init="gaussian")], ids=["full", "lora"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_base_in_cpu_memory_gives_the_same_numbers(tuning, dtype):
+    held = {"anchor_weight": 1.0, "anchor_mean_weight": 1.0, "dtype": dtype, "monitors": Monitors(drift_samples=2)}
+    run = embedded(**held | ({"tuning": tuning} if tuning else {}))
+    ends = {}
+    for where in ("device", "cpu"):
+        engine = loop.build(replace(run, base_copy=where))
+        metrics = [direct.update(engine, step) for step in range(2)] + [fixed_set.evaluate(engine)]
+        ends[where] = metrics, {name: p.detach().clone() for name, p in engine.parameters.items()}
+    assert ends["cpu"][0] == ends["device"][0] and ends["cpu"][0][1]["anchor"] > 0
+    assert all(torch.equal(ends["cpu"][1][name], p) for name, p in ends["device"][1].items())
+
+
+def test_a_base_in_cpu_memory_is_brought_block_by_block():
+    """Inside a block's forward only that block, and what is outside all blocks, has the base's weights."""
+    model = replace(embedded().model, guidance_scale=1.0)  # one forward of the policy a velocity
+    engine = loop.build(embedded(anchor_weight=1.0, base_copy="cpu", model=model))
+    policy, blocks = engine.model.policy, repeated_blocks(engine.model.policy)
+    first = {block: next(p for p in block.parameters() if p.requires_grad) for block in blocks}
+    with torch.no_grad():
+        for p in engine.parameters.values():
+            p.add_(1.0)
+    own = {block: p.data_ptr() for block, p in first.items()}
+    prompts = [engine.prompts[0].text]
+    engine.model.prepare(prompts)
+    x = engine.model.noise([torch.Generator()])
+    velocity, seen = engine.model.velocity(engine.model.encode(prompts)), []
+    for block in blocks:
+        block.attn.register_forward_pre_hook(lambda *_: seen.append([p.data_ptr() != own[b] for b, p in first.items()]))
+    assert engine.anchor is not None
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    outside = [p for p in policy.parameters() if id(p) not in inside]
+    held = [p.data_ptr() for p in outside]
+    with torch.no_grad(), engine.anchor.reference():
+        velocity(x, torch.tensor(0.7))
+        assert all(p.data_ptr() != where for p, where in zip(outside, held))
+    assert len(seen) == len(blocks) > 1
+    assert seen == [[i == j for j in range(len(blocks))] for i in range(len(blocks))]
+    assert [p.data_ptr() for p in first.values()] == list(own.values()) and [p.data_ptr() for p in outside] == held
+    assert not any(block._forward_pre_hooks or block._forward_hooks for block in blocks)
+
+
+def test_a_forward_that_fails_gives_the_weights_back():
+    engine = loop.build(embedded(anchor_weight=1.0, base_copy="cpu"))
+    block = repeated_blocks(engine.model.policy)[0]
+    own = [p.data_ptr() for p in engine.parameters.values()]
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    block.attn.register_forward_pre_hook(fail)
+    prompts = [engine.prompts[0].text]
+    engine.model.prepare(prompts)
+    velocity = engine.model.velocity(engine.model.encode(prompts))
+    assert engine.anchor is not None
+    with pytest.raises(RuntimeError, match="out of memory"), torch.no_grad(), engine.anchor.reference():
+        velocity(engine.model.noise([torch.Generator()]), torch.tensor(0.7))
+    assert [p.data_ptr() for p in engine.parameters.values()] == own
+
+
+@pytest.mark.gpu
+def test_a_base_in_cpu_memory_leaves_the_gpu_and_comes_back():
+    changes = {"anchor_weight": 1.0, "device": "cuda"}
+    engines = {where: loop.build(embedded(**changes, base_copy=where)) for where in ("device", "cpu")}
+    for engine in engines.values():
+        for step in range(2):
+            direct.update(engine, step)
+    reference = engines["cpu"].anchor.reference.__self__  # type: ignore[union-attr]
+    assert all(copy.is_pinned() for copy in reference.copies.values())
+    for name, p in engines["device"].parameters.items():
+        torch.testing.assert_close(engines["cpu"].parameters[name], p, rtol=1e-5, atol=1e-6)
+
+
+def test_a_base_in_cpu_memory_is_refused_with_sharded_weights():
+    with pytest.raises(UserError, match=r"base_copy cpu with sharded weights: .* sharding replicate"):
+        refuse_sharded_base(embedded(base_copy="cpu"), sharded=True)
+    refuse_sharded_base(embedded(base_copy="cpu"), sharded=False)
+    refuse_sharded_base(embedded(), sharded=True)
+
+
 def test_a_bfloat16_reference_takes_half_the_memory():
     engine = loop.build(embedded(dtype="bfloat16"))
     sizes = {}
@@ -127,9 +213,73 @@ def test_each_sample_may_have_its_own_sigma(guidance):
     assert per_sample(sigma, x).shape == (3, 1, 1, 1)
 
 
-def test_the_mean_is_over_the_whole_batch(tiny_run):
-    with pytest.raises(UserError, match="a micro-batch has 2 of 4 samples; set micro_batch_size to 4"):
-        loop.build(tiny_run(anchor_mean_weight=1.0))
-    with pytest.raises(UserError, match="on several ranks; use one"):
-        loop.build(tiny_run(anchor_mean_weight=1.0, micro_batch_size=4), World(rank=0, size=2))
-    assert loop.build(tiny_run(anchor_mean_weight=1.0, micro_batch_size=4)).anchor is not None
+MEANS = {
+    "leaps": {},
+    "blocks of draws": {"samples_per_draw": 4},
+    "sharing a rollout": {"method": PAIRS, "updates_per_rollout": 2, "checkpoint_every": 4},
+    "satisfied skipped": {"method": PAIRS, "skip_satisfied": True},
+    "first states": {"method": LeapAlign(pairs_per_rollout=2), "anchor_states": "first", "skip_satisfied": True},
+    "chain": {"method": DRaFT(num_last_steps=3)},
+    "copies": {"method": DRaFTLV()},
+    "sums of unequal length": {"method": AlignProp(), "samples_per_draw": 4},
+    "rsm": {"method": RSM(trained_share=0.5)},
+}
+
+
+def pulled_back(run: Run, updates: int = 2) -> list[tuple[float, dict[str, torch.Tensor]]]:
+    """The drift and the gradients of some updates that begin away from the base."""
+    engine, found = loop.build(run), []
+    with torch.no_grad():
+        for p in engine.parameters.values():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=torch.float64))
+    for step in range(updates):
+        drift = direct.update(engine, step)["anchor"]
+        found.append((drift, {name: p.grad.clone() for name, p in engine.parameters.items() if p.grad is not None}))
+    return found
+
+
+def largest(gradients: dict[str, torch.Tensor]) -> float:
+    return max(float(g.abs().max()) for g in gradients.values())
+
+
+@pytest.mark.parametrize("changes", MEANS.values(), ids=MEANS)
+def test_the_mean_is_over_the_batch_whatever_the_micro_batches(tiny_run, tiny_module, changes):
+    """1 x 8 = 2 x 4 = 8 x 1; with blocks of draws a micro-batch has 4 samples at most."""
+    double = tiny_module.TinyModel(double=True)
+    same = {"model": double, "batch_size": 8, "max_grad_norm": 0.0, "steps": 2, "anchor_weight": 3.0} | changes
+    held = tiny_run(**same, micro_batch_size=4, anchor_mean_weight=40.0)
+    sizes = [size for size in (8, 4, 1) if size <= (held.samples_per_draw or 8)]
+    whole, *parts = [pulled_back(replace(held, micro_batch_size=size)) for size in sizes]
+    for other in parts:
+        for (drift, gradients), (its, others) in zip(whole, other):
+            assert drift > 0 and its == pytest.approx(drift, rel=1e-12)
+            differences = {name: others[name] - g for name, g in gradients.items()}
+            assert largest(differences) < 1e-12 * largest(gradients)
+    (_, gradients), *_ = whole
+    (_, free), *_ = pulled_back(replace(held, anchor_mean_weight=0.0), updates=1)
+    assert largest({name: free[name] - g for name, g in gradients.items()}) > 0.01 * largest(gradients)
+
+
+@pytest.mark.parametrize("tuning", [None, LoRA(rank=2, init="gaussian")], ids=["full", "lora"])
+def test_the_mean_over_micro_batches_of_a_real_model(tuning):
+    """In float32; the second update is on the rollouts of the first, with other weights."""
+    changes = {"anchor_mean_weight": 30.0, "batch_size": 4, "max_grad_norm": 0.0, "method": PAIRS, "warmup_steps": 0}
+    changes |= {"updates_per_rollout": 2} | ({"tuning": tuning} if tuning else {})
+    whole, parts = (pulled_back(embedded(**changes, micro_batch_size=size)) for size in (4, 1))
+    for (drift, gradients), (its, others) in zip(whole, parts):
+        assert drift > 0 and its == pytest.approx(drift, rel=1e-4)
+        assert largest({name: others[name] - g for name, g in gradients.items()}) < 1e-3 * largest(gradients)
+
+
+def test_each_differentiated_state_has_one_forward_of_the_base_and_one_more(tiny_run):
+    """T = 5: 5 of the rollout and, for each of two micro-batches, 2 to be differentiated again, 2 of the base, and one
+    for the nested state's own pull. With pairs, v is known from the rollout: nothing is added."""
+    counts = {}
+    for name, method in {"leaps": LeapAlign(), "pairs": LeapAlign(pairs_per_rollout=2)}.items():
+        for mean in (0.0, 1.0):
+            engine = loop.build(tiny_run(method=method, anchor_weight=1.0, anchor_mean_weight=mean))
+            calls: list[int] = []
+            engine.model.policy.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+            direct.update(engine, 0)
+            counts[name, mean] = len(calls)
+    assert counts == {("leaps", 0.0): 16, ("leaps", 1.0): 20, ("pairs", 0.0): 30, ("pairs", 1.0): 30}

@@ -8,7 +8,9 @@ v_base too.
 A second term holds what the samples have in common. Correcting an image moves samples in different directions; giving
 all shapes one colour, or all photos one tone, moves them in one. With m = mean over samples of v - v_base,
 beta_mean * mean_d m^2 pulls only m back: the gradient at v gets 2 beta_mean m / (B D) for every sample. The mean is
-over the samples of one forward, which must therefore be the whole batch.
+over the batch's samples at the i-th differentiated state, i counted in the order in which a method asks for velocities;
+samples with draws of their own are there at different sigma. If the batch has several micro-batches (`across`), all of
+them are measured before the first backward: `Deviation.mean` is set from outside (leapalign.training.batch_mean).
 
 The gradient reaches the weights and not the state: v_base moves with x as well, so a pull that travelled through a
 nested input would train x_t towards places where both velocities agree, and not the weights at x_t.
@@ -16,9 +18,9 @@ nested input would train x_t towards places where both velocities agree, and not
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -27,44 +29,64 @@ from torch import Tensor
 from leapalign.flow.rollout import Velocity
 
 
+@dataclass(kw_only=True, eq=False)
+class Deviation:
+    """v - v_base at a differentiated state of one micro-batch."""
+
+    x: Tensor  # [B, ...], a constant
+    sigma: Tensor
+    share: float = 1.0  # factor on the gradient, 1 / M if M such terms are averaged
+    known: Tensor | None = None  # v of the rollout, if its differentiated forward runs in the backward pass
+    difference: Tensor | None = None  # [B, ...] v - v_base: from its measurement to the backward pass
+    mean: Tensor | None = None  # [1, ...] of the samples of the whole batch, if `Anchor.across`
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Anchor:
-    """The anchor's weights, the base, and what was measured at the differentiated states."""
+    """The anchor's weights and the base."""
 
     weight: float  # beta
     mean_weight: float = 0.0  # beta_mean
     reference: Callable[[], AbstractContextManager[None]]  # inside, the policy has the base's weights
     batch_size: int  # samples of the whole batch, by which a sample's loss is divided
     nested: bool = True  # also at states that carry a gradient, where it costs one forward and backward more
-    drifts: list[Tensor] = field(default_factory=list)  # [B] mean_d (v - v_base)^2, one for each state; see `measured`
+    across: bool = False  # the mean is over several micro-batches
 
-    def gradient(self, velocity: Velocity, x: Tensor, sigma: Tensor, v: Tensor, share: float = 1.0) -> Tensor:
-        """Return d anchor / dv [B, ...] at the value `v` of `velocity(x, sigma)`, and keep the drift.
+    def pulls_at(self, x: Tensor) -> bool:
+        """Return whether states like x, with a gradient or without, are held."""
+        return self.nested or not x.requires_grad
 
-        `share`: factor on it, 1 / M if M such terms are averaged.
+    def measure(self, velocity: Velocity, states: Sequence[Deviation], values: Sequence[Tensor]) -> list[Tensor]:
+        """Set each state's difference from the base, given `velocity`'s values there; return the drifts, [B] each.
+
+        A sample's drift is mean_d (v - v_base)^2.
         """
+        drifts = []
         with torch.no_grad(), self.reference():
-            difference = v.detach() - velocity(x.detach(), sigma)
-        self.drifts.append(difference.square().flatten(1).mean(1))
-        pull = self.weight * difference + self.mean_weight * difference.mean(0, keepdim=True)
-        return pull * (2 * share / (self.batch_size * difference[0].numel()))
+            for state, v in zip(states, values):
+                state.difference = v.detach() - velocity(state.x, state.sigma)
+                drifts.append(state.difference.square().flatten(1).mean(1))
+        return drifts
 
-    def pull(self, again: Velocity, velocity: Velocity, x: Tensor, sigma: Tensor, v: Tensor) -> Tensor:
-        """Return `v` (with graph) with the anchor's gradient added in the backward pass.
+    def gradient(self, state: Deviation) -> Tensor:
+        """Return d anchor / dv [B, ...] at a measured state, and free its difference."""
+        difference, state.difference = state.difference, None
+        assert difference is not None
+        mean = state.mean if self.across else difference.mean(0, keepdim=True)
+        assert mean is not None
+        pull = self.weight * difference + self.mean_weight * mean
+        return pull * (2 * state.share / (self.batch_size * difference[0].numel()))
 
-        `again(x, sigma)` runs the differentiated forward once more, if x carries a gradient.
+    def pulled(self, v: Tensor, state: Deviation) -> Tensor:
+        """Return `v` (with graph) at a state without gradient; the backward pass adds the anchor's gradient."""
+        return cast("Tensor", _Added.apply(v, self, state))
+
+    def pulled_apart(self, v: Tensor, state: Deviation, again: Velocity) -> Tensor:
+        """Return `v` (with graph) at a nested state; the anchor's gradient gets a backward of its own.
+
+        `again(x, sigma)` runs the differentiated forward once more.
         """
-        if not x.requires_grad:
-            return cast("Tensor", _Added.apply(v, self.gradient(velocity, x, sigma, v)))
-        if not self.nested:
-            return v
-        return cast("Tensor", _Apart.apply(v, self.gradient(velocity, x, sigma, v), again, x.detach(), sigma))
-
-    def measured(self) -> Tensor:
-        """Return the mean drift over the states since the last call, [B] (0-dim 0 if none), and forget them."""
-        drift = torch.stack(self.drifts).mean(0) if self.drifts else torch.zeros(())
-        self.drifts.clear()
-        return drift
+        return cast("Tensor", _Apart.apply(v, self, state, again))
 
 
 def apart(again: Velocity, x: Tensor, sigma: Tensor, gradient: Tensor) -> None:
@@ -75,28 +97,29 @@ def apart(again: Velocity, x: Tensor, sigma: Tensor, gradient: Tensor) -> None:
 
 
 class _Added(torch.autograd.Function):
-    """The identity; its backward adds a constant."""
+    """The identity; its backward adds the anchor's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, gradient: Tensor) -> Tensor:  # pyright: ignore
-        ctx.gradient = gradient
+    def forward(ctx: Any, v: Tensor, anchor: Anchor, state: Deviation) -> Tensor:  # pyright: ignore
+        ctx.constants = (anchor, state)
         return v.view_as(v)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
-        return grad + ctx.gradient, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
+        anchor, state = ctx.constants
+        return grad + anchor.gradient(state), None, None
 
 
 class _Apart(torch.autograd.Function):
-    """The identity; its backward sends a constant through another forward, into the weights alone."""
+    """The identity; its backward sends the anchor's gradient through another forward, into the weights alone."""
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, gradient: Tensor, again: Velocity, x: Tensor, sigma: Tensor) -> Tensor:  # pyright: ignore
-        ctx.constants = (again, x, sigma, gradient)
+    def forward(ctx: Any, v: Tensor, anchor: Anchor, state: Deviation, again: Velocity) -> Tensor:  # pyright: ignore
+        ctx.constants = (anchor, state, again)
         return v.view_as(v)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        again, x, sigma, gradient = ctx.constants
-        apart(again, x, sigma, gradient)
-        return grad, None, None, None, None
+        anchor, state, again = ctx.constants
+        apart(again, state.x, state.sigma, anchor.gradient(state))
+        return grad, None, None, None

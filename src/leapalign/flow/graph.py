@@ -10,9 +10,9 @@ all three (`with_graph`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from leapalign.errors import UserError
-from leapalign.flow.anchor import Anchor, apart
+from leapalign.flow.anchor import Anchor, Deviation, apart
 from leapalign.flow.rollout import Velocity
 
 Around: TypeAlias = "Callable[[], AbstractContextManager[None]]"
@@ -84,18 +84,46 @@ class TrainedVelocity:
     before: Callable[[], None] = lambda: None  # called before each forward of the rollout
     staleness: list[Tensor] | None = None  # gets mean |v - v of the rollout| [B] of each recomputed forward
     part: Part | None = None  # leaves samples whose gradient is zero out of recomputed forwards; None: takes all
+    drifts: list[Tensor] = field(default_factory=list)  # [B] of each measured state; see `drift`
+    waiting: list[Deviation] = field(default_factory=list)  # states that need the batch's mean, in the method's order
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         self.before()
         if not torch.is_grad_enabled():
             return self.velocity(x, sigma)
         v = self.differentiated(x, sigma)
-        return self.anchor.pull(self.again, self.velocity, x, sigma, v) if self.anchor else v
+        state = self._held(x, sigma)
+        if self.anchor is None or state is None:
+            return v
+        self.measure([state], [v])
+        if x.requires_grad:
+            return self.anchor.pulled_apart(v, state, self.again)
+        return self.anchor.pulled(v, state)
 
     def recomputed(self, x: Tensor, sigma: Tensor, v: Tensor, share: float) -> Tensor:
-        nested = x.requires_grad
+        state, nested = self._held(x, sigma, share, v), x.requires_grad
         x = x if nested else x.detach().requires_grad_()  # autograd's condition for calling backward
-        return cast("Tensor", _Recomputed.apply(self, share, nested, x, sigma, v))
+        return cast("Tensor", _Recomputed.apply(self, state, nested, x, sigma, v))
+
+    def measure(self, states: Sequence[Deviation], values: Sequence[Tensor]) -> None:
+        """Measure the deviation from the base at states where this velocity has these values."""
+        assert self.anchor is not None
+        self.drifts.extend(self.anchor.measure(self.velocity, states, values))
+
+    def drift(self) -> Tensor:
+        """Return the mean drift over the states measured since the last call, [B] (0-dim 0 if none)."""
+        drift = torch.stack(self.drifts).mean(0) if self.drifts else torch.zeros(())
+        self.drifts.clear()
+        return drift
+
+    def _held(self, x: Tensor, sigma: Tensor, share: float = 1.0, known: Tensor | None = None) -> Deviation | None:
+        """Return the deviation at a state that the anchor holds, not yet measured; None if it holds no such state."""
+        if self.anchor is None or not self.anchor.pulls_at(x):
+            return None
+        state = Deviation(x=x.detach(), sigma=sigma, share=share, known=known)
+        if self.anchor.across:
+            self.waiting.append(state)
+        return state
 
     def again(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Run the differentiated forward in the backward pass."""
@@ -210,23 +238,35 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore
-        ctx: Any, trained: TrainedVelocity, share: float, nested: bool, x: Tensor, sigma: Tensor, v: Tensor
+        ctx: Any,
+        trained: TrainedVelocity,
+        state: Deviation | None,
+        nested: bool,
+        x: Tensor,
+        sigma: Tensor,
+        v: Tensor,
     ) -> Tensor:
-        ctx.constants = (trained, share, nested, x.detach(), sigma, v)
+        ctx.constants = (trained, state, nested, x.detach(), sigma, v)
         return v.view_as(v)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        trained, share, nested, *constants = ctx.constants
-        pulled = trained.anchor is not None and (
-            trained.anchor.nested or not nested
-        )  # then all samples have a gradient
-        replay = _replay if trained.part is None or pulled else _replay_part
-        return None, None, None, replay(trained, share, nested, *constants, grad), None, None
+        trained, state, *constants = ctx.constants
+        if trained.part is None or state is not None:  # the anchor gives all samples a gradient
+            at_x = _replay(trained, state, *constants, grad)
+        else:
+            at_x = _replay_part(trained, *constants, grad)
+        return None, None, None, at_x, None, None
 
 
 def _replay(
-    trained: TrainedVelocity, share: float, nested: bool, x: Tensor, sigma: Tensor, known: Tensor, grad: Tensor
+    trained: TrainedVelocity,
+    state: Deviation | None,
+    nested: bool,
+    x: Tensor,
+    sigma: Tensor,
+    known: Tensor,
+    grad: Tensor,
 ) -> Tensor | None:
     """Run the forward at (x, sigma) and backpropagate `grad`, with the anchor's, into .grad; return that at x."""
     x = x.requires_grad_()
@@ -234,9 +274,11 @@ def _replay(
         v = trained.again(x, sigma)
     if trained.staleness is not None:
         trained.staleness.append((v.detach() - known).abs().flatten(1).mean(1))
-    anchor, pull = trained.anchor, None
-    if anchor and (anchor.nested or not nested):
-        pull = anchor.gradient(trained.velocity, x, sigma, v, share)
+    pull = None
+    if trained.anchor and state:
+        if state.difference is None:
+            trained.measure([state], [v])
+        pull = trained.anchor.gradient(state)
     torch.autograd.backward(v, grad if pull is None or nested else grad + pull)
     if pull is not None and nested:
         apart(trained.again, x, sigma, pull)
@@ -244,7 +286,7 @@ def _replay(
 
 
 def _replay_part(
-    trained: TrainedVelocity, share: float, nested: bool, x: Tensor, sigma: Tensor, known: Tensor, grad: Tensor
+    trained: TrainedVelocity, nested: bool, x: Tensor, sigma: Tensor, known: Tensor, grad: Tensor
 ) -> Tensor:
     """`_replay`, without anchor, of the samples whose `grad` is not zero; the others' staleness is 0.
 
@@ -254,7 +296,7 @@ def _replay_part(
     rows = grad.flatten(1).any(1).nonzero().flatten()
     rows = rows if len(rows) else rows.new_zeros(1)
     few = with_graph(trained.part(rows.tolist()), "all", trained.recomputation, staleness=trained.staleness)
-    at_x = _replay(few, share, nested, x[rows], sigma[rows] if sigma.ndim else sigma, known[rows], grad[rows])
+    at_x = _replay(few, None, nested, x[rows], sigma[rows] if sigma.ndim else sigma, known[rows], grad[rows])
     if few.staleness:
         few.staleness[-1] = few.staleness[-1].new_zeros(len(x)).index_copy(0, rows, few.staleness[-1])
     return torch.zeros_like(x) if at_x is None else torch.zeros_like(x).index_copy(0, rows, at_x)

@@ -49,13 +49,22 @@ class GraphBytes:
 
 
 def graph_bytes(
-    run: Run, model: Any, conditioning: Conditioning, mode: FakeTensorMode, graph: str, seed: int
+    run: Run,
+    model: Any,
+    conditioning: Conditioning,
+    mode: FakeTensorMode,
+    graph: str,
+    seed: int,
+    waits: bool = False,
 ) -> GraphBytes:
-    """Measure one micro-batch with this setting of the graph (one of `GRAPHS`) and the draws of `seed`."""
+    """Measure one micro-batch with this setting of the graph (one of `GRAPHS`) and the draws of `seed`.
+
+    `waits`: only inputs are kept, and `graph` is that of the policy's blocks (leapalign.training.batch_mean).
+    """
     _fill_tables(run, model, conditioning, mode)
-    checkpointed = checkpoint_blocks(model.policy, graph)
+    checkpointed, kept = checkpoint_blocks(model.policy, graph), "inputs" if waits else graph
     try:
-        return _over_blocks(model.policy, lambda: _measure(run, model, conditioning, mode, graph, seed))
+        return _over_blocks(model.policy, lambda: _measure(run, model, conditioning, mode, kept, seed))
     finally:
         if checkpointed:
             model.policy.disable_gradient_checkpointing()

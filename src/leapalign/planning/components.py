@@ -38,6 +38,7 @@ class Planned:
     weights: dict[str, int]  # component of the pipeline -> number of weights
     text_blocks: dict[str, int]  # text encoder -> number of weights in blocks that shard_text_encoders shards
     rank: Rank = ALONE
+    device: str = "cpu"  # cpu, cuda, cuda:1, ...
 
     @property
     def trained(self) -> int:

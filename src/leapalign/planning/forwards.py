@@ -31,6 +31,14 @@ class Forwards:
     copies: int  # copies of the batch that the reward scores
     updates: int = 1  # updates over which these forwards are spread: those of one rollout, for policy gradients
 
+    def held(self, states: str) -> int:
+        """Return the number of states that the velocity anchor holds, at these states of the run."""
+        return self.most_with_graph - (self.nested if states == "first" else 0)
+
+    def of_mean(self, graph: str) -> int:
+        """Return the forwards that waiting for the mean of the batch adds to a run with this setting of the graph."""
+        return 0 if graph == "inputs" else self.most_with_graph - self.in_backward
+
     def of_anchor(self, states: str) -> tuple[int, int]:
         """Return the forwards that the velocity anchor adds at these states of the run, and the backwards."""
         if states == "first":

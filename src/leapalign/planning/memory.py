@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
+from leapalign.distributed.fsdp import repeated_blocks
 from leapalign.distributed.fsdp_frozen import blocks_of
 from leapalign.distributed.world import BUCKET
 from leapalign.methods.base import ClipsGradients
@@ -27,11 +28,12 @@ QUANTISED_BYTES = {"int8": 1.0, "nf4": 0.5}  # bytes a weight
 def always(planned: Planned) -> dict[str, int]:
     """Component -> bytes that are allocated in every phase, from the first update on."""
     trained = trained_bytes(planned, planned.rank)
+    beside = planned.run.base_copy == "device" or planned.device == "cpu"
     return {
         "transformer": policy_bytes(planned, planned.rank),
         "optimiser (AdamW, two moments)": 2 * trained,
         "average (EMA, float32)": trained,
-        **({"base of anchor and drift": reference_bytes(planned)} if _has_base(planned) else {}),
+        **({"base of anchor and drift": reference_bytes(planned)} if _has_base(planned) and beside else {}),
         "VAE (float32)": bytes_of(planned.model.decoder.vae.parameters()),
         "rewards": sum(_reward_bytes(planned.rank, plan, blocks) for plan, blocks in rewards_here(planned)),
     } | _held_out(planned)
@@ -57,13 +59,32 @@ def trained_bytes(planned: Planned, rank: Rank = ALONE) -> int:
 
 def reference_bytes(planned: Planned) -> int:
     """Bytes of the anchor's base: a copy of the trained weights (leapalign.training.reference)."""
-    policy, trained = planned.model.policy, trained_bytes(planned, planned.rank)
-    if planned.run.dtype == "float32":
-        return trained
-    layers = [m for m in policy.modules() if isinstance(m, CAST)]
-    half = [p for layer in layers for p in layer.parameters(recurse=False) if p.requires_grad]
-    whole = planned.rank.sharded and all(p.requires_grad for p in policy.parameters())  # shards stay float32
-    return trained if whole else trained - bytes_of(half) // 2
+    policy = planned.model.policy
+    if planned.rank.sharded and all(p.requires_grad for p in policy.parameters()):  # shards stay float32
+        return trained_bytes(planned, planned.rank)
+    return _base_bytes(planned, policy.parameters())
+
+
+def base_in_forward(planned: Planned) -> int:
+    """Return the device's bytes of a base in CPU memory while it computes: its largest block, and all but the blocks.
+
+    0 if the base stays on the device.
+    """
+    if planned.run.base_copy == "device" or not _has_base(planned):
+        return 0
+    policy = planned.model.policy
+    blocks = [list(block.parameters()) for block in repeated_blocks(policy)]
+    inside = {id(p) for block in blocks for p in block}
+    largest = max((_base_bytes(planned, block) for block in blocks), default=0)
+    return largest + _base_bytes(planned, [p for p in policy.parameters() if id(p) not in inside])
+
+
+def _base_bytes(planned: Planned, weights: Iterable[nn.Parameter]) -> int:
+    """Bytes of the base's copies of whole weights; frozen ones have none."""
+    policy, trained = planned.model.policy, [p for p in weights if p.requires_grad]
+    cast = [module for module in policy.modules() if isinstance(module, CAST) and planned.run.dtype != "float32"]
+    half = {id(p) for layer in cast for p in layer.parameters(recurse=False)}
+    return bytes_of(trained) - bytes_of(p for p in trained if id(p) in half) // 2
 
 
 def policy_bytes(planned: Planned, rank: Rank = ALONE) -> int:
@@ -107,17 +128,20 @@ def reward_bytes(planned: Planned, forwards: Forwards) -> int:
     ) + max((largest_gathered(blocks) for _, blocks in here), default=0)
 
 
-def waiting_bytes(planned: Planned, forwards: Forwards) -> int:
+def waiting_bytes(planned: Planned, forwards: Forwards, graph: GraphBytes) -> int:
     """Return the bytes of micro-batches that wait for their backward while others are rolled out and scored.
 
-    Only with a method that clips by the whole batch: states, velocities, and x_0 with its gradient.
+    Only where they need the whole batch first: states and velocities of the rollout, x_0 with its gradient; for the
+    anchor's mean also the differences from the base, and what the graph keeps.
     """
-    run = planned.run
-    if not isinstance(run.method, ClipsGradients):
+    run, ranks = planned.run, planned.rank.world.size
+    means = run.waits_for_mean(ranks)
+    if not isinstance(run.method, ClipsGradients) and not means:
         return 0
     numbers = run.micro_batch_size * math.prod(planned.model.latent_shape)
-    others = run.batch_size // (run.micro_batch_size * planned.rank.world.size) - 1
-    return others * (2 * forwards.in_backward + 2) * numbers * FLOAT32
+    latents = 2 * forwards.in_backward + 2 + (forwards.held(run.anchor_states) if means else 0)
+    others = run.batch_size // (run.micro_batch_size * ranks) - 1
+    return others * (latents * numbers * FLOAT32 + (graph.kept if means else 0))
 
 
 def phases(planned: Planned, *, graph: GraphBytes, forward: int, reward: int, waiting: int) -> dict[str, int]:
@@ -132,14 +156,15 @@ def phases(planned: Planned, *, graph: GraphBytes, forward: int, reward: int, wa
     in_forward, in_backward = rank.gathered(policy)
     in_rollout = max(in_forward, policy_bytes(planned)) if rank.sharded and run.gather_in_rollout else in_forward
     largest = rank.largest(policy)
+    base = base_in_forward(planned)  # inside a rollout, or a backward that recomputes
     exchanged = BUCKET + largest if rank.world.size > 1 and not rank.sharded else 0  # gradients, flat
     return {
         "encoding prompts": memory["transformer"] + memory["VAE (float32)"] + _text_bytes(planned),
-        "rollout": fixed + held + in_rollout + graph.rollout,
+        "rollout": fixed + held + in_rollout + base + graph.rollout,
         "decode and reward": fixed + held + graph.kept + reward,
-        "backward": fixed + waiting + trained + in_backward + graph.backward,
+        "backward": fixed + waiting + trained + in_backward + base + graph.backward,
         "optimiser step": fixed + trained + max(2 * largest, exchanged),  # AdamW's temporaries, one weight at a time
-        "scoring the average": fixed + in_rollout + forward,
+        "scoring the average": fixed + in_rollout + base + forward,
     }
 
 

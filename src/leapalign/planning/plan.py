@@ -27,9 +27,18 @@ from leapalign.planning.activations import GRAPHS, GraphBytes, forward_bytes, gr
 from leapalign.planning.components import Planned, family_of, plan_components, quantization_of
 from leapalign.planning.downloads import Download, hub_file, pipeline_components
 from leapalign.planning.forwards import Forwards, count_forwards
-from leapalign.planning.memory import always, phases, policy_bytes, reward_bytes, trained_bytes, waiting_bytes
+from leapalign.planning.memory import (
+    always,
+    base_in_forward,
+    phases,
+    policy_bytes,
+    reference_bytes,
+    reward_bytes,
+    trained_bytes,
+    waiting_bytes,
+)
 from leapalign.planning.prompts import PlannedPrompts, plan_prompts, planned_shape
-from leapalign.planning.sharding import first_rank, world_of
+from leapalign.planning.sharding import first_rank
 from leapalign.planning.sources import locate
 from leapalign.run import Run
 from leapalign.storage.lock import is_empty
@@ -73,11 +82,10 @@ class Plan:
 def make_plan(run: Run, ranks: int = 1, ranks_per_machine: int = 8) -> Plan:
     """Plan a run on this number of ranks, as rank 0 sees it. Raises UserError with the first problem found."""
     from leapalign.training.engine import reward_names
-    from leapalign.training.refusals import check_method, refuse_a_part_of_the_mean
+    from leapalign.training.refusals import check_method, refuse_sharded_base
 
     check_method(run)
     check_names(run, reward_names(run))
-    refuse_a_part_of_the_mean(run, world_of(run, ranks, ranks_per_machine))
     _check_out(Path(run.out))
     device, notes = planned_device(run.device)
     forwards = count_forwards(run)
@@ -87,7 +95,8 @@ def make_plan(run: Run, ranks: int = 1, ranks_per_machine: int = 8) -> Plan:
         planned = plan_components(run, source)
         quantised, memory = bool(quantization_of(run)), _capacity(device)
         rank, said = first_rank(run, planned.model.policy, quantised, device, memory, ranks, ranks_per_machine)
-        planned = replace(planned, rank=rank)
+        refuse_sharded_base(run, rank.sharded)
+        planned = replace(planned, rank=rank, device=device)
         return _assemble(planned, device, forwards, prompts, [*notes, *prompts.notes, *said])
 
 
@@ -119,10 +128,11 @@ def _assemble(planned: Planned, device: str, forwards: Forwards, prompts: Planne
     negative = shape.empty(1, dtype, planned.mode) if model.guidance.active else None
     conditioning = Conditioning(shape.empty(run.micro_batch_size, dtype, planned.mode), negative)
     forward = forward_bytes(run, model, conditioning, planned.mode)
-    reward, waiting = reward_bytes(planned, forwards), waiting_bytes(planned, forwards)
+    reward, waits = reward_bytes(planned, forwards), run.waits_for_mean(planned.rank.world.size)
 
     def with_graph(graph: str) -> tuple[GraphBytes, dict[str, int]]:
-        found = graph_bytes(run, model, conditioning, planned.mode, graph, forwards.seed)
+        found = graph_bytes(run, model, conditioning, planned.mode, graph, forwards.seed, waits)
+        waiting = waiting_bytes(planned, forwards, found)
         return found, phases(planned, graph=found, forward=forward, reward=reward, waiting=waiting)
 
     graph, in_phases = with_graph(run.graph)
@@ -162,7 +172,8 @@ def _traffic(planned: Planned, forwards: Forwards) -> list[str]:
     more, apart = forwards.of_anchor(run.anchor_states) if run.anchored else (0, 0)
     backwards = micros * (forwards.most_with_graph + apart)
     kept = forwards.most_with_graph - forwards.in_backward
-    again = micros * kept if run.graph == "inputs" else 0  # the forward is run again before its backward
+    inputs = run.graph == "inputs" or run.waits_for_mean(rank.world.size)
+    again = micros * kept if inputs else 0  # the forward is run again before its backward
     gathers = round(micros * (forwards.mean + more)) + backwards + again
     received = rank.received(planned.model.policy, gathers, backwards)
     way_out = "" if rank.rounded or run.dtype == "float32" else "; --gather-dtype bfloat16 halves the gathers"
@@ -197,6 +208,7 @@ def _geometry(planned: Planned, forwards: Forwards) -> dict[str, int | float]:
     run, rank, branches = planned.run, planned.rank, planned.branches
     accumulations = run.batch_size // (run.micro_batch_size * rank.world.size)
     anchor, _ = forwards.of_anchor(run.anchor_states) if run.anchored else (0, 0)
+    anchor += forwards.of_mean(run.graph) if run.waits_for_mean(rank.world.size) else 0
     several = {"ranks": rank.world.size, "ranks_that_share_the_weights": rank.among if rank.sharded else 1}
     return (several if rank.world.size > 1 else {}) | {
         "steps": run.steps,
@@ -258,6 +270,9 @@ def _check_base(planned: Planned) -> list[str]:
 def _notes(planned: Planned, plan: Plan) -> list[str]:
     rewards = [*planned.rewards, *planned.held_out]
     found = _check_base(planned) + [f"{reward.name}: {reward.note}" for reward in rewards if reward.note]
+    if base := base_in_forward(planned):
+        held, shown = reference_bytes(planned), f"{_gb(base)} GB of it at a time on {planned.device}"
+        found.append(f"the base's weights take {_gb(held)} GB of CPU memory, and {shown}")
     path, known = planned.source.hub_id, planned.source.facts
     if known and known.unchecked and planned.source.shipped:
         found.append(f"sizes of {path} are approximate: those that ship were not compared with its published files")

@@ -3,8 +3,9 @@
 Micro-batches are whole: noise, rollout, the reward's gradient at the latent, backward, then the next one. The loss is
 divided by the whole batch, so that 1 x 8 = 2 x 4 = 8 x 1.
 
-A method may clip the gradients at the latent by those of the whole batch (RSM). All micro-batches are then rolled out
-and scored before the first backward.
+A method may clip the gradients at the latent by those of the whole batch (RSM), and the anchor of the mean needs the
+mean of the whole batch (leapalign.training.batch_mean). All micro-batches are then rolled out and scored before the
+first backward.
 
 Our choices, where the paper states none:
 - an update without gradient (every sample above its threshold, or a draw without differentiated step) changes nothing:
@@ -30,6 +31,7 @@ from leapalign.methods.base import ClipsGradients, Method, ReusesRollouts, Sampl
 from leapalign.methods.objective import LatentGradient, latent_gradient, reweighted
 from leapalign.run import Run
 from leapalign.training import batches
+from leapalign.training.batch_mean import share_mean
 from leapalign.training.batches import MicroBatch
 from leapalign.training.engine import Engine, Kept
 from leapalign.training.finite import check_finite, not_finite
@@ -50,7 +52,7 @@ def update(engine: Engine, step: int) -> Metrics:
             engine.kept.clear()
             parts = on_new_rollouts(engine, step)
         else:
-            parts = [again(engine, kept) for kept in engine.kept]
+            parts = on_kept_rollouts(engine)
     trained = engine.world.any(any(part.trained for part in parts))
     taken = take_step(engine, step) if trained else NO_STEP
     return batch_metrics(of_all_ranks(engine.world, parts)) | taken | {"skipped": int(not trained)}
@@ -86,15 +88,28 @@ def on_new_rollouts(engine: Engine, step: int) -> list[Part]:
     """Roll out every micro-batch of this rank and add its gradient to the weights' .grad.
 
     A surrogate is freed before the next rollout, so that there is never more than one graph, even if the rewards leave
-    no gradient. Methods that clip by the batch hold states only.
+    no gradient. Where all micro-batches wait for the whole batch, they hold states only.
     """
     micros, method = engine.micro_batches(step), engine.run.method
-    if not isinstance(method, ClipsGradients):
+    if not (isinstance(method, ClipsGradients) or engine.run.mean_across):
         return [train(engine, scored(engine, micro)) for micro in micros]
-    waiting, parts = clipped(engine, method, [scored(engine, micro) for micro in micros]), []
+    waiting, parts = [scored(engine, micro) for micro in micros], []
+    if isinstance(method, ClipsGradients):
+        waiting = clipped(engine, method, waiting)
+    if engine.run.mean_across:
+        due = [(each.velocity, 1 + len(each.later)) for each in waiting]
+        share_mean(engine.world, due, waiting[0].result.grad[0], fresh=True)
     while waiting:
         parts.append(train(engine, waiting.pop(0)))
     return parts
+
+
+def on_kept_rollouts(engine: Engine) -> list[Part]:
+    """Add the gradient of every micro-batch of this rank, on rollouts of an earlier update, to the weights' .grad."""
+    if engine.run.mean_across:
+        due = [(kept.velocity, len(kept.later)) for kept in engine.kept]
+        share_mean(engine.world, due, engine.kept[0].result.grad[0], fresh=False)
+    return [again(engine, kept) for kept in engine.kept]
 
 
 def scored(engine: Engine, micro: MicroBatch) -> Scored:
@@ -180,7 +195,7 @@ def measured(velocity: TrainedVelocity) -> dict[str, Tensor]:
 
     [B] each, or a 0-dim 0 if there was no backward.
     """
-    found = {"anchor": velocity.anchor.measured()} if velocity.anchor else {}
+    found = {"anchor": velocity.drift()} if velocity.anchor else {}
     if velocity.staleness is not None:
         found["staleness"] = torch.stack(velocity.staleness).mean(0) if velocity.staleness else torch.zeros(())
         velocity.staleness.clear()

@@ -44,7 +44,7 @@ from leapalign.run import RewardTerm, Run
 from leapalign.training import batches, monitors
 from leapalign.training.batches import BEGINNING, MicroBatch, Start
 from leapalign.training.reference import Reference
-from leapalign.training.refusals import check_method, refuse_a_part_of_the_mean
+from leapalign.training.refusals import check_method, refuse_sharded_base
 from leapalign.training.weights import EMA, trained_parameters
 from leapalign.tuning.quantization import base_note
 
@@ -113,10 +113,14 @@ class Engine:
         return self.model.noise(micro.generators(self.run.seed, purpose)).to(self.sigmas.device)
 
     def velocity(self, prompts: Sequence[str]) -> TrainedVelocity:
-        """Return the policy's velocity for these prompts, with activations kept as `Run.graph` says."""
+        """Return the policy's velocity for these prompts, with activations kept as `Run.graph` says.
+
+        Only inputs are kept where micro-batches wait for the mean of the batch (leapalign.training.batch_mean).
+        """
         texts = list(prompts)
         velocity = self.model.velocity(self.model.encode(texts))
-        settings: dict[str, Any] = {"graph": self.run.graph, "anchor": self.anchor}
+        graph = "inputs" if self.run.waits_for_mean(self.world.size) else self.run.graph
+        settings: dict[str, Any] = {"graph": graph, "anchor": self.anchor}
         if self.run.skip_satisfied:
             settings["part"] = lambda rows: self.model.velocity(self.model.encode([texts[row] for row in rows]))
         settings["staleness"] = [] if self.run.updates_per_rollout > 1 else None
@@ -160,7 +164,6 @@ class Engine:
 def build(run: Run, world: World = ALONE, begin: Start = BEGINNING) -> Engine:
     """Load model, rewards and prompts; encode every prompt that the run reaches; shard if the run asks for it."""
     check_method(run)
-    refuse_a_part_of_the_mean(run, world)
     monitors.check_bands(run)
     names, others = reward_names(run), monitors.held_out_names(run)
     check_names(run, names)
@@ -174,6 +177,7 @@ def build(run: Run, world: World = ALONE, begin: Start = BEGINNING) -> Engine:
         checkpoint_blocks(model.policy, run.graph)
         trained_parameters(model.policy)
     choice = choose(run, model.policy, world, device)
+    refuse_sharded_base(run, choice.sharded)
     with world.agreed():
         check_fits(run, model.policy, world, device)
     shards = broadcast.spread(run, model.policy, world, device)
@@ -192,7 +196,8 @@ def build(run: Run, world: World = ALONE, begin: Start = BEGINNING) -> Engine:
     parameters = trained_parameters(model.policy)
     base = None
     if needs_base(run):
-        base = Reference(model.policy, parameters, bfloat16=run.dtype == "bfloat16", shards=shards).applied
+        settings: dict[str, Any] = {"bfloat16": run.dtype == "bfloat16", "in_cpu_memory": run.base_copy == "cpu"}
+        base = Reference(model.policy, parameters, shards=shards, **settings).applied
     return Engine(
         run=run,
         world=world,
@@ -255,6 +260,7 @@ def _anchor(run: Run, base: Base) -> Anchor:
         reference=base,
         batch_size=run.batch_size,
         nested=run.anchor_states == "all",
+        across=run.mean_across,
     )
 
 

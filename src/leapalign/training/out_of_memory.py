@@ -95,6 +95,8 @@ def _of_loaded(run: Run) -> list[str]:
     texts = []
     if run.tuning.name == "full":
         texts.append("a recipe that trains a LoRA instead of all weights: no gradient, optimiser and average of those")
+    if run.anchored and run.base_copy == "device":
+        texts.append("--base-copy cpu: the base's weights in CPU memory, brought to the device block by block")
     if any(not term.device for term in run.rewards):
         texts.append("--rewards.0.device cuda:1 (or cpu): the reward on another device than the model")
     if any((term.dtype or run.dtype) == "float32" for term in run.rewards):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from leapalign.distributed.world import World
 from leapalign.errors import UserError
 from leapalign.methods.base import NeedsAnchor, ReusesRollouts
 from leapalign.methods.policy_gradient import PolicyGradient, SamplesFromAverage
@@ -75,7 +74,10 @@ def refuse_without_anchor(run: Run) -> None:
         run.method.check_anchor(run.anchor_weight)
 
 
-def refuse_a_part_of_the_mean(run: Run, world: World) -> None:
-    """Raise UserError if the anchor of the mean would see a part of the batch only (`Run` checks the micro-batch)."""
-    if run.anchor_mean_weight and world.size > 1:
-        raise UserError("anchor_mean_weight takes its mean over the batch, which is on several ranks; use one")
+def refuse_sharded_base(run: Run, sharded: bool) -> None:
+    """Raise UserError if the base is to stay in CPU memory while FSDP2 keeps the trained weights in its own tensors."""
+    if run.base_copy == "cpu" and sharded:
+        raise UserError(
+            "base_copy cpu with sharded weights: FSDP2 gathers each block from tensors of its own, which cannot be "
+            "exchanged block by block; use base_copy device (each rank keeps its shard only), or sharding replicate"
+        )

@@ -102,8 +102,6 @@ class Session:
         self.progress.nonfinite_batches += 1
         self.engine.kept.clear()  # the rollouts of a batch that is left out
         self.engine.rolled_out.clear()
-        if self.engine.anchor:
-            self.engine.anchor.drifts.clear()
         self.tracker.note(f"{error}. This batch was left out: {before + 1} of at most {limit}")
         return {"nonfinite_batch": 1, "skipped": 1}
 
