@@ -126,7 +126,7 @@ def test_micro_batches_that_wait_for_the_mean_are_counted(run):
 
 
 def test_a_base_in_cpu_memory_is_on_the_device_block_by_block(run):
-    run = replace(run, anchor_weight=1.0)
+    run = replace(run, anchor_weight=1.0, dtype="float32")
     plans = {}
     for where in ("device", "cpu"):
         plans[where] = make_plan(replace(run, base_copy=where))
