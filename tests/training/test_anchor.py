@@ -12,7 +12,7 @@ from leapalign.distributed.fsdp import repeated_blocks
 from leapalign.errors import UserError
 from leapalign.flow.leap import per_sample
 from leapalign.methods import RSM, AlignProp, DRaFT, DRaFTLV, LeapAlign, ReFL
-from leapalign.monitors import Monitors
+from leapalign.monitors import NEVER, Monitors
 from leapalign.run import RewardTerm, Run
 from leapalign.training import direct, fixed_set, loop
 from leapalign.training.reference import Reference
@@ -112,7 +112,8 @@ def test_the_reference_is_the_base_bit_for_bit_and_is_taken_off_again(dtype):
 @pytest.mark.parametrize("tuning", [None, LoRA(rank=2, init="gaussian")], ids=["full", "lora"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_base_in_cpu_memory_gives_the_same_numbers(tuning, dtype):
-    held = {"anchor_weight": 1.0, "anchor_mean_weight": 1.0, "dtype": dtype, "monitors": Monitors(drift_samples=2)}
+    held = {"anchor_weight": 1.0, "anchor_mean_weight": 1.0, "dtype": dtype}
+    held |= {"monitors": Monitors(drift_samples=2), "stop_when": NEVER}
     run = embedded(**held | ({"tuning": tuning} if tuning else {}))
     ends = {}
     for where in ("device", "cpu"):
@@ -252,7 +253,7 @@ def test_the_mean_is_over_the_batch_whatever_the_micro_batches(tiny_run, tiny_mo
     whole, *parts = [pulled_back(replace(held, micro_batch_size=size)) for size in sizes]
     for other in parts:
         for (drift, gradients), (its, others) in zip(whole, other):
-            assert drift > 0 and its == pytest.approx(drift, rel=1e-12)
+            assert drift > 0 and its == pytest.approx(drift, rel=1e-6)  # metrics are float32
             differences = {name: others[name] - g for name, g in gradients.items()}
             assert largest(differences) < 1e-12 * largest(gradients)
     (_, gradients), *_ = whole
