@@ -64,8 +64,8 @@ class Anchor:
         drifts = []
         with torch.no_grad(), self.reference():
             for state, v in zip(states, values):
-                state.difference = v.detach() - velocity(state.x, state.sigma)
-                drifts.append(state.difference.square().flatten(1).mean(1))
+                difference = state.difference = v.detach() - velocity(state.x, state.sigma)
+                drifts.append(difference.square().flatten(1).mean(1))
         return drifts
 
     def gradient(self, state: Deviation) -> Tensor:

@@ -251,11 +251,11 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        trained, state, *constants = ctx.constants
+        trained, state, nested, x, sigma, v = ctx.constants
         if trained.part is None or state is not None:  # the anchor gives all samples a gradient
-            at_x = _replay(trained, state, *constants, grad)
+            at_x = _replay(trained, state, nested, x, sigma, v, grad)
         else:
-            at_x = _replay_part(trained, *constants, grad)
+            at_x = _replay_part(trained, nested, x, sigma, v, grad)
         return None, None, None, at_x, None, None
 
 
