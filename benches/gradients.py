@@ -11,10 +11,12 @@ so that one backward gives the gradient of each step; their sum is the gradient 
 - `cosine`: of the mean over batches and draws with full backpropagation's mean; `cosine_corrected`: without the part of
   the mean's norm that is noise of the draws. `bias`: sqrt(1 - cosine_corrected^2). `scale`: length along it, 1 = equal.
 - `draw_noise`: standard deviation over the draws of one batch, over the mean's norm.
-- `signal`: of one update's mean along full backpropagation's mean over the *other* batches; `noise`: standard deviation
-  of one update's gradient over batches and draws.
-- `efficiency`: (signal / noise)^2 for each unit of compute, over full backpropagation's; a unit is one forward of the
-  generator for one sample, a backward counts 2, both counted while they run. Rewards and decodes are not in it.
+- `update_cosine`: of one update's gradient with full backpropagation's on the same batch, in the mean square: bias and
+  noise of the draws together.
+- `efficiency`: update_cosine^2 for each unit of compute, over full backpropagation's. If what departs from full
+  backpropagation's gradient has no part along the gradient over all prompts and noises, this is the ratio of
+  (signal / noise)^2. A unit is one forward of the generator for one sample, a backward counts 2, both counted while
+  they run; rewards and decodes are not in it.
 """
 
 from __future__ import annotations
@@ -170,7 +172,7 @@ def main(bench: Gradients) -> dict[str, Any]:
     if unknown := [name for name in bench.only if name not in (FULL_NAME, *METHODS)]:
         raise UserError(f"--only {unknown[0]}: expected some of {FULL_NAME}, {', '.join(METHODS)}")
     if bench.batches < 2 or bench.draws < 2:
-        raise UserError("--batches and --draws: give at least 2 of each, for the variances")
+        raise UserError("--batches and --draws: give at least 2 of each, for the means and the draws' noise")
     torch.set_num_threads(1)
     engine, chosen = loaded(bench), [name for name in METHODS if not bench.only or name in bench.only]
     full = measure(engine, DRaFT(num_last_steps=bench.steps), bench.batches, 1)
@@ -181,8 +183,7 @@ def main(bench: Gradients) -> dict[str, Any]:
         found[name] = statistics(measure(engine, METHODS[name], bench.batches, bench.draws), full)
         print(f"{name}: cosine {found[name]['cosine']:.3f}, {time.monotonic() - begun:.0f} s", file=sys.stderr)
     for row in found.values():
-        row["efficiency"] = row["signal_to_noise"] ** 2 / row["compute"] / (whole["signal_to_noise"] ** 2)
-        row["efficiency"] *= whole["compute"]
+        row["efficiency"] = row["update_cosine"] ** 2 * whole["compute"] / row["compute"]
     return {"methods": found} | facts(bench)
 
 
@@ -217,15 +218,15 @@ def measure(engine: OneBatch, method: Any, batches: int, draws: int) -> Measured
     found = Measured(by_step=torch.zeros(()), draws=draws)
     for batch in range(batches):
         here = replace(engine, run=run, anchor=anchor, batch=batch)
-        each = [gradient(here, step) for step in range(draws)]
-        totals = [by_step.sum(0, dtype=torch.float64) for by_step in each]  # [P]; sums of millions of squares follow
-        mean = sum(totals[1:], totals[0]) / draws
-        squares = sum(float(total.square().sum()) for total in totals) / draws
-        spread = squares - float(mean.square().sum())
-        found.by_step = found.by_step + sum(each[1:], each[0]) / (batches * draws)
-        found.totals.append(mean)
+        total, squares = torch.zeros((), dtype=torch.float64), 0.0
+        for step in range(draws):
+            by_step = gradient(here, step)
+            found.by_step = found.by_step + by_step / (batches * draws)
+            own = by_step.sum(0, dtype=torch.float64)  # [P]; sums of millions of squares follow
+            total, squares = total + own / draws, squares + float(own.square().sum()) / draws
+        found.totals.append(total)
         found.squares.append(squares)
-        found.draw_variance.append(max(0.0, spread) * draws / max(1, draws - 1))
+        found.draw_variance.append(max(0.0, squares - float(total.square().sum())) * draws / max(1, draws - 1))
     samples = batches * draws * run.batch_size
     found.forwards, found.backwards = policy.forwards / samples, policy.backwards / samples
     return found
@@ -246,16 +247,13 @@ def statistics(found: Measured, full: Measured) -> dict[str, Any]:
     of_draws = sum(found.draw_variance) / len(found.draw_variance)
     norm = float(mean.square().sum()) - of_draws / (len(found.totals) * found.draws)
     corrected = min(1.0, along / max(norm, 1e-30) ** 0.5)
-    signal, noise = signal_and_noise(found, full)
     return {
         "cosine": along / max(float(mean.norm()), 1e-30),
         "cosine_corrected": corrected,
         "bias": (1 - corrected**2) ** 0.5,
         "scale": along / float(whole.norm()),
         "draw_noise": of_draws**0.5 / max(norm, 1e-30) ** 0.5,
-        "signal": signal,
-        "noise": noise,
-        "signal_to_noise": signal / noise,
+        "update_cosine": update_cosine(found, full),
         "forwards": found.forwards,
         "backwards": found.backwards,
         "compute": found.forwards + BACKWARD * found.backwards,
@@ -263,14 +261,10 @@ def statistics(found: Measured, full: Measured) -> dict[str, Any]:
     }
 
 
-def signal_and_noise(found: Measured, full: Measured) -> tuple[float, float]:
-    """Signal along full backpropagation's mean over the other batches, and the noise of one update (unbiased)."""
-    batches, whole = len(found.totals), torch.stack(full.totals).sum(0)
-    others = [(whole - own) / (batches - 1) for own in full.totals]
-    signal = sum(float(g @ u) / float(u.norm()) for g, u in zip(found.totals, others)) / batches
-    own = sum(float(g.square().sum()) for g in found.totals)
-    between = (float(torch.stack(found.totals).sum(0).square().sum()) - own) / (batches * (batches - 1))  # |E g|^2
-    return signal, max(sum(found.squares) / batches - between, 1e-30) ** 0.5
+def update_cosine(found: Measured, full: Measured) -> float:
+    """Mean <g, f> over root mean squares of |g| (over draws too) and |f|: one update's g, full backpropagation's f."""
+    product = sum(float(g @ f) for g, f in zip(found.totals, full.totals))
+    return product / max((sum(found.squares) * sum(full.squares)) ** 0.5, 1e-30)
 
 
 def step_row(t: int, g: Tensor, whole: Tensor) -> Mapping[str, Any]:

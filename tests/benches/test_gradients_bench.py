@@ -25,19 +25,24 @@ def bench():
 
 
 def test_methods_against_full_backpropagation(bench) -> None:
-    only = ("leapalign-a1", "leapalign-a1-stratified", "draft-1")
+    only = ("leapalign-a1-stratified", "draft-1")
     found = bench.main(bench.Gradients(only=only, batches=2, draws=2, batch_size=2, steps=3))["methods"]
     assert set(found) == {"full", *only}
     full, last = found["full"], found["draft-1"]
-    assert full["cosine"] == pytest.approx(1) and full["scale"] == pytest.approx(1) and full["efficiency"] == 1
+    assert (
+        full["cosine"] == pytest.approx(1)
+        and full["scale"] == pytest.approx(1)
+        and full["efficiency"] == pytest.approx(1)
+    )
     assert full["draw_noise"] == 0 and (full["forwards"], full["backwards"], full["compute"]) == (3, 3, 9)
     assert (last["forwards"], last["backwards"]) == (3, 1) and last["draw_noise"] == pytest.approx(0, abs=1e-3)
     early, _, late = last["steps"]
     assert (early["step"], early["norm"], early["cosine"]) == (3, 0, None)
     assert late["cosine"] == pytest.approx(1) and late["norm"] == pytest.approx(late["full_norm"], rel=1e-4)
     assert 0 < last["cosine"] < 1 and last["scale"] < 1
-    leaps, sets = found["leapalign-a1"], found["leapalign-a1-stratified"]
-    assert (leaps["forwards"], leaps["backwards"]) == (3, 2) and (sets["forwards"], sets["backwards"]) == (5, 2)
+    assert last["efficiency"] == pytest.approx(last["update_cosine"] ** 2 * 9 / 5)
+    sets = found["leapalign-a1-stratified"]
+    assert (sets["forwards"], sets["backwards"]) == (5, 2)
     assert all(step["norm"] > 0 for step in sets["steps"])
 
 

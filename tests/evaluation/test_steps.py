@@ -21,7 +21,7 @@ from leapalign.errors import UserError
 from leapalign.evaluation.exchange import Exchanged, exchange_by_step
 from leapalign.evaluation.image_folder import ImageFiles
 from leapalign.evaluation.sampling import Sampling, draw_files
-from leapalign.evaluation.swap import share, swap_test
+from leapalign.evaluation.swap import last_with_half, share, swap_test
 from leapalign.lookup.pairs import pairs_of
 from leapalign.lookup.sources import find_tuned
 from leapalign.models.sd3 import SD3
@@ -82,6 +82,13 @@ def test_the_share_of_an_effect_is_a_ratio_of_means_with_its_error() -> None:
     assert share(values, start, -end)["share"] is None  # the second prompt has no effect to take a share of
     missing = torch.tensor([1.0, 1.0, 1.0, float("nan")])
     assert share(missing, start, end)["share"] == 0.5
+
+
+def test_half_of_an_effect_counts_from_what_the_first_prompt_alone_has() -> None:
+    assert last_with_half((8, 6, 4, 0), (0.5, 0.4, 0.36, 0.3)) == 6
+    assert last_with_half((8, 6, 4, 0), (0.5, 0.4, 0.4, 0.3)) == 4
+    assert last_with_half((8, 4, 0), (0.3, 0.4, 0.3)) is None  # no effect
+    assert last_with_half((8, 4, 0), (0.5, None, 0.3)) is None
 
 
 def test_pairs_differ_in_the_claim_of_their_task() -> None:

@@ -137,12 +137,15 @@ def _half(table: Sequence[Mapping[str, Any]]) -> dict[str, int | None]:
     for task in table[0].get("geneval", {}):
         curves[task] = [row["geneval"][task]["second"]["accuracy"] for row in table]
     curves |= {f"reward {name}": [row["rewards"][name]["share"] for row in table] for name in table[0]["rewards"]}
-    return {name: _last_above_half([row["step"] for row in table], values) for name, values in curves.items()}
+    return {name: last_with_half([row["step"] for row in table], values) for name, values in curves.items()}
 
 
-def _last_above_half(steps: Sequence[int], values: Sequence[float | None]) -> int | None:
+def last_with_half(steps: Sequence[int], values: Sequence[float | None]) -> int | None:
+    """Return the last step whose value has at least half of the way from the last value (A alone) to the first (B).
+
+    None if a value is missing, or if B alone is not above A alone.
+    """
     known = [value for value in values if value is not None]
-    if len(known) < len(values) or not values[0]:
+    if len(known) < len(values) or known[0] <= known[-1]:
         return None
-    above = [step for step, value in zip(steps, known) if value >= known[0] / 2]
-    return min(above)
+    return min(step for step, value in zip(steps, known) if value >= (known[0] + known[-1]) / 2)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from leapalign.evaluation.statistics import Images
 
-COLORS = ("#1f5fa8", "#b8501f", "#3f8f4f", "#7a4fa0", "#8a6d1d", "#4a8f9f", "#a03f6a")
+COLORS = ("#1f5fa8", "#b8501f", "#3f8f4f", "#7a4fa0", "#8a6d1d", "#4a8f9f", "#a03f6a", "#222222")
 TILE = 160  # pixels of an image on a sheet, at most (larger images are averaged)
 
 
@@ -97,9 +97,9 @@ def exchange_table(answer: Mapping[str, Any]) -> str:
 
 
 def _places(answer: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return where the numbers of a comparison are: GenEval's overall first, its tasks, then the rewards."""
-    tuned = answer["tuned"]
-    return [("geneval", task) for task in tuned.get("geneval", {})] + [("rewards", name) for name in tuned["rewards"]]
+    """Return where the numbers of a comparison are: GenEval's overall and the rewards; tasks are in the JSON."""
+    overall = [("geneval", "overall")] if "geneval" in answer["tuned"] else []
+    return overall + [("rewards", name) for name in answer["tuned"]["rewards"]]
 
 
 def _exchange_block(answer: Mapping[str, Any], kind: str, name: str) -> str:
@@ -127,8 +127,6 @@ def exchange_panels(answer: Mapping[str, Any]) -> list[Panel]:
     rows, x = answer["ranges"], "steps"
     panels = []
     for kind, name in _places(answer):
-        if kind == "geneval" and name != "overall":
-            continue
         lines = [
             Line(words, [_difference(row[key][kind][name]) for row in rows])
             for key, words in (("only_there", "tuned there alone"), ("everywhere_else", "tuned in all other steps"))
