@@ -39,16 +39,17 @@ WATCHED = Monitors(
     prompt_monitors=True,
     drift_samples=8,
 )
-# What the demo asks for at its end; distances have a wider band, for an evaluation has few prompts of several images.
+# Wider than what the demo asks for at its end (0.90, 0.85): an evaluation has few images.
 HACKED = StopWhen(
     evaluations=2,
-    bands=(Band(monitor="open_color_entropy", least=0.9), Band(monitor="diversity/pixels", least=0.75)),
+    bands=(Band(monitor="open_color_entropy", least=0.85), Band(monitor="diversity/pixels", least=0.75)),
 )
 
 
 def shapeworld_leapalign() -> Run:
     """LeapAlign on the embedded pipeline and reward: minutes on two CPU cores. Ends when the reward is hacked."""
-    return replace(shapeworld(LeapAlign(nested_scale=1.0, step_draws="stratified")), stop_when=HACKED)
+    run = shapeworld(LeapAlign(nested_scale=1.0, step_draws="stratified"))
+    return replace(run, skip_satisfied=True, stop_when=HACKED)
 
 
 def shapeworld_leapalign_lora() -> Run:
@@ -136,15 +137,15 @@ def shapeworld(method: Any) -> Run:
         rewards=(RewardTerm(reward=PickScore(path="embedded:reward"), threshold=0.65),),
         prompts=ShapeWorldPrompts(),
         out=f"runs/shapeworld-{method.name}",
-        steps=250,
+        steps=220,
         batch_size=32,
         micro_batch_size=32,
         num_sampling_steps=8,
         learning_rate=3e-4,
         warmup_steps=15,
-        decay_steps=235,
+        decay_steps=205,
         ema_decay=0.97,
-        anchor_weight=0.12,
+        anchor_weight=0.3,
         anchor_states="first",
         evaluate_every=20,  # with its monitors an evaluation costs about as much as an update
         monitors=WATCHED,
