@@ -155,6 +155,7 @@ def test_damaged_files_are_one_message(folders: Path, capsys, file: str, text: s
         (("good/run.json",), "give the run's folder"),
         (("good", "--csv", "taken"), "not overwritten"),
         (("good", "--csv", "base"), "is a folder"),
+        (("good", "--csv", "/dev/null", "--overwrite"), "is a folder or a device"),
         (("good", "--csv", "none/t.csv"), "there is no folder"),
         (("good", "--csv", "t", "--latex", "t"), "the same file"),
         (("drawn",), "not finished"),

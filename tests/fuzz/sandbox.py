@@ -146,6 +146,8 @@ class Sandbox:
         """Nothing that was there is changed or gone, and what is new lies where the command line says."""
         after, words = _state(self.work), _words(given.argv)
         own = [w for w in words if w in RUNS] if given.argv[:1] == ("resume",) and outcome.status != 2 else []
+        if given.argv[:1] == ("compare",) and "--overwrite" in given.argv:
+            own = words  # the files that it is told to replace
         pictures = "--overwrite" in given.argv
         changed = [p for p, state in before.items() if after.get(p) != state and not _below(p, own)]
         changed = [p for p in changed if not p.endswith(LOCK)]  # says who worked on the run last

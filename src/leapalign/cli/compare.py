@@ -65,8 +65,8 @@ def compare_command(argv: list[str]) -> None:
 def check_targets(targets: dict[str, Path], overwrite: bool) -> None:
     """Raise UserError unless every file can be written: it is new or may be replaced, and no two are the same."""
     for kind, path in targets.items():
-        if path.is_dir():
-            raise UserError(f"--{kind} {path} is a folder; give a file")
+        if path.exists() and not path.is_file():  # a device would be replaced by a file of its name
+            raise UserError(f"--{kind} {path} is a folder or a device; give a file")
         if path.exists() and not overwrite:
             raise UserError(f"--{kind} {path} exists and is not overwritten; give another file, or --overwrite")
         if not path.parent.is_dir():
