@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from leapalign.errors import UserError
 from leapalign.planning.tensor_bytes import LiveBytes
-from leapalign.rewards import BUILT_IN, Custom
+from leapalign.rewards import BUILT_IN, Custom, ValueModel
 from leapalign.rewards.base import Weightless
 from leapalign.rewards.hpsv3.sizes import hpsv3
 
@@ -48,7 +48,7 @@ class Rewards:
     """A reward whose weights need more than that in float32 is not run."""
 
 
-PUBLISHED = {cls.name: cls().weightless() for cls in BUILT_IN if cls is not Custom}
+PUBLISHED = {cls.name: cls().weightless() for cls in BUILT_IN if cls not in (Custom, ValueModel)}
 ARCHITECTURES = {name: known for name, known in PUBLISHED.items() if known}
 ARCHITECTURES |= {"hpsv3-cut": hpsv3(2, 2)}  # 2 of 28 and 2 of 32 layers
 

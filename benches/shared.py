@@ -18,6 +18,7 @@ from leapalign.flow.graph import with_graph
 from leapalign.flow.rollout import Velocity
 from leapalign.methods.base import Surrogate
 from leapalign.methods.objective import LatentGradient, latent_gradient
+from leapalign.rewards.clip import PickScore
 from leapalign.run import Run
 from leapalign.training.batches import micro_batches, noise_generators
 from leapalign.training.engine import Engine
@@ -34,7 +35,10 @@ class Batch:
 
 def with_folders(run: Run, generator: str, reward: str) -> Run:
     """The same run on another pipeline and reward folder."""
-    terms = tuple(replace(term, reward=replace(term.reward, path=reward)) for term in run.rewards)
+    terms = tuple(
+        replace(term, reward=replace(term.reward, path=reward)) if isinstance(term.reward, PickScore) else term
+        for term in run.rewards
+    )
     return replace(run, model=replace(run.model, path=generator), rewards=terms)
 
 

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
         JPEGSize,
         PickScore,
         UnifiedReward,
+        ValueModel,
     )
     from leapalign.run import RewardTerm, Run
     from leapalign.training.loop import train
@@ -86,7 +87,7 @@ _NAMES = {  # module -> the names that it offers; tests/cli/test_public_api.py c
     "recipes": ("RECIPES", "shapeworld_leapalign"),
     "rewards": (
         *("OCR", "Aesthetic", "CLIPScore", "Custom", "HPSv2", "HPSv3", "ImageReward", "PickScore"),
-        *("JPEGSize", "UnifiedReward"),
+        *("JPEGSize", "UnifiedReward", "ValueModel"),
     ),
     "run": ("RewardTerm", "Run"),
     "training.loop": ("train",),
@@ -147,6 +148,7 @@ __all__ = [
     "StopWhen",
     "UnifiedReward",
     "UserError",
+    "ValueModel",
     "ZImage",
     "__version__",
     "compare",

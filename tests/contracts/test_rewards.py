@@ -29,6 +29,7 @@ from leapalign.rewards.imagereward import ImageReward
 from leapalign.rewards.jpeg import JPEGSize
 from leapalign.rewards.ocr import OCR
 from leapalign.rewards.unified import UnifiedReward
+from leapalign.rewards.value_model import ValueModel
 from leapalign.verification.rewards import check_reward
 from tiny_checkpoints import write_tiny_aesthetic, write_tiny_hpsv2, write_tiny_imagereward
 from tiny_clip import write_tiny_clip
@@ -76,6 +77,7 @@ CASES = {
     "custom": Case(lambda folder: custom(folder), 1e-5, weightless=True),
     "hpsv3": Case(lambda folder: HPSv3(path=str(write_tiny_hpsv3(folder)), processor=str(folder)), 0.04),
     "jpeg": Case(lambda folder: JPEGSize(), 0.0, weightless=True),
+    "value model": Case(lambda folder: ValueModel(of=JPEGSize(), output="logit"), 1e-5, weightless=True),
     "unified alignment": Case(lambda folder: unified(folder, "alignment"), 0.0),
     "unified quality": Case(lambda folder: unified(folder, "quality"), 0.0),
 }

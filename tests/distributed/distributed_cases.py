@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,8 @@ from leapalign.models.prompt_embeds.cache import PromptCache
 from leapalign.models.prompt_embeds.store import PromptStore
 from leapalign.models.sd3 import SD3
 from leapalign.monitors import HeldOut, Monitors, StopWhen
+from leapalign.rewards.value_model import ValueModel
+from leapalign.rewards.value_model.model import ValueReward
 from leapalign.run import RewardTerm, Run
 from leapalign.storage.pipeline_folder import FROM_FILES
 from leapalign.training import batches, direct, fixed_set, loop
@@ -83,6 +85,17 @@ MONITORS = Monitors(
     image_statistics=True,
     drift_samples=3,
 )
+SMALL_VALUE: dict[str, Any] = {"width": 4, "resolution": 8, "train_steps": 2, "train_batch": 8, "least_parity": 0.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoubleValue(ValueModel):
+    """A value model in float64."""
+
+    def load(self, device: str = "cpu", dtype: str = "float32") -> ValueReward:
+        return ValueModel.load(self, device, "float64")
+
+
 GRAPHS = ("all", "blocks", "inputs")
 POLICY_GRADIENTS = (FlowGRPO(), DanceGRPO(), MixGRPO(window=2, shift_every=1, tail_share=0.5), FlowDPPO())
 POLICY_GRADIENTS += (DiffusionNFT(most_decay=0.5, decay_growth=0.2), AWM(num_times=2))
@@ -247,6 +260,10 @@ def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]
     judged = replace(small, rewards=terms, shard_rewards=large, micro_batch_size=2, reward_chunk=1, evaluation_size=3)
     judged = replace(judged, batch_size=2 * world.size)
     named["sharded rewards"] = lambda: compared(judged, world, 1, shares)
+    learnt = RewardTerm(reward=DoubleValue(of=Toward(target=0.7), warmup_updates=1, **SMALL_VALUE), threshold=1.0)
+    for sharding in ("replicate", "full"):
+        learning = replace(small, rewards=(learnt,), sharding=sharding)
+        named[f"{sharding}, value model"] = lambda r=learning: compared(r, world, 3)
     units = tuple(replace(term, unit_gradient=True) for term in terms[:2])
     both = replace(judged, rewards=units, sharding="full", shard_rewards=large[1:2])
     named["full, sharded rewards"] = lambda: compared(both, world)

@@ -2,6 +2,7 @@
 
     RUN/checkpoints/step-000050/  weights.safetensors  ema.safetensors  optimizer.safetensors  run.json  state.json
                                   or, for sharded weights, files of each rank's shards (`sharded`)
+                                  learnt.safetensors: a value model's network, optimiser and samples, if the run has one
     RUN/checkpoints/newest.json   the name of the newest one, to detect its deletion
 
 Frozen weights are not saved: the run's model is loaded again. Random state and position in the prompts are not saved,
@@ -47,6 +48,7 @@ class Snapshot:
     progress: dict[str, Any]
     tensors: dict[str, Named]  # by group
     inputs: dict[str, Any] = field(default_factory=dict)  # the run's inputs, as inputs.py records them
+    learnt: Named = field(default_factory=dict)  # a value model's state, on the CPU; empty: the run has none
     part: Part | None = None  # the shards of a sharded checkpoint that these are; None: all of the checkpoint
 
     @property
@@ -55,7 +57,8 @@ class Snapshot:
 
     @property
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for named in self.tensors.values() for t in named.values())
+        groups = [*self.tensors.values(), self.learnt]
+        return sum(t.numel() * t.element_size() for named in groups for t in named.values())
 
 
 def take(
@@ -66,15 +69,18 @@ def take(
     optimizer: torch.optim.Optimizer,
     writers: Writers | None = None,
     inputs: dict[str, Any] | None = None,
+    learnt: Named | None = None,
 ) -> Snapshot:
     """Take a snapshot of the run (with `writers`, of this rank's shards): views, to be copied before a later write.
 
-    `average`: the averaged weights, by the parameters' names.
+    `average`: the averaged weights, by the parameters' names. `learnt`: a value model's state, already copied, which is
+    equal on all ranks; rank 0 writes it whole.
     """
     groups = formats.groups_of(parameters, average, optimizer)
     part = part_of(groups, writers) if writers else None
     tensors: dict[str, Named] = {g: {name: local(t) for name, t in named.items()} for g, named in groups.items()}
-    return Snapshot(run=run, progress=asdict(progress), tensors=tensors, inputs=inputs or {}, part=part)
+    others = {"inputs": inputs or {}, "learnt": learnt or {}}
+    return Snapshot(run=run, progress=asdict(progress), tensors=tensors, part=part, **others)
 
 
 def save(snapshot: Snapshot, before_rename: Callable[[], None] = lambda: None) -> Path:
@@ -99,12 +105,12 @@ def save(snapshot: Snapshot, before_rename: Callable[[], None] = lambda: None) -
 def _write(target: Path, snapshot: Snapshot, before_rename: Callable[[], None]) -> None:
     record, part = encode(snapshot.run), snapshot.part
     with complete_folder(target, part.writers.token if part else "") as folder:
-        files = formats.write(folder, snapshot.tensors, part)
+        files = formats.write(folder, snapshot.tensors, part) | formats.write_learnt(folder, snapshot.learnt)
         (folder / "run.json").write_text(json.dumps(record, indent=2))
         state: dict[str, Any] = {
             **snapshot.progress,
             **snapshot.inputs,
-            **formats.record(snapshot.tensors, part),
+            **formats.record(snapshot.tensors, part, snapshot.learnt),
             "config": config_hash(record),
             "seeds": seeds.SCHEME,
             "versions": versions(),
@@ -150,6 +156,11 @@ def restore(origin: Checkpoint | None, parameters: Named, average: Named, optimi
     if origin:
         formats.read(origin.folder, origin.state["layout"], parameters, average, optimizer)
     return progress_of(origin)
+
+
+def restored_learnt(origin: Checkpoint | None) -> Named:
+    """Return the value model's state that a checkpoint holds; empty if it holds none."""
+    return formats.read_learnt(origin.folder, origin.state) if origin else {}
 
 
 def restore_weights(origin: Checkpoint, parameters: Named) -> None:

@@ -22,6 +22,7 @@ from leapalign.storage.files import sha256
 
 GROUPS = ("weights", "ema", "optimizer")
 LAYOUTS = ("whole", "sharded")
+LEARNT = "learnt"  # group of a value model's state, in a whole file in either layout
 
 
 def groups_of(parameters: Named, average: Named, optimizer: torch.optim.Optimizer) -> dict[str, Named]:
@@ -44,20 +45,40 @@ def write(folder: Path, groups: Mapping[str, Named], part: Part | None) -> dict[
     return {path.name: sha256(path) for path in folder.iterdir()}
 
 
-def record(groups: Mapping[str, Named], part: Part | None) -> dict[str, Any]:
+def write_learnt(folder: Path, learnt: Named) -> dict[str, str]:
+    """Write a value model's state, if there is one. Returns file -> sha256."""
+    if not learnt:
+        return {}
+    file = _file(folder, LEARNT)
+    save_file(learnt, file)
+    return {file.name: sha256(file)}
+
+
+def read_learnt(folder: Path, state: Mapping[str, Any]) -> Named:
+    """Return the value model's state of the checkpoint with this state.json; empty if it has none."""
+    return load_file(_file(folder, LEARNT)) if state.get(LEARNT) else {}
+
+
+def record(groups: Mapping[str, Named], part: Part | None, learnt: Named | None = None) -> dict[str, Any]:
     """Return the entries of state.json that describe the layout."""
+    own = {LEARNT: True} if learnt else {}
     if part is None:
-        return {"layout": "whole"}
-    return {"layout": "sharded", "ranks": part.writers.ranks, "groups": sum(bool(named) for named in groups.values())}
+        return {"layout": "whole"} | own
+    return own | {
+        "layout": "sharded",
+        "ranks": part.writers.ranks,
+        "groups": sum(bool(named) for named in groups.values()),
+    }
 
 
 def tensor_files(state: Mapping[str, Any]) -> set[str]:
     """Return the names of the tensor files that a checkpoint must have. Raises ValueError for an unknown layout."""
     if state["layout"] not in LAYOUTS:
         raise ValueError(f"its layout is {state['layout']!r}, and this version reads {', '.join(LAYOUTS)}")
+    learnt = {f"{LEARNT}.safetensors"} if state.get(LEARNT) else set[str]()
     if state["layout"] == "sharded":
-        return sharded.file_names(state["ranks"], state["groups"])
-    return {f"{group}.safetensors" for group in GROUPS}
+        return learnt | sharded.file_names(state["ranks"], state["groups"])
+    return learnt | {f"{group}.safetensors" for group in GROUPS}
 
 
 def read(folder: Path, layout: str, parameters: Named, average: Named, optimizer: torch.optim.Optimizer) -> None:

@@ -22,6 +22,7 @@ from leapalign.codec import classes_in, field_types
 from leapalign.errors import UserError
 from leapalign.prompts import Prompt
 from leapalign.rewards.custom import Custom, module_of
+from leapalign.rewards.value_model import ValueModel
 from leapalign.run import Run
 from leapalign.storage.embedded import PREFIX, resolve
 from leapalign.storage.files import sha256
@@ -113,10 +114,16 @@ def _words(run: Run) -> Iterator[tuple[str, str]]:
     """Yield (place, text) for every text in the plug-ins' settings that may name a file."""
     plugins = [("model", run.model), ("prompts", run.prompts), ("tuning", run.tuning)]
     plugins += [(f"rewards[{i}].reward", term.reward) for i, term in enumerate(run.rewards)]
+    plugins += [(f"rewards[{i}].reward.of", reward.of) for i, reward in _value_models(run)]
     held_out = enumerate(run.monitors.held_out)
     plugins += [(f"monitors.held_out[{i}].reward", term.reward) for i, term in held_out]
     for place, config in plugins:
         yield from ((f"{place}.{name}", value) for name, value in _texts(config))
+
+
+def _value_models(run: Run) -> list[tuple[int, ValueModel]]:
+    """List (index, reward) of value models, which learn a reward with settings of its own."""
+    return [(i, term.reward) for i, term in enumerate(run.rewards) if isinstance(term.reward, ValueModel)]
 
 
 def _texts(config: Any) -> Iterator[tuple[str, str]]:
@@ -127,7 +134,9 @@ def _texts(config: Any) -> Iterator[tuple[str, str]]:
 
 
 def _with_words(config: T, change: Callable[[str], str]) -> T:
-    changes = {name: new for name, value in _texts(config) if (new := change(value)) != value}
+    changes: dict[str, Any] = {name: new for name, value in _texts(config) if (new := change(value)) != value}
+    if isinstance(config, ValueModel) and (learnt := _with_words(config.of, change)) != config.of:
+        changes["of"] = learnt
     return replace(config, **changes) if changes else config  # type: ignore[type-var]
 
 
@@ -150,9 +159,10 @@ def _files(word: str) -> dict[str, str]:
 def _code(run: Run, recorded: dict[str, str]) -> dict[str, str]:
     """Return the user's files and the modules beside them, if they are imported or recorded."""
     files = {Path(inspect.getfile(cls)) for cls in classes_in(run).values() if not _is_ours(cls.__module__)}
-    for term in (*run.rewards, *run.monitors.held_out):
-        if isinstance(term.reward, Custom):
-            files.add(Path(str(module_of(term.reward.function).__file__)))
+    rewards = [term.reward for term in (*run.rewards, *run.monitors.held_out)]
+    for reward in (*rewards, *(reward.of for _, reward in _value_models(run))):
+        if isinstance(reward, Custom):
+            files.add(Path(str(module_of(reward.function).__file__)))
     found: dict[str, str] = {}
     for file in sorted(file.resolve() for file in files):
         beside = {file.parent / name for name in recorded}

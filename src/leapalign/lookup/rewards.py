@@ -16,6 +16,7 @@ from leapalign.rewards import BUILT_IN
 from leapalign.rewards.adapt import described
 from leapalign.rewards.base import DescribedReward, Loads, RewardConfig
 from leapalign.rewards.custom import Custom
+from leapalign.rewards.value_model import ValueModel
 from leapalign.storage.embedded import PREFIX
 
 
@@ -35,6 +36,8 @@ def reward_config(word: str) -> RewardConfig:
         )
     if name == Custom.name:
         raise UserError("custom: give your own function as --reward my_file.py:name")
+    if name == ValueModel.name:
+        raise UserError("value-model: it learns within a run and scores nothing alone; give the reward that it learns")
     return decode(classes[name], _settings(word, classes[name]), where=word)
 
 
@@ -86,7 +89,8 @@ def rewards_of(source: str, plugins: dict[str, ModuleType]) -> dict[str, Any]:
     path, own, judge = Path(source) / "run.json", {}, PickScore(path="embedded:judge")
     if path.is_file():
         run = read_run(path, plugins)
-        own = dict(zip(reward_names(run), (term.reward for term in run.rewards)))
+        terms = (described(term.reward).in_evaluations() for term in run.rewards)
+        own = dict(zip(reward_names(run), terms))
         others = zip(held_out_names(run), (term.reward for term in run.monitors.held_out))
         own |= {f"held_out/{name}": reward for name, reward in others if reward != judge}
     elif source.startswith("embedded:"):

@@ -13,6 +13,7 @@ from leapalign.rewards.imagereward import ImageReward
 from leapalign.rewards.jpeg import JPEGSize
 from leapalign.rewards.ocr import OCR
 from leapalign.rewards.unified import UnifiedReward
+from leapalign.rewards.value_model import ValueModel
 
 BUILT_IN: tuple[type[DescribedReward], ...] = (
     PickScore,
@@ -24,6 +25,7 @@ BUILT_IN: tuple[type[DescribedReward], ...] = (
     OCR,
     JPEGSize,
     UnifiedReward,
+    ValueModel,
     Custom,
 )
 
@@ -39,4 +41,5 @@ __all__ = [
     "JPEGSize",
     "PickScore",
     "UnifiedReward",
+    "ValueModel",
 ]

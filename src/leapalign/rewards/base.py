@@ -134,6 +134,10 @@ class DescribedReward(RewardConfig, Protocol):
         """List the files that `load` reads; by default none."""
         return ()
 
+    def in_evaluations(self) -> RewardConfig:
+        """Return the reward by which a finished run is judged: itself, or the reward that a value model learnt."""
+        return self
+
     def weightless(self) -> Weightless | None:
         """Return the reward on the meta device if its sizes are known without reading weights; by default None."""
         return None

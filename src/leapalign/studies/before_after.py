@@ -125,12 +125,12 @@ def evaluate_model(study: Study, load: Callable[[str, str], Any], words: str, fo
     from leapalign.distributed.process_group import resolve_device
     from leapalign.evaluation.evaluate import evaluate
     from leapalign.evaluation.sampling import Sampling
-    from leapalign.rewards.adapt import load_reward
+    from leapalign.rewards.adapt import described, load_reward
 
     run, begun = study.run, time.monotonic()
     _say(f"evaluating {words}: {len(study.prompts)} images")
     device = resolve_device(run.device)
-    configs = {REWARD: run.rewards[0].reward, HELD_OUT: study.held_out}
+    configs = {REWARD: described(run.rewards[0].reward).in_evaluations(), HELD_OUT: study.held_out}
     rewards = {name: load_reward(config, device, run.dtype) for name, config in configs.items()}
     sampling = Sampling(num_steps=run.num_sampling_steps, batch_size=study.batch_size, seed=study.evaluation_seed)
     loaded = load(device, run.dtype)

@@ -30,7 +30,7 @@ from leapalign.flow.leap import per_sample
 from leapalign.methods.base import ClipsGradients, Method, ReusesRollouts, Samples, Surrogate
 from leapalign.methods.objective import LatentGradient, latent_gradient, reweighted
 from leapalign.run import Run
-from leapalign.training import batches
+from leapalign.training import batches, learning
 from leapalign.training.batch_mean import share_mean
 from leapalign.training.batches import MicroBatch
 from leapalign.training.engine import Engine, Kept
@@ -55,7 +55,8 @@ def update(engine: Engine, step: int) -> Metrics:
             parts = on_kept_rollouts(engine)
     trained = engine.world.any(any(part.trained for part in parts))
     taken = take_step(engine, step) if trained else NO_STEP
-    return batch_metrics(of_all_ranks(engine.world, parts)) | taken | {"skipped": int(not trained)}
+    found = batch_metrics(of_all_ranks(engine.world, parts)) | taken | {"skipped": int(not trained)}
+    return found | learning.learn(engine, step)
 
 
 def take_step(engine: Engine, step: int) -> Metrics:
@@ -151,6 +152,7 @@ def again(engine: Engine, kept: Kept) -> Part:
 def backward(engine: Engine, velocity: TrainedVelocity, surrogate: Surrogate, result: LatentGradient) -> Part:
     """Propagate the gradient at the latent into the weights' .grad, unless no sample has any."""
     trained = surrogate.has_gradient and (result.has_gradient or engine.anchor is not None)
+    trained = trained and not learning.policy_rests(engine)
     if engine.world.any(trained) if engine.shards else trained:  # with sharded weights all ranks run backward, or none
         surrogate.backward(result.grad)
     return part_of(surrogate, result, trained, measured(velocity), engine.run.batch_size)
@@ -178,9 +180,10 @@ def gradient_at_latent(engine: Engine, micro: MicroBatch, surrogate: Surrogate) 
     """Return the loss (Eqs. 11, 13) and its gradient at the latent; frees the rewards' graph. Raises NotFinite."""
     score = partial(engine.score, micro.prompts)
     chunk, batch_size = engine.run.reward_chunk, engine.run.batch_size
-    result = latent_gradient(surrogate, score, engine.terms, chunk=chunk, batch_size=batch_size)
+    result = latent_gradient(surrogate, score, learning.terms(engine), chunk=chunk, batch_size=batch_size)
     tensors = {f"the reward {name}": reward for name, reward in result.rewards.items()}
     tensors |= {"the loss": result.loss, "the reward's gradient at the latent": result.grad}
+    tensors |= learning.collect(engine, len(micro.prompts))
     check_finite(tensors, micro.prompts, micro.step + 1)
     return result
 

@@ -40,6 +40,7 @@ from leapalign.prompts import Prompt
 from leapalign.prompts.base import ImageMonitor
 from leapalign.rewards import adapt
 from leapalign.rewards.base import Reward
+from leapalign.rewards.value_model.model import Seen, ValueReward
 from leapalign.run import RewardTerm, Run
 from leapalign.training import batches, monitors
 from leapalign.training.batches import BEGINNING, MicroBatch, Start
@@ -93,11 +94,24 @@ class Engine:
     kept: list[Kept] = field(default_factory=list)  # this rank's micro-batches of the last rollouts, if used again
     rolled_out: list[RolledOut] = field(default_factory=list)  # the same, for policy-gradient methods
     norms: list[float] = field(default_factory=list)  # gradient norms of the last updates, for Run.clip_quantile
+    fresh: list[Seen] = field(default_factory=list)  # this rank's micro-batches of this update, for a value model
     held_out: dict[str, Reward] = field(default_factory=dict)  # measured in evaluations, never trained on
     features: Features | None = None  # space of the diversity that evaluations measure; None: they do not
     own_monitor: ImageMonitor | None = None  # the prompts' own
     base: Base | None = None  # for anchor and drift; None: neither
     notes: tuple[str, ...] = ()  # messages for the user about choices made on loading
+
+    @property
+    def value_model(self) -> str:
+        """Name of the reward that is learnt in this run; empty if none is."""
+        return next((name for name, reward in self.rewards.items() if isinstance(reward, ValueReward)), "")
+
+    @property
+    def learner(self) -> ValueReward:
+        """The reward that is learnt in this run, which must have one."""
+        reward = self.rewards[self.value_model]
+        assert isinstance(reward, ValueReward)
+        return reward
 
     @property
     def rewards_in_step(self) -> bool:
@@ -141,10 +155,16 @@ class Engine:
         return with_pixel_gradient(self.model.decode(latents), self.run.pixel_gradient)
 
     def score(self, prompts: Sequence[str], latents: Tensor, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Decode latents [n, ...]; return each reward [n], differentiable. latents[i] belongs to prompts[rows[i]]."""
+        """Decode latents [n, ...]; return each reward [n], differentiable. latents[i] belongs to prompts[rows[i]].
+
+        A value model observes the images.
+        """
         images = self.images(latents)
         texts = [prompts[row] for row in rows]
-        return {name: reward(images, texts) for name, reward in self.rewards.items()}
+        scores = {name: reward(images, texts) for name, reward in self.rewards.items()}
+        if self.value_model:
+            self.learner.observe(images, texts, scores[self.value_model])
+        return scores
 
     def whole_model(self, *, frozen: bool) -> Model | None:
         """Return the model with whole weights on rank 0 (a copy if sharded), None elsewhere. Every rank must call it.

@@ -31,6 +31,7 @@ from leapalign.storage.lock import run_lock
 from leapalign.training import batches, out_of_memory, self_checks
 from leapalign.training.batches import Start
 from leapalign.training.engine import Engine, build, inputs_record
+from leapalign.training.learning import BELIEVED
 from leapalign.training.out_of_memory import Setup
 from leapalign.training.preemption import Stop, on_signals
 from leapalign.training.session import Session, open_folder, tell, tell_short_average
@@ -122,6 +123,9 @@ def _load(run: Run, world: World, origin: Origin) -> tuple[Engine, Progress]:
         with world.agreed():
             progress = checkpoints.restore(origin.checkpoint, engine.parameters, engine.ema.shadow, engine.optimizer)
             engine.norms.extend(progress.grad_norms)
+            learnt = checkpoints.restored_learnt(origin.checkpoint)
+            if engine.value_model and learnt:
+                engine.learner.restore(learnt)
         if run.self_checks:
             self_checks.at_start(engine)
     return engine, progress
@@ -229,7 +233,8 @@ def _save_tuned(engine: Engine, out: Path) -> Path:
 
 
 def _warn_above(tracker: Tracker | Silent, metrics: Metrics) -> None:
-    if metrics.get("fraction_above_threshold", 0) > 0.5 and not tracker.warned:
+    believed = metrics.get(BELIEVED, 1)  # a value model that is not leaves no gradient either
+    if believed and metrics.get("fraction_above_threshold", 0) > 0.5 and not tracker.warned:
         tracker.warned = True
         share = f"{metrics['fraction_above_threshold']:.0%}"
         tracker.note(

@@ -6,11 +6,13 @@ from leapalign.errors import UserError
 from leapalign.methods.base import NeedsAnchor, ReusesRollouts
 from leapalign.methods.policy_gradient import PolicyGradient, SamplesFromAverage
 from leapalign.rewards import adapt
+from leapalign.rewards.value_model import ValueModel
 from leapalign.run import Run, nearest_multiples
 
 
 def check_method(run: Run) -> None:
     """Raise UserError if the run's method cannot train with its other settings."""
+    check_value_model(run)
     if isinstance(run.method, PolicyGradient):
         check_policy_gradient(run)
     else:
@@ -42,6 +44,29 @@ def check_policy_gradient(run: Run) -> None:
             f"{name} averages the weights its own way and takes one update a rollout; use ema_decay 0 and "
             "updates_per_rollout 1"
         )
+
+
+def check_value_model(run: Run) -> None:
+    """Raise UserError for a value model that cannot learn, or that nothing could believe."""
+    learnt = [term for term in run.rewards if isinstance(term.reward, ValueModel)]
+    if any(isinstance(term.reward, ValueModel) for term in run.monitors.held_out):
+        raise UserError("value-model: a held-out reward learns nothing; hold out the reward itself that it would learn")
+    if not learnt:
+        return
+    if len(learnt) > 1:
+        raise UserError(f"value-model: the run has {len(learnt)}, expected one; let one learn a sum of the rewards")
+    if isinstance(run.method, PolicyGradient):
+        raise UserError(
+            f"value-model: {run.method.name} needs no gradient of the reward; give it the reward itself "
+            f"({adapt.described(learnt[0].reward.of).name}), or use a direct-gradient method, for instance leapalign"
+        )
+    if run.updates_per_rollout > 1:
+        raise UserError(
+            f"updates_per_rollout {run.updates_per_rollout}: a value model changes after each update, and with it the "
+            "gradient at the latent; use updates_per_rollout 1"
+        )
+    if learnt[0].device:
+        raise UserError(f"value-model: it learns on the run's device, not on {learnt[0].device}; leave device empty")
 
 
 def refuse_without_gradient(run: Run) -> None:

@@ -16,7 +16,7 @@ from leapalign.errors import NotFinite, RunInterrupted, UserError
 from leapalign.run import Run, differences
 from leapalign.storage.atomic import refuse_links_out, refuse_other_kinds
 from leapalign.storage.lock import HOLDER, LOCK, is_empty
-from leapalign.training import self_checks, watch
+from leapalign.training import learning, self_checks, watch
 from leapalign.training.engine import Engine
 from leapalign.training.fixed_set import evaluate
 from leapalign.training.live_weights import short_average
@@ -68,7 +68,8 @@ class Session:
         self.progress.grad_norms = list(engine.norms)
         if engine.world.rank in (writers.ranks if writers else (0,)):
             state = (engine.parameters, engine.ema.shadow, engine.optimizer, writers, self.inputs)
-            self.saver.save(checkpoints.take(engine.run, self.progress, *state), self.tracker.sync)
+            learnt = engine.learner.state() if engine.value_model else {}
+            self.saver.save(checkpoints.take(engine.run, self.progress, *state, learnt), self.tracker.sync)
         self.saver.step = self.progress.step
         self.best.in_checkpoint = self.progress.best_step
 
@@ -102,6 +103,7 @@ class Session:
         self.progress.nonfinite_batches += 1
         self.engine.kept.clear()  # the rollouts of a batch that is left out
         self.engine.rolled_out.clear()
+        learning.forget(self.engine)
         self.tracker.note(f"{error}. This batch was left out: {before + 1} of at most {limit}")
         return {"nonfinite_batch": 1, "skipped": 1}
 
