@@ -152,7 +152,7 @@ class ValueReward(Reward):
 
     def state(self) -> dict[str, Tensor]:
         """Copy everything that the next update depends on, by name, to the CPU."""
-        found = {f"network.{name}": p for name, p in self.net.named_parameters()}
+        found: dict[str, Tensor] = {f"network.{name}": p for name, p in self.net.named_parameters()}
         for name, p in self.net.named_parameters():
             found |= {f"optimizer.{name}.{key}": value for key, value in self.optimizer.state[p].items()}
         for group, samples in (("buffer", self.buffer), ("window", self.window)):
