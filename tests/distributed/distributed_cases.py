@@ -85,7 +85,8 @@ MONITORS = Monitors(
     image_statistics=True,
     drift_samples=3,
 )
-SMALL_VALUE: dict[str, Any] = {"width": 4, "resolution": 8, "train_steps": 2, "train_batch": 8, "least_parity": 0.0}
+SMALL_VALUE: dict[str, Any] = {"width": 4, "pixels": 8, "train_steps": 2, "train_batch": 8, "least_parity": 0.0}
+SMALL_VALUE |= {"warmup_updates": 1, "output": "logit"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,7 +261,7 @@ def cases(folder: Path, world: World) -> dict[str, Callable[[], dict[str, Any]]]
     judged = replace(small, rewards=terms, shard_rewards=large, micro_batch_size=2, reward_chunk=1, evaluation_size=3)
     judged = replace(judged, batch_size=2 * world.size)
     named["sharded rewards"] = lambda: compared(judged, world, 1, shares)
-    learnt = RewardTerm(reward=DoubleValue(of=Toward(target=0.7), warmup_updates=1, **SMALL_VALUE), threshold=1.0)
+    learnt = RewardTerm(reward=DoubleValue(of=Toward(target=0.7), **SMALL_VALUE), threshold=3.0)
     for sharding in ("replicate", "full"):
         learning = replace(small, rewards=(learnt,), sharding=sharding)
         named[f"{sharding}, value model"] = lambda r=learning: compared(r, world, 3)

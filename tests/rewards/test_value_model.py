@@ -32,7 +32,7 @@ class Bright:
 
 
 def config(**changes) -> ValueModel:
-    small = {"of": Bright(), "width": 4, "resolution": 8, "train_steps": 3, "train_batch": 8, "warmup_updates": 1}
+    small = {"of": Bright(), "width": 4, "pixels": 8, "train_steps": 3, "train_batch": 8, "warmup_updates": 1}
     return ValueModel(**(small | changes))
 
 
@@ -178,7 +178,7 @@ def test_training_that_diverges_stops():
     ("changes", "words"),
     [
         ({"of": config()}, "is a value model itself"),
-        ({"resolution": 20}, "multiple of 8"),
+        ({"pixels": 20}, "multiple of 8"),
         ({"least_parity": 1.5}, "try 0.7"),
         ({"output": "logit", "loss": "squared"}, "use output score"),
         ({"train_steps": 0}, "at least 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from leapalign.training import learning, loop
 from leapalign.training.direct import update
 from leapalign.training.tracking import read_metrics
 
-SMALL = {"width": 4, "resolution": 8, "train_steps": 3, "train_batch": 8, "parity_window": 8}
+SMALL: dict[str, Any] = {"width": 4, "pixels": 8, "train_steps": 3, "train_batch": 8, "parity_window": 8}
 
 
 def value(module, **changes) -> ValueModel:

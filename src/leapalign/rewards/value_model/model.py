@@ -12,12 +12,12 @@ from torch.nn import functional
 
 from leapalign.errors import RunStopped, UserError
 from leapalign.rewards.adapt import load_reward, score_as_tensors
-from leapalign.rewards.base import Reward, check_inputs
+from leapalign.rewards.base import Reward, RewardConfig, check_inputs
 from leapalign.rewards.clip.model import Head, load_clip_reward
 from leapalign.rewards.pretrained import torch_dtype
-from leapalign.rewards.value_model import ValueModel
 from leapalign.rewards.value_model.networks import ClipInputs, ConvNet, FeatureNet, Inputs, PixelInputs
 from leapalign.rewards.value_model.parity import parity
+from leapalign.rewards.value_model.settings import NAME, Settings
 from leapalign.seeds import derived_seed
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Seen:
 class ValueReward(Reward):
     """The value model as a reward. Within an update it does not change; `learn` trains it between two updates."""
 
-    def __init__(self, config: ValueModel, truth: Reward, inputs: Inputs, network: nn.Module) -> None:
+    def __init__(self, config: Settings, truth: Reward, inputs: Inputs, network: nn.Module) -> None:
         self.config, self.truth, self.inputs, self.net = config, truth, inputs, network.requires_grad_(False)
         self.device = next(network.parameters()).device
         self.optimizer = torch.optim.AdamW(
@@ -53,12 +53,12 @@ class ValueReward(Reward):
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score images [B, 3, H, W] in [0, 1]: [B], differentiable."""
-        check_inputs(self.config.name, images, prompts)
+        check_inputs(NAME, images, prompts)
         raw = self.net(self.inputs.image(self._own(images)), self.inputs.text(prompts).to(self.device))
         return (raw if self.config.output == "logit" else self._scaled(raw)).to(images.device)
 
     def score_pil(self, images: Sequence[Image], prompts: Sequence[str]) -> Tensor:
-        return score_as_tensors(self.config.name, self, images, prompts)
+        return score_as_tensors(NAME, self, images, prompts)
 
     def prepare(self, prompts: Sequence[str]) -> None:
         self.truth.prepare(prompts)
@@ -178,18 +178,18 @@ class ValueReward(Reward):
         self.rounds = int(state["rounds"])
 
 
-def load_value_reward(config: ValueModel, device: str, dtype: str) -> ValueReward:
+def load_value_reward(config: Settings, of: RewardConfig, device: str, dtype: str) -> ValueReward:
     """Load the reward to learn and the backbone; make the network. It computes in at least float32."""
-    truth = load_reward(config.of, device, dtype)
-    own = torch.promote_types(torch_dtype(config.name, dtype), torch.float32)
+    truth = load_reward(of, device, dtype)
+    own = torch.promote_types(torch_dtype(NAME, dtype), torch.float32)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(config.seed, step=0, sample=0, purpose="value model"))
         if config.backbone:
-            clip = load_clip_reward(config.name, config.backbone, "", Head(), device, dtype, prompts=True)
+            clip = load_clip_reward(NAME, config.backbone, "", Head(), device, dtype, prompts=True)
             features: int = clip.model.config.projection_dim
             inputs, network = ClipInputs(clip=clip), FeatureNet(features, config.width)
         else:
-            inputs, network = PixelInputs(resolution=config.resolution), ConvNet(config.width)
+            inputs, network = PixelInputs(size=config.pixels), ConvNet(config.width)
     return ValueReward(config, truth, inputs, network.to(device, own))
 
 

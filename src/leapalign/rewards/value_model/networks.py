@@ -47,13 +47,13 @@ class Inputs(Protocol):
 class PixelInputs:
     """Pixels of a square image, and hashed words."""
 
-    resolution: int
+    size: int
 
     def image(self, images: Tensor) -> Tensor:
-        """Resize to [B, 3, resolution, resolution]."""
-        if images.shape[-2:] == (self.resolution, self.resolution):
+        """Resize to [B, 3, size, size]."""
+        if images.shape[-2:] == (self.size, self.size):
             return images
-        return functional.interpolate(images, (self.resolution, self.resolution), mode="bilinear", antialias=True)
+        return functional.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
 
     def text(self, prompts: Sequence[str]) -> Tensor:
         """Hash words: int64 [B, WORDS], 0 after the last one."""
