@@ -65,12 +65,13 @@ def take_step(engine: Engine, step: int) -> Metrics:
     Raises NotFinite.
     """
     norm = whole_gradient(engine, step)
-    ceiling = clipping_norm(engine.run, engine.norms, float(norm))
+    value = float(norm)
+    ceiling = clipping_norm(engine.run, engine.norms, value)
     clip_gradients(engine.parameters, norm, ceiling)
     set_learning_rate(engine, step)
     engine.optimizer.step()
     engine.ema.update()
-    return {"grad_norm": float(norm), "clipped": int(0 < ceiling < float(norm))}
+    return {"grad_norm": value, "clipped": int(0 < ceiling < value)}
 
 
 NO_STEP: Metrics = {"grad_norm": 0.0, "clipped": 0}
