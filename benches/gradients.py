@@ -220,7 +220,7 @@ def measure(engine: OneBatch, method: Any, batches: int, draws: int) -> Measured
         here = replace(engine, run=run, anchor=anchor, batch=batch)
         total, squares = torch.zeros((), dtype=torch.float64), 0.0
         for step in range(draws):
-            by_step = gradient(here, step)
+            by_step = gradient(here, batch * draws + step)  # no two batches have the same draws
             found.by_step = found.by_step + by_step / (batches * draws)
             own = by_step.sum(0, dtype=torch.float64)  # [P]; sums of millions of squares follow
             total, squares = total + own / draws, squares + float(own.square().sum()) / draws

@@ -48,6 +48,10 @@ LINES: dict[str, tuple[tuple[str, ...], ...]] = {  # that end with 0 as they are
         ("evaluate", "run", "--against", "lora", "--prompts", "prompts.txt", "--num", "2", "--batch-size", "3"),
         ("evaluate", "run", "--per-task", "1", "--steps", "1", "--json", "--guidance", "1.5"),
     ),
+    "diagnose": (
+        ("diagnose", "swap", "run", "--prompts", "prompts.jsonl", "--at", "1", *CPU, "--out", "new"),
+        ("diagnose", "exchange", "lora", "--per-task", "1", "--steps", "2", "--ranges", "1-1", "--json", *CPU),
+    ),
     "score": (
         ("score", "picture.png", "picture.jpg", "--reward", "pickscore=clip", "--prompt", "a red circle", *CPU),
         ("score", "picture.webp", "picture.tiff", "--reward", "clipscore=clip", "--prompts", "prompts.txt", "--json"),
