@@ -50,7 +50,7 @@ def write_learnt(folder: Path, learnt: Named) -> dict[str, str]:
     if not learnt:
         return {}
     file = _file(folder, LEARNT)
-    save_file(learnt, file)
+    save_file(dict(learnt), file)
     return {file.name: sha256(file)}
 
 

@@ -48,25 +48,26 @@ def check_policy_gradient(run: Run) -> None:
 
 def check_value_model(run: Run) -> None:
     """Raise UserError for a value model that cannot learn, or that nothing could believe."""
-    learnt = [term for term in run.rewards if isinstance(term.reward, ValueModel)]
+    learnt = [(term, term.reward) for term in run.rewards if isinstance(term.reward, ValueModel)]
     if any(isinstance(term.reward, ValueModel) for term in run.monitors.held_out):
         raise UserError("value-model: a held-out reward learns nothing; hold out the reward itself that it would learn")
     if not learnt:
         return
     if len(learnt) > 1:
         raise UserError(f"value-model: the run has {len(learnt)}, expected one; let one learn a sum of the rewards")
+    term, reward = learnt[0]
     if isinstance(run.method, PolicyGradient):
         raise UserError(
             f"value-model: {run.method.name} needs no gradient of the reward; give it the reward itself "
-            f"({adapt.described(learnt[0].reward.of).name}), or use a direct-gradient method, for instance leapalign"
+            f"({adapt.described(reward.of).name}), or use a direct-gradient method, for instance leapalign"
         )
     if run.updates_per_rollout > 1:
         raise UserError(
             f"updates_per_rollout {run.updates_per_rollout}: a value model changes after each update, and with it the "
             "gradient at the latent; use updates_per_rollout 1"
         )
-    if learnt[0].device:
-        raise UserError(f"value-model: it learns on the run's device, not on {learnt[0].device}; leave device empty")
+    if term.device:
+        raise UserError(f"value-model: it learns on the run's device, not on {term.device}; leave device empty")
 
 
 def refuse_without_gradient(run: Run) -> None:

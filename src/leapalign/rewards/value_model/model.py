@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -161,7 +161,7 @@ class ValueReward(Reward):
         found["rounds"] = torch.tensor(self.rounds)
         return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in found.items()}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: Mapping[str, Tensor]) -> None:
         """Continue from `state`. Raises UserError if it is another network's."""
         for name, p in self.net.named_parameters():
             saved = state.get(f"network.{name}")
@@ -186,7 +186,7 @@ def load_value_reward(config: Settings, of: RewardConfig, device: str, dtype: st
         torch.manual_seed(derived_seed(config.seed, step=0, sample=0, purpose="value model"))
         if config.backbone:
             clip = load_clip_reward(NAME, config.backbone, "", Head(), device, dtype, prompts=True)
-            features: int = clip.model.config.projection_dim
+            features = clip.model.visual_projection.out_features
             inputs, network = ClipInputs(clip=clip), FeatureNet(features, config.width)
         else:
             inputs, network = PixelInputs(size=config.pixels), ConvNet(config.width)
@@ -216,7 +216,7 @@ def parity_within(window: Seen) -> float | None:
     return parity(window.predicted, window.true, window.prompt)
 
 
-def saved_samples(state: dict[str, Tensor], group: str) -> Seen | None:
+def saved_samples(state: Mapping[str, Tensor], group: str) -> Seen | None:
     """Return the samples that `state` holds under this name."""
     names = [f.name for f in fields(Seen)]
     return Seen(**{n: state[f"{group}.{n}"] for n in names}) if f"{group}.true" in state else None
