@@ -67,7 +67,7 @@ def check(answers: dict[str, Any], ranks: int) -> None:
     compared = {name: answer for name, answer in answers.items() if "deviation" in answer}
     assert {f"{way} {method}" for way in ("replicate", "full") for method in METHODS} <= compared.keys() | set(left)
     assert {f"replicate {method}" for method in METHODS} | {"full leapalign", "full flow-grpo"} <= compared.keys()
-    assert len(compared) + len(left) == 2 * len(METHODS) + 32
+    assert len(compared) + len(left) == 2 * len(METHODS) + 34
     for name, answer in compared.items():
         assert answer["deviation"] < 1e-10 and answer["gradient"] > 1e-4, (name, answer)
     # FSDP2 by itself leaves all of them whole where the model is run again in the backward

@@ -49,7 +49,7 @@ LINES: dict[str, tuple[tuple[str, ...], ...]] = {  # that end with 0 as they are
         ("evaluate", "run", "--per-task", "1", "--steps", "1", "--json", "--guidance", "1.5"),
     ),
     "diagnose": (
-        ("diagnose", "swap", "run", "--prompts", "prompts.jsonl", "--at", "1", *CPU, "--out", "new"),
+        ("diagnose", "swap", "run", "--prompts", "prompts.csv", "--at", "1", *CPU, "--out", "new"),
         ("diagnose", "exchange", "lora", "--per-task", "1", "--steps", "2", "--ranges", "1-1", "--json", *CPU),
     ),
     "score": (
