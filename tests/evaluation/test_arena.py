@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from leapalign.run import Run
 from leapalign.studies.arena import conduct, work
 from leapalign.studies.arena.cost import Cost, equal_compute
 from leapalign.studies.arena.named import arena, arena_smoke
-from leapalign.studies.arena.search import widen
-from leapalign.studies.arena.study import Axis, with_setting
+from leapalign.studies.arena.search import Found, climb
+from leapalign.studies.arena.study import Axis, Contender, with_setting
 from leapalign.studies.arena.table import tables
 from leapalign.training.loop import train
 from leapalign.training.tracking import read_metrics
@@ -78,22 +79,42 @@ def test_standard_errors_are_over_seeds_and_paired(tmp_path: Path) -> None:
     assert found.costs.rows[1].numbers["steps"].value == 6
 
 
+def searched(score: Callable[[tuple[float, ...]], float], *grid: Axis, widenings: int = 3) -> Found:
+    run = with_setting(arena_smoke().contender("refl").run, "method.early_stop", 0.5)
+    return climb(Contender(name="refl", run=run, grid=grid), score, widenings)
+
+
 def test_a_search_widens_at_the_edge(capsys: pytest.CaptureFixture) -> None:
-    grid = (Axis(setting="learning_rate", values=(1.0, 2.0)), Axis(setting="method.x", values=(0.5, 1.0), most=1.0))
+    rates = Axis(setting="learning_rate", values=(1.0, 2.0))
+    shares = Axis(setting="method.early_stop", values=(0.5, 1.0), most=1.0)
     seen = []
 
     def score(point: tuple[float, ...]) -> float:
         seen.append(point)
         return -abs(point[0] - 5) + point[1]
 
-    found = widen(grid, score, 3, "refl")
+    found = searched(score, rates, shares)
     assert found.best == (4.0, 1.0) and not found.edges  # 1.0 is the bound of its axis, and no edge
-    assert len(seen) == len(set(seen)) == 2 * 4  # 1, 2, 4, 8 times 0.5, 1
+    assert len(seen) == len(set(seen))
+    assert set(seen) == {(rate, 0.5) for rate in (1.0, 2.0, 4.0, 8.0)} | {(rate, 1.0) for rate in (1.0, 2.0, 4.0, 8.0)}
     assert "learning_rate is at the grid's edge; widening" in capsys.readouterr().err
-    stuck = widen(grid[:1], lambda point: point[0], 1, "refl")
+    stuck = searched(lambda point: point[0], rates, widenings=1)
     assert stuck.record["at_edge"] == ["learning_rate"] and stuck.record["settings"] == {"learning_rate": 4.0}
-    counts = widen((Axis(setting="method.k", values=(2, 3), least=1),), lambda point: -point[0], 2, "x")
+    counts = searched(lambda point: -point[0], Axis(setting="method.early_stop", values=(2, 3), least=1), widenings=2)
     assert counts.best == (1.0,) and not counts.edges
+
+
+def test_a_search_leaves_out_what_one_axis_after_another_does_not_need() -> None:
+    seen = []
+
+    def score(point: tuple[float, ...]) -> float:
+        seen.append(point)
+        return -((point[0] - 2) ** 2) - (point[1] - 0.5) ** 2
+
+    rates = Axis(setting="learning_rate", values=(1.0, 2.0, 3.0))
+    shares = Axis(setting="method.early_stop", values=(0.25, 0.5, 0.75))
+    found = searched(score, rates, shares)
+    assert found.best == (2.0, 0.5) and len(seen) == len(found.scores) == 5
 
 
 def test_found_settings_are_used(tmp_path: Path) -> None:

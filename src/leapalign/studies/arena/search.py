@@ -1,15 +1,15 @@
-"""Search a contender's learning rate and own settings: every combination of its grid, on prompts and seeds of its own.
+"""Search a contender's learning rate and own settings, on prompts and seeds of the search's own.
 
-The score is the held-out reward, whose paired error is a third of that of GenEval's overall. The best value should lie
-inside its axis: one at the edge widens the axis by the ratio of its last two values and the search goes on.
+The score is the held-out reward, whose paired error is a third of that of GenEval's overall. One axis is searched after
+another, the others at the best values so far, until no axis moves: two thirds of the runs of all combinations. The best
+value should lie inside its axis: one at the edge widens the axis by the ratio of its last two values.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from leapalign.report.comparison import mean_with_error
 from leapalign.report.records import EVALUATION, EVALUATION_FILE, read_evaluation
 from leapalign.run import Run
 from leapalign.storage.atomic import write_text
-from leapalign.studies.arena.study import Axis, Contender, Study, with_setting
+from leapalign.studies.arena.study import Axis, Contender, Study, setting_of, with_setting
 from leapalign.studies.arena.work import Judge, finish, run_of, say
 from leapalign.studies.before_after import HELD_OUT
 
@@ -58,7 +58,7 @@ def search(study: Study, out: Path, contender: Contender) -> None:
         say(f"{contender.name} {' '.join(words)}: held-out reward {value:.4f}")
         return value
 
-    found = widen(contender.grid, score, study.search.widenings, contender.name)
+    found = climb(contender, score, study.search.widenings)
     write_text(place / f"{contender.name}.json", json.dumps(found.record, indent=2) + "\n")
 
 
@@ -68,24 +68,56 @@ def _score(judge: Judge, run: Run) -> float:
     return read_evaluation(Path(run.out) / EVALUATION / EVALUATION_FILE)[f"evaluated/reward/{HELD_OUT}"].value
 
 
-def widen(grid: Sequence[Axis], score: Callable[[Point], float], widenings: int, name: str) -> Found:
-    """Score every point; widen axes whose best value is at their edge, at most `widenings` times. Warns of edges."""
-    axes, scores = list(grid), {}
-    best: Point = ()
-    edges: list[str] = []
-    for left in range(widenings, -1, -1):
-        for point in product(*(axis.values for axis in axes)):
-            if point not in scores:
-                scores[point] = score(point)
-        best = max(scores, key=lambda point: scores[point])
-        wider = [widened(axis, value) for axis, value in zip(axes, best)]
-        edges = [axis.setting for axis, new in zip(axes, wider) if new != axis]
-        if not edges:
-            break
-        say(f"{name}: the best value of {', '.join(edges)} is at the grid's edge" + ("; widening" if left else ""))
-        if left:
-            axes = wider
-    return Found(axes=axes, best=best, edges=edges, scores=scores)
+def climb(contender: Contender, score: Callable[[Point], float], widenings: int) -> Found:
+    """Search one axis after another from the contender's own values, until no axis moves. Warns of edges.
+
+    An axis is widened at most `widenings` times. A value that the grid lacks begins at the grid's middle.
+    """
+    ascent = _Ascent(axes=list(contender.grid), score=score, left=[widenings] * len(contender.grid))
+    point = tuple(_start(axis, setting_of(contender.run, axis.setting)) for axis in contender.grid)
+    moved = True
+    while moved:
+        before = point
+        for place in range(len(ascent.axes)):
+            point = ascent.along(point, place, contender.name)
+        moved = point != before
+    edges = [axis.setting for axis, value in zip(ascent.axes, point) if widened(axis, value) != axis]
+    return Found(axes=ascent.axes, best=point, edges=edges, scores=ascent.scores)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ascent:
+    """A search that runs: its axes and widenings left, which change, and every score."""
+
+    axes: list[Axis]
+    score: Callable[[Point], float]
+    left: list[int]
+    scores: dict[Point, float] = field(default_factory=dict)
+
+    def along(self, point: Point, place: int, name: str) -> Point:
+        """Return the best point along one axis, widened while its best value is at its edge."""
+        while True:
+            axis = self.axes[place]
+            points = [(*point[:place], value, *point[place + 1 :]) for value in axis.values]
+            best = max((point, *points), key=self._score)  # the present one where scores are equal
+            wider = widened(axis, best[place])
+            if wider == axis:
+                return best
+            left = self.left[place]
+            say(f"{name}: the best {axis.setting} is at the grid's edge" + ("; widening" if left else ""))
+            if not left:
+                return best
+            self.axes[place], self.left[place] = wider, left - 1
+            point = best
+
+    def _score(self, point: Point) -> float:
+        if point not in self.scores:
+            self.scores[point] = self.score(point)
+        return self.scores[point]
+
+
+def _start(axis: Axis, own: float) -> float:
+    return own if own in axis.values else axis.values[len(axis.values) // 2]
 
 
 def widened(axis: Axis, best: float) -> Axis:

@@ -135,14 +135,24 @@ class Study:
 
 def with_setting(run: Run, setting: str, value: float) -> Run:
     """Return the run with one number replaced: a field of it, or method.FIELD. Raises UserError for another word."""
-    in_method = setting.startswith("method.")
-    owner: Any = run.method if in_method else run
+    owner, field = _owner(run, setting)
+    changed = replace(owner, **{field: type(getattr(owner, field))(value)})
+    return replace(run, method=changed) if owner is run.method else changed
+
+
+def setting_of(run: Run, setting: str) -> float:
+    """Return a number of the run: a field of it, or method.FIELD. Raises UserError for another word."""
+    owner, field = _owner(run, setting)
+    return float(getattr(owner, field))
+
+
+def _owner(run: Run, setting: str) -> tuple[Any, str]:
+    owner: Any = run.method if setting.startswith("method.") else run
     field = setting.removeprefix("method.")
-    numbers = {f.name: v for f in fields(owner) if type(v := getattr(owner, f.name)) in (int, float)}
+    numbers = [f.name for f in fields(owner) if type(getattr(owner, f.name)) in (int, float)]
     if field not in numbers:
         raise UserError(f"{setting} is no number of {type(owner).__name__}; it has {', '.join(numbers)}")
-    changed = replace(owner, **{field: type(numbers[field])(value)})
-    return replace(run, method=changed) if in_method else changed
+    return owner, field
 
 
 def _shared(run: Run) -> dict[str, Any]:
