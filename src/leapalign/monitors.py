@@ -43,7 +43,7 @@ class Monitors:
     images_per_prompt: int = 4  # of these prompts: metric diversity/FEATURES, the mean distance of two images
     features: Literal["pixels", "clip-image"] = "pixels"  # clip-image: embedding of the last CLIP, held-out ones first
     image_statistics: bool = False  # metrics image/NAME: edges, colours, saturation, brightness, dark share
-    prompt_monitors: bool = False  # those of the prompts themselves: open_color_entropy for ShapeWorld's
+    prompt_monitors: bool = False  # the prompts' own: open_color_entropy and geneval_correct for ShapeWorld's
     drift_samples: int = 0  # first samples of the fixed set whose velocity is compared with the base's; 0 = none
 
     def __post_init__(self) -> None:

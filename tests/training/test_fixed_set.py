@@ -18,7 +18,7 @@ from leapalign.prompts import Prompt, ShapeWorldPrompts
 from leapalign.prompts.base import ImageMonitor
 from leapalign.run import RewardTerm
 from leapalign.seeds import generator
-from leapalign.shapeworld.monitor import OpenColors
+from leapalign.shapeworld.monitor import WorldMonitor
 from leapalign.training import batches, fixed_set, loop
 
 
@@ -189,6 +189,7 @@ def test_shapeworlds_prompts_count_their_open_colours() -> None:
     import numpy as np
 
     from leapalign.geneval.open_colors import entropy, open_colors
+    from leapalign.geneval.rules import judge
     from leapalign.shapeworld.captions import scene_of
     from leapalign.shapeworld.detector import detect
     from leapalign.shapeworld.world import render
@@ -198,7 +199,11 @@ def test_shapeworlds_prompts_count_their_open_colours() -> None:
     images = torch.from_numpy(render([scene_of(p.metadata, rng) for p in prompts]))
     values = torch.cat([monitor.measure(images[i : i + 5], prompts[i : i + 5]) for i in range(0, len(prompts), 5)])
     counts = open_colors([p.metadata for p in prompts], detect(images))
-    assert values.shape == (24, 6) and float(values.sum()) == sum(counts.values())
-    assert monitor == OpenColors()
-    assert monitor.summary(values) == {"open_color_entropy": pytest.approx(entropy(counts))}
-    assert monitor.summary(values[:0]) == {"open_color_entropy": 0.0}
+    assert values.shape == (24, 7) and float(values[:, :6].sum()) == sum(counts.values())
+    assert monitor == WorldMonitor()
+    found = monitor.summary(values)
+    assert found == {"open_color_entropy": pytest.approx(entropy(counts)), "geneval_correct": 1.0}
+    swapped = monitor.measure(images.roll(1, 0), prompts)
+    verdicts = [judge(p.metadata, seen).correct for p, seen in zip(prompts, detect(images.roll(1, 0)))]
+    assert 0 < sum(verdicts) < 24 and monitor.summary(swapped)["geneval_correct"] == pytest.approx(sum(verdicts) / 24)
+    assert monitor.summary(values[:0]) == {"open_color_entropy": 0.0, "geneval_correct": 0.0}

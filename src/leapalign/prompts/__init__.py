@@ -68,7 +68,7 @@ class ShapeWorldPrompts:
         return [Prompt(text=record["prompt"], metadata=record) for record in records]
 
     def monitor(self) -> ImageMonitor:
-        """The entropy of open colours, by the world's detector."""
-        from leapalign.shapeworld.monitor import OpenColors
+        """The entropy of open colours and GenEval's verdict, by the world's detector."""
+        from leapalign.shapeworld.monitor import WorldMonitor
 
-        return OpenColors()
+        return WorldMonitor()

@@ -78,6 +78,7 @@ COLUMNS = (
     Column(key="held_out/", title="held out, NAME", better="higher"),
     Column(key="diversity/", title="distance, NAME", better="higher"),
     Column(key="open_color_entropy", title="open colours, bits", better="higher"),
+    Column(key="geneval_correct", title="right images", better="higher"),
     Column(key="drift", title="drift", form=".3g"),
     Column(key="geneval/overall", title="GenEval overall", better="higher"),
     *(Column(key=f"geneval/{tag}", title=words, better="higher") for tag, words in TASK_NAMES.items()),

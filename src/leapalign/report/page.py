@@ -31,6 +31,11 @@ MONITORS = {  # metric or its prefix -> title, unit, and what it tells; NAME is 
         "bits",
         "Colours of the shapes whose prompt names none: 2.58 if all six are equally frequent, 0 if there is one.",
     ),
+    "geneval_correct": (
+        "Right images",
+        "",
+        "Share of images that GenEval's rules find right: what the reward stands for.",
+    ),
     "image/edge_density": ("Edge density", "", "Share of pixels beside an edge. Falls: lost detail and backgrounds."),
     "image/color_entropy": ("Colour entropy of an image", "bits", "Falls: fewer colours in an image."),
     "image/saturation": ("Saturation", "", "Rises: garish images."),

@@ -31,6 +31,7 @@ EVALUATED = (
     "held_out/",
     "diversity/",
     "open_color_entropy",
+    "geneval_correct",
     "drift",
 )  # of an evaluation's numbers
 CURVES = ("reward", *EVALUATED)
