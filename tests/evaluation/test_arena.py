@@ -11,15 +11,17 @@ import numpy as np
 import pytest
 
 from leapalign.cli import main
+from leapalign.codec import encode
 from leapalign.errors import UserError
 from leapalign.report.records import read_object
 from leapalign.run import Run
 from leapalign.studies.arena import conduct, work
+from leapalign.studies.arena.ablations import ablations, ablations_guided
 from leapalign.studies.arena.cost import Cost, equal_compute
 from leapalign.studies.arena.named import arena, arena_smoke
 from leapalign.studies.arena.search import Found, climb
 from leapalign.studies.arena.study import Axis, Contender, with_setting
-from leapalign.studies.arena.table import tables
+from leapalign.studies.arena.table import page, tables
 from leapalign.training.loop import train
 from leapalign.training.tracking import read_metrics
 
@@ -77,6 +79,11 @@ def test_standard_errors_are_over_seeds_and_paired(tmp_path: Path) -> None:
     overall = next(column for column in found.equal_compute.columns if column.key == "geneval/overall")
     assert found.equal_updates.best(overall) == {1} and found.equal_compute.best(overall) == {2}
     assert found.costs.rows[1].numbers["steps"].value == 6
+    alone = replace(study, equal_compute=False)
+    assert work.updates_of(alone, {}) == {"leapalign": (2, 2), "refl": (2, 2)}
+    found = tables(alone, tmp_path, {"leapalign": cost(3e12), "refl": cost(1e12)}, work.updates_of(alone, {}))
+    assert found.equal_compute is None and list(found.by_name) == ["updates", "costs"]
+    assert "steps" not in found.costs.rows[1].numbers and "compute" not in page(alone, found, "leapalign arena", ())
 
 
 def searched(score: Callable[[tuple[float, ...]], float], *grid: Axis, widenings: int = 3) -> Found:
@@ -137,10 +144,12 @@ def test_what_is_not_equal_is_refused() -> None:
         "share": {"search": replace(study.search, seeds=(1,))},
         "prompts or the seed": {"search": replace(study.search, judging=study.judging)},
         "different seeds": {"seeds": (0, 0)},
+        "batch is no field": {"varied": ("batch",)},
     }
     for told, change in wrong.items():
         with pytest.raises(UserError, match=told):
             replace(study, **change)
+    assert replace(study, contenders=(study.contenders[0], odd), varied=("batch_size",))
     with pytest.raises(UserError, match="is no number of ReFL; it has early_stop"):
         with_setting(study.contenders[1].run, "method.steps", 1)
     with pytest.raises(UserError, match="ascending"):
@@ -153,6 +162,18 @@ def test_the_named_study_compares_before_saturation_with_equal_clipping() -> Non
     assert len(runs) == 9 and len(study.seeds) == 5 and study.steps == 120
     assert all((run.clip_quantile, run.max_grad_norm, run.batch_size) == (0.5, 0.0, 16) for run in runs)
     assert all(contender.grid for contender in study.contenders)
+
+
+def test_the_ablations_move_one_switch_each() -> None:
+    study, guided = ablations(), ablations_guided()
+    for each in (study, guided):
+        first, *others = (encode(contender.run) for contender in each.contenders)
+        for contender, record in zip(each.contenders[1:], others):
+            changes = [key for key in first if record[key] != first[key] and key not in ("name", "out")]
+            assert changes == ["rewards" if contender.name.startswith("lambda") else "method"], contender.name
+        assert not each.equal_compute and each.seeds == (0, 1, 2)
+    assert [c.run.rewards[0].threshold for c in study.contenders[-3:]] == [0.5, 0.8, 0.95]
+    assert {c.run.model.guidance_scale for c in guided.contenders} == {4.0}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -22,7 +22,7 @@ class ArenaFlags:
     """Methods × seeds on one base, reward and evaluation, at equal updates and at equal compute. Resumable."""
 
     study: Annotated[str, tyro.conf.Positional]
-    """arena, arena-smoke, file.py:name (which is executed), or a study.json."""
+    """arena, arena-smoke, ablations, ablations-guided, file.py:name (which is executed), or a study.json."""
     out: str = ""
     """The study's folder; empty = the study's own. Finished runs in it are kept, an interrupted one is resumed."""
     seeds: tuple[int, ...] = ()
@@ -52,7 +52,7 @@ def _show(found: Tables, as_json: bool, out: str) -> None:
     from leapalign.report.comparison import as_json as values
     from leapalign.report.formats import print_comparison
 
-    each: dict[str, Any] = {"updates": found.equal_updates, "compute": found.equal_compute, "costs": found.costs}
+    each = found.by_name
     if as_json:
         answer({name: values(table) for name, table in each.items()}, True, "")
         return

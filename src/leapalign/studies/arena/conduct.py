@@ -7,6 +7,7 @@ work (`part`): each takes its share of the runs, and the last one makes the comp
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +18,19 @@ from leapalign.report.comparison import as_json
 from leapalign.report.formats import comma_separated, latex, markdown
 from leapalign.storage.atomic import disk_errors, write_text
 from leapalign.studies.arena import work
-from leapalign.studies.arena.named import STUDIES
+from leapalign.studies.arena.ablations import ablations, ablations_guided
+from leapalign.studies.arena.named import arena, arena_smoke
 from leapalign.studies.arena.search import search
 from leapalign.studies.arena.study import Study
 from leapalign.studies.arena.table import Tables, page, tables
 
 PAGE = "arena.html"
+STUDIES: dict[str, Callable[[], Study]] = {
+    "arena": arena,
+    "arena-smoke": arena_smoke,
+    "ablations": ablations,
+    "ablations-guided": ablations_guided,
+}
 
 
 def load_study(word: str) -> Study:
@@ -82,7 +90,7 @@ def with_seeds(study: Study, out: str, seeds: tuple[int, ...]) -> Study:
 
 def _write(out: Path, found: Tables, html: str) -> None:
     """Write the tables and the page into the study's folder, replacing those of an earlier part."""
-    each = {"updates": found.equal_updates, "compute": found.equal_compute, "costs": found.costs}
+    each = found.by_name
     with work.alone(out):
         for name, table in each.items():
             for ending, form in (("md", markdown), ("csv", comma_separated), ("tex", latex)):

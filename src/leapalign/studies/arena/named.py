@@ -1,4 +1,4 @@
-"""Named studies. A study is a function that returns a `Study`; a user's own: `leapalign arena my.py:mine`.
+"""The study that compares methods. A study is a function that returns a `Study`; a user's own: my.py:mine.
 
 `arena` compares methods before saturation: 120 updates of 16 samples, where 300 of 32 take every method to the reward's
 ceiling. What differs between its runs is the method and what the search finds:
@@ -12,7 +12,6 @@ ceiling. What differs between its runs is the method and what the search finds:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -101,6 +100,7 @@ def _run(method: Any) -> Run:
         samples_per_draw=8,
         samples_per_prompt=4 if groups else 1,
         warmup_steps=10,
+        evaluation_size=64,  # curves of right images and rewards
         decay_steps=0,  # so that a longer run at equal compute begins as the shorter one
         max_grad_norm=0.0,
         clip_quantile=0.5,
@@ -115,6 +115,3 @@ def _run(method: Any) -> Run:
 
 def _count(setting: str, *values: float) -> Axis:
     return Axis(setting=setting, values=values, least=1, most=8)
-
-
-STUDIES: dict[str, Callable[[], Study]] = {"arena": arena, "arena-smoke": arena_smoke}

@@ -1,8 +1,8 @@
 """`Study`: what an arena compares and how, as one frozen value that study.json records.
 
 Equal for all contenders, and checked: base, reward, training prompts, sampling steps, batch, updates, optimiser,
-clipping, monitors. A contender's own are its method, its learning rate, its anchor, its average, and how its batch is
-divided into groups, draws and micro-batches.
+clipping, monitors. A contender's own are its method, its learning rate, its anchor, its average, how its batch is
+divided into groups, draws and micro-batches, and what the study names in `varied`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 else:  # the type that the codec sees
     Prompts = Any
 
-NAME = re.compile(r"[a-z0-9][a-z0-9.-]*")
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 OWN = frozenset(  # fields of a run in which contenders may differ
     {"name", "out", "seed", "method", "learning_rate", "ema_decay", "samples_per_prompt", "samples_per_draw"}
     | {"micro_batch_size", "updates_per_rollout", "graph", "reward_chunk"}
@@ -50,7 +50,7 @@ class Axis:
 class Contender:
     """A method with its settings. The study sets the run's name, out and seed."""
 
-    name: str  # of its folder and its row: lower-case letters, digits, - and .
+    name: str  # of its folder and its row: lower-case letters, digits, -, _ and .
     run: Run
     grid: tuple[Axis, ...] = ()  # what --search varies
 
@@ -87,13 +87,15 @@ class Study:
     seeds: tuple[int, ...]
     judging: Judging
     search: Search
+    varied: tuple[str, ...] = ()  # further fields of a run in which contenders differ, because the study compares them
+    equal_compute: bool = True  # run every contender with the reference's compute too, and not only with its updates
     counted_updates: int = 8  # over which floating-point operations are averaged; draws differ in cost
 
     def __post_init__(self) -> None:
         check_fields(self)
         names = [contender.name for contender in self.contenders]
         if len(set(names)) < len(names) or not all(NAME.fullmatch(name) for name in names):
-            raise UserError(f"contenders {names}: expected different names of lower-case letters, digits, - and .")
+            raise UserError(f"contenders {names}: expected different names of lower-case letters, digits, -, _ and .")
         if self.reference not in names:
             raise UserError(f"reference {self.reference!r} is none of the contenders {', '.join(names)}")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
@@ -114,12 +116,16 @@ class Study:
 
     def _check_equal(self) -> None:
         """Raise UserError if contenders differ in what the comparison holds equal."""
-        first, *others = (_shared(contender.run) for contender in self.contenders)
+        unknown = set(self.varied) - {f.name for f in fields(Run)}
+        if unknown:
+            raise UserError(f"varied: {', '.join(sorted(unknown))} is no field of a run")
+        own = OWN | set(self.varied)
+        first, *others = (_shared(contender.run, own) for contender in self.contenders)
         for contender, record in zip(self.contenders[1:], others):
             if changes := differences(first, record):
                 raise UserError(
                     f"{contender.name} differs from {self.contenders[0].name} in {'; '.join(changes)}; contenders may "
-                    f"differ in {', '.join(sorted(OWN - {'name', 'out', 'seed'}))} only"
+                    f"differ in {', '.join(sorted(own - {'name', 'out', 'seed'}))} only"
                 )
 
     def _check_search(self) -> None:
@@ -155,5 +161,5 @@ def _owner(run: Run, setting: str) -> tuple[Any, str]:
     return owner, field
 
 
-def _shared(run: Run) -> dict[str, Any]:
-    return {key: value for key, value in encode(run).items() if key not in OWN}
+def _shared(run: Run, own: frozenset[str]) -> dict[str, Any]:
+    return {key: value for key, value in encode(run).items() if key not in own}

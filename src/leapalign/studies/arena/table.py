@@ -70,15 +70,21 @@ class Tables:
     """What is finished of a study."""
 
     equal_updates: Comparison
-    equal_compute: Comparison
+    equal_compute: Comparison | None  # None for a study without it
     costs: Comparison
+
+    @property
+    def by_name(self) -> dict[str, Comparison]:
+        """Names of the files -> tables."""
+        named = {"updates": self.equal_updates, "compute": self.equal_compute, "costs": self.costs}
+        return {name: table for name, table in named.items() if table is not None}
 
 
 def tables(study: Study, out: Path, known: Mapping[str, Cost], updates: Mapping[str, tuple[int, int]]) -> Tables:
     """Make the tables of the runs that are finished and evaluated."""
     base = read_evaluation(out / "base" / EVALUATION_FILE) if (out / "base" / EVALUATION_FILE).is_file() else {}
     both = []
-    for index, words in enumerate(EQUAL):
+    for index, words in enumerate(EQUAL[: 1 + study.equal_compute]):
         found = {c.name: _read(study, c, out, updates[c.name][index]) for c in study.contenders}
         rows = [
             _row(c.name, found[c.name], base, found[study.reference], known[c.name].total)
@@ -90,7 +96,8 @@ def tables(study: Study, out: Path, known: Mapping[str, Cost], updates: Mapping[
         note = NOTE.format(reference=study.reference)
         title = f"{study.name}: {words}" if index else study.name
         both.append(Comparison(title=title, rows=rows, columns=columns_of(rows, titled), note=note))
-    return Tables(equal_updates=both[0], equal_compute=both[1], costs=_costs(study, out, known, updates))
+    compute = both[1] if study.equal_compute else None
+    return Tables(equal_updates=both[0], equal_compute=compute, costs=_costs(study, out, known, updates))
 
 
 def _read(study: Study, contender: Contender, out: Path, steps: int) -> dict[int, Row]:
@@ -143,7 +150,8 @@ def _costs(study: Study, out: Path, known: Mapping[str, Cost], updates: Mapping[
     rows = []
     for contender in study.contenders:
         cost = known[contender.name]
-        values = {"forwards": cost.forwards, "backwards": cost.backwards, "steps": updates[contender.name][1]}
+        values = {"forwards": cost.forwards, "backwards": cost.backwards}
+        values |= {"steps": updates[contender.name][1]} if study.equal_compute else {}
         operations = {
             "generator_forward": cost.generator_forward,
             "generator_backward": cost.generator_backward,
@@ -169,14 +177,15 @@ def page(study: Study, found: Tables, command: str, searched: Sequence[str]) -> 
     """Render the study's page."""
     lead = (
         f"{len(study.contenders)} methods, seeds {', '.join(str(seed) for seed in study.seeds)}, batches of "
-        f"{study.contenders[0].run.batch_size}, on one base, reward, training prompts and evaluation. First at equal "
-        f"updates, then at the compute of {study.reference}. Curves are means over the seeds at equal updates."
+        f"{study.contenders[0].run.batch_size}, on one base, reward, training prompts and evaluation. "
+        + (f"First at equal updates, then at the compute of {study.reference}. " if study.equal_compute else "")
+        + "Curves are means over the seeds at equal updates."
     )
     compute = {key: value for key, value in facts({}).items() if key != "Time"}
     return render_comparison(
         ComparisonPage(
             comparison=found.equal_updates,
-            others=(found.equal_compute, found.costs),
+            others=tuple(table for name, table in found.by_name.items() if name != "updates"),
             lead=lead,
             scatters=[_scatter(found, key) for key in DIVERSITY if _points(found, key)],
             facts={"Settings searched": ", ".join(searched) or "none: the study's own", **compute},
@@ -187,14 +196,16 @@ def page(study: Study, found: Tables, command: str, searched: Sequence[str]) -> 
 
 def _scatter(found: Tables, diversity: str) -> Scatter:
     words = next(column.title for column in TABLE if column.key == diversity)
-    title = f"GenEval overall against {words}; filled: equal updates, rings: equal compute"
+    title = f"GenEval overall against {words}"
+    title += "; filled: equal updates, rings: equal compute" if found.equal_compute else ""
     return Scatter(title=title, points=_points(found, diversity), x=words, y="GenEval overall")
 
 
 def _points(found: Tables, diversity: str) -> list[Point]:
     """Return the points of both comparisons; runs that serve both are drawn once."""
     points = []
-    for hollow, comparison in enumerate((found.equal_updates, found.equal_compute)):
+    both = (found.equal_updates, *([found.equal_compute] if found.equal_compute else []))
+    for hollow, comparison in enumerate(both):
         for series, row in enumerate(found.equal_updates.rows):
             same = next((r for r in comparison.rows if r.name == row.name), None)
             if same is None or (hollow and same.numbers == row.numbers):

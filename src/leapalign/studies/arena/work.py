@@ -145,6 +145,8 @@ def _counted(contender: Contender) -> dict[str, object]:
 
 def updates_of(study: Study, known: dict[str, Cost]) -> dict[str, tuple[int, int]]:
     """Return contender -> (updates at equal updates, updates at equal compute)."""
+    if not study.equal_compute:
+        return {c.name: (study.steps, study.steps) for c in study.contenders}
     reference = known[study.reference]
     return {
         c.name: (study.steps, equal_compute(study.steps, reference, known[c.name], c.run.updates_per_rollout))
