@@ -159,7 +159,7 @@ def test_what_is_not_equal_is_refused() -> None:
 def test_the_named_study_compares_before_saturation_with_equal_clipping() -> None:
     study = arena()
     runs = [contender.run for contender in study.contenders]
-    assert len(runs) == 9 and len(study.seeds) == 5 and study.steps == 120
+    assert len(runs) == 8 and len(study.seeds) == 5 and study.steps == 120
     assert all((run.clip_quantile, run.max_grad_norm, run.batch_size) == (0.5, 0.0, 16) for run in runs)
     assert all(contender.grid for contender in study.contenders)
 

@@ -36,7 +36,7 @@ SEARCH_SEED, SEARCH_NOISE = 100, 1000
 
 
 def arena() -> Study:
-    """Nine methods, five seeds, 120 updates of 16 samples."""
+    """Eight methods, five seeds, 120 updates of 16 samples."""
     share = Axis(setting="method.nested_scale", values=(0.3, 0.6, 1.0), most=1.0)
     return Study(
         name="arena",
@@ -44,7 +44,6 @@ def arena() -> Study:
         reference="leapalign",
         contenders=(
             contender("leapalign", LeapAlign(), share),
-            contender("leapalign-2-pairs", LeapAlign(pairs_per_rollout=2), share),
             contender("refl", ReFL(), Axis(setting="method.early_stop", values=(0.25, 0.5, 0.75), most=1.0)),
             contender("draft-lv", DRaFTLV(), Axis(setting="method.num_copies", values=(1, 2, 4), least=1, most=8)),
             contender("drtune", DRTune(), _count("method.num_training_steps", 1, 2, 4)),
