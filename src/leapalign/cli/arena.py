@@ -22,7 +22,7 @@ class ArenaFlags:
     """Methods × seeds on one base, reward and evaluation, at equal updates and at equal compute. Resumable."""
 
     study: Annotated[str, tyro.conf.Positional]
-    """arena, arena-smoke, ablations, ablations-guided, file.py:name (which is executed), or a study.json."""
+    """arena, arena-smoke, ablations, ablations-guided, experts, file.py:name (which is executed), or a study.json."""
     out: str = ""
     """The study's folder; empty = the study's own. Finished runs in it are kept, an interrupted one is resumed."""
     seeds: tuple[int, ...] = ()

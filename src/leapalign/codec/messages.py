@@ -22,7 +22,7 @@ class PluginKind:
 
 
 KINDS = {  # by field name
-    "model": PluginKind("models", {"load": 4}),  # device, dtype, tuning, loading
+    "model": PluginKind("models", {"load": 4}, ("studies.arena",)),  # device, dtype, tuning, loading
     "method": PluginKind(
         "methods", {"draw": 3, "__call__": 4}, instead={"draw": 3, "roll_out": 4, "loss": 4}
     ),  # direct gradients, or policy gradients

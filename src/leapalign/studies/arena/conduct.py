@@ -19,6 +19,7 @@ from leapalign.report.formats import comma_separated, latex, markdown
 from leapalign.storage.atomic import disk_errors, write_text
 from leapalign.studies.arena import work
 from leapalign.studies.arena.ablations import ablations, ablations_guided
+from leapalign.studies.arena.experts import experts
 from leapalign.studies.arena.named import arena, arena_smoke
 from leapalign.studies.arena.search import search
 from leapalign.studies.arena.study import Study
@@ -30,6 +31,7 @@ STUDIES: dict[str, Callable[[], Study]] = {
     "arena-smoke": arena_smoke,
     "ablations": ablations,
     "ablations-guided": ablations_guided,
+    "experts": experts,
 }
 
 
