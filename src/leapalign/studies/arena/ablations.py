@@ -8,6 +8,7 @@ floor tau: there the flow is more curved and the floor hides less of the distanc
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from leapalign.methods.leapalign import LeapAlign
 from leapalign.run import Run
@@ -26,7 +27,7 @@ def ablations() -> Study:
         "alpha-1": LeapAlign(nested_scale=1.0),
         "leaps-1": LeapAlign(num_leaps=1),
         "leaps-3": LeapAlign(num_leaps=3),
-        **_weighted({}),
+        **_weighted(LeapAlign()),
         "late-half": LeapAlign(timestep_range=(0.0, 0.5)),
         "fixed-distance": LeapAlign(leap_distance=0.5),
         **{f"nested-only-{alpha:g}": LeapAlign(nested_only=True, nested_scale=alpha) for alpha in (0.0, 0.3, 1.0)},
@@ -46,9 +47,10 @@ def ablations() -> Study:
 
 def ablations_guided() -> Study:
     """The weights by distance and the reward's input at guidance 4 and tau 0.02."""
-    methods = {"leapalign": LeapAlign(distance_floor=FLOOR), **_weighted({"distance_floor": FLOOR})}
+    method = LeapAlign(distance_floor=FLOOR)
+    methods = {"leapalign": method, **_weighted(method)}
     runs = {name: contender(name, method).run for name, method in methods.items()}
-    guided = {name: replace(run, model=replace(run.model, guidance_scale=GUIDANCE)) for name, run in runs.items()}
+    guided = {name: _guided(run) for name, run in runs.items()}
     return replace(
         ablations(),
         name="ablations-guided",
@@ -58,15 +60,20 @@ def ablations_guided() -> Study:
     )
 
 
-def _weighted(settings: dict[str, float]) -> dict[str, LeapAlign]:
+def _weighted(method: LeapAlign) -> dict[str, LeapAlign]:
     """Name variants of the weight and of the image that the reward sees (Fig. 4c, 4d)."""
     return {
-        "weight-d_j": LeapAlign(weighting="d_j", **settings),
-        "weight-d_0": LeapAlign(weighting="d_0", **settings),
-        "weight-none": LeapAlign(weighting="none", **settings),
-        "x_hat": LeapAlign(reward_input="x_hat", weighting="d_j", **settings),
-        "x_hat-both": LeapAlign(reward_input="x_hat", **settings),
+        "weight-d_j": replace(method, weighting="d_j"),
+        "weight-d_0": replace(method, weighting="d_0"),
+        "weight-none": replace(method, weighting="none"),
+        "x_hat": replace(method, reward_input="x_hat", weighting="d_j"),
+        "x_hat-both": replace(method, reward_input="x_hat"),
     }
+
+
+def _guided(run: Run) -> Run:
+    model: Any = run.model
+    return replace(run, model=replace(model, guidance_scale=GUIDANCE))
 
 
 def _threshold(run: Run, value: float) -> Contender:
